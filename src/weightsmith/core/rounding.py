@@ -1,0 +1,63 @@
+"""Rounding and clamping that gradients pass through, and the integer ranges that go with them.
+
+Rounding has zero gradient almost everywhere; the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432)
+takes the gradient of the identity instead.
+"""
+
+import torch
+from torch import Tensor
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """Return ``value`` with the gradient of ``x``.
+
+    Args:
+        x: Any shape, floating point; receives the gradient.
+        value: Same shape; what the result equals, to the last bit.
+    """
+    return _StraightThrough.apply(x, value.detach())
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even, ``d out / d x = 1``.
+
+    Args:
+        x: Any shape, floating point.
+    """
+    return straight_through(x, x.round())
+
+
+def clamp_ste(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Clamp to ``[low, high]``, ``d out / d x = 1`` also outside the interval.
+
+    Args:
+        x: Any shape, floating point.
+        low: Lower end; a tensor broadcasts.
+        high: Upper end; a tensor broadcasts.
+    """
+    return straight_through(x, torch.maximum(torch.minimum(x, torch.as_tensor(high, dtype=x.dtype, device=x.device)), torch.as_tensor(low, dtype=x.dtype, device=x.device)))
+
+
+def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
+    """Smallest and largest code of a two's-complement (signed) or plain binary integer.
+
+    Args:
+        bits: Word length, 1 to 16.
+        signed: ``True``: ``[-2^(bits-1), 2^(bits-1) - 1]``; ``False``: ``[0, 2^bits - 1]``.
+
+    Raises:
+        ValueError: ``bits`` is out of range.
+    """
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits must be between 1 and 16, got {bits}")
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
