@@ -4,7 +4,7 @@ A technique that changes how a weight is written registers a ``torch.nn.utils.pa
 evaluates it once and puts the result where the weight was: same class, same keys, same outputs.
 """
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ def fold_(model: Model, *, where: Where = None) -> Model:
     """Replace every parametrised tensor by its present value, in place.
 
     All values are computed before anything is replaced, so tensors that share their originals (tied weights) fold to
-    the same value and stay tied. A parameter whose shape and dtype the parametrization keeps also keeps its identity:
-    an optimiser that was built on it goes on working.
+    the same value and stay tied. A parameter that one original stood for keeps its identity: an optimiser that was
+    built on it goes on working.
 
     Args:
         model: Any module; one without parametrizations is returned as it is.
@@ -34,13 +34,17 @@ def fold_(model: Model, *, where: Where = None) -> Model:
         UsageError: ``where`` is given and matches no parametrised module.
         ValueError: A folded value would not be finite; nothing has been changed then.
     """
-    if where is None and not _is_parametrized("", model) and not any(_is_parametrized(n, m) for n, m in model.named_modules()):
+    if (
+        where is None
+        and not _is_parametrized("", model)
+        and not any(_is_parametrized(n, m) for n, m in model.named_modules())
+    ):
         return model
     modules = select(model, where, default=_is_parametrized)
     values = {
         (name, tensor_name): _evaluate(module, tensor_name)
         for name, module in modules.items()
-        for tensor_name in module.parametrizations  # type: ignore[union-attr]
+        for tensor_name in _of(module)
     }
     for (name, tensor_name), value in values.items():
         if not value.isfinite().all():
@@ -48,49 +52,44 @@ def fold_(model: Model, *, where: Where = None) -> Model:
                 f"folding {f'{name}.{tensor_name}'.lstrip('.')} gives values that are not finite; "
                 "the model is unchanged. Look at the parametrization's own parameters: training has probably diverged"
             )
-    tied: dict[tuple[int, ...], nn.Parameter] = {}
+    tied: dict[tuple[int, ...], Tensor] = {}
     for name, module in modules.items():
-        for tensor_name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+        for tensor_name in _of(module):
             _replace(module, tensor_name, values[name, tensor_name], tied)
     return model
 
 
 def _is_parametrized(_name: str, module: nn.Module) -> bool:
-    # isinstance first: `parametrizations` may be anything on a user's own module
     return parametrize.is_parametrized(module)
 
 
+def _of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    return dict(cast(nn.ModuleDict, module.parametrizations).items())  # type: ignore[arg-type]
+
+
 def _evaluate(module: nn.Module, tensor_name: str) -> Tensor:
-    parametrizations = module.parametrizations[tensor_name]  # type: ignore[index]
-    training = parametrizations.training
+    held = _of(module)[tensor_name]
+    training = held.training
     try:
-        parametrizations.eval()  # a parametrization with training-time state (spectral norm) must not advance it
+        held.eval()  # a parametrization with training-time state (spectral norm) must not advance it
         return getattr(module, tensor_name).detach().clone()
     finally:
-        parametrizations.train(training)
+        held.train(training)
 
 
-def _originals(module: nn.Module, tensor_name: str) -> list[Tensor]:
-    held = module.parametrizations[tensor_name]  # type: ignore[index]
-    if held.is_tensor:
-        return [held.original]
-    return [getattr(held, f"original{index}") for index in range(held.ntensors)]
-
-
-def _replace(module: nn.Module, tensor_name: str, value: Tensor, tied: dict[tuple[int, ...], nn.Parameter]) -> None:
-    originals = _originals(module, tensor_name)
+def _replace(module: nn.Module, tensor_name: str, value: Tensor, tied: dict[tuple[int, ...], Tensor]) -> None:
+    held = _of(module)[tensor_name]
+    originals = (
+        [held.original] if held.is_tensor else [getattr(held, f"original{index}") for index in range(held.ntensors)]
+    )
+    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=not held.is_tensor)
     key = tuple(id(original) for original in originals)
-    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=True)
-    left = getattr(module, tensor_name)
-    if key in tied:
-        left = tied[key]
-    else:
-        left.data = value
+    left = tied.setdefault(key, getattr(module, tensor_name))
+    left.data = value
     if not isinstance(left, nn.Parameter):
         return
-    tied[key] = left
     left.requires_grad_(any(original.requires_grad for original in originals))
-    # weights come before biases in every torch layer; re-registering would have moved them to the end
+    # weights come before biases in every torch layer; re-registering has moved them to the end
     others = {name: parameter for name, parameter in module._parameters.items() if name != tensor_name}
     module._parameters.clear()
     module._parameters[tensor_name] = left

@@ -45,7 +45,13 @@ def clamp_ste(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
         low: Lower end; a tensor broadcasts.
         high: Upper end; a tensor broadcasts.
     """
-    return straight_through(x, torch.maximum(torch.minimum(x, torch.as_tensor(high, dtype=x.dtype, device=x.device)), torch.as_tensor(low, dtype=x.dtype, device=x.device)))
+    return straight_through(
+        x,
+        torch.maximum(
+            torch.minimum(x, torch.as_tensor(high, dtype=x.dtype, device=x.device)),
+            torch.as_tensor(low, dtype=x.dtype, device=x.device),
+        ),
+    )
 
 
 def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:

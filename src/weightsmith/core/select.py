@@ -20,7 +20,9 @@ Predicate = Callable[[str, nn.Module], bool]
 Where = str | Sequence[str] | Predicate | None
 
 
-def select(model: nn.Module, where: Where = None, *, default: Predicate, supported: Predicate | None = None) -> dict[str, nn.Module]:
+def select(
+    model: nn.Module, where: Where = None, *, default: Predicate, supported: Predicate | None = None
+) -> dict[str, nn.Module]:
     """Choose modules of a model by name, in the model's own order.
 
     Args:
@@ -61,7 +63,9 @@ def _predicate(where: Where, default: Predicate) -> Predicate:
     if callable(where):
         return where
     if not isinstance(where, Sequence) or not all(isinstance(glob, str) for glob in where):
-        raise TypeError(f"where must be None, a glob, a list of globs or a predicate (name, module) -> bool, got {where!r}")
+        raise TypeError(
+            f"where must be None, a glob, a list of globs or a predicate (name, module) -> bool, got {where!r}"
+        )
     wanted = [glob for glob in where if not glob.startswith("!")]
     excluded = [glob[1:] for glob in where if glob.startswith("!")]
 

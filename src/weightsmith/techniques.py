@@ -1,0 +1,266 @@
+"""The fifteen techniques, a card each: what the command line, the README and the docs say of them comes from here.
+
+A card is plain data and imports nothing, so that listing the techniques is instant. A technique is *available* when its
+card names an experiment; until then it is announced, and says so wherever it appears.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from weightsmith.core.errors import unknown
+
+Stage = Literal[
+    "start",
+    "write",
+    "move",
+    "weigh",
+    "keep few",
+    "keep small",
+    "adapt",
+    "merge",
+    "keep learning",
+    "guarantee",
+    "search",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Technique:
+    """What a technique is, where it comes from and where it lives here.
+
+    Attributes:
+        slug: Name on the command line.
+        title: Name in headings.
+        stage: What is done to the weights, in the order of their life.
+        purpose: What it is for, in one line.
+        claim: The paper's claim in one sentence, without its figures.
+        paper: Title of the paper.
+        venue: Where it appeared.
+        year: When.
+        arxiv: arXiv identifier.
+        code: The authors' own code, or ``""`` when none was published.
+        names: Public names, qualified; empty until the technique is available.
+        experiment: Module that holds its ``EXPERIMENT``; ``None`` until the technique is available.
+    """
+
+    slug: str
+    title: str
+    stage: Stage
+    purpose: str
+    claim: str
+    paper: str
+    venue: str
+    year: int
+    arxiv: str
+    code: str = ""
+    names: tuple[str, ...] = ()
+    experiment: str | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether it can be used and run in this version."""
+        return self.experiment is not None
+
+
+TECHNIQUES = (
+    Technique(
+        slug="fast-ibp",
+        title="Fast certified training (IBP)",
+        stage="guarantee",
+        purpose="Initialise and train classifiers whose robustness can be proved, with a short warm-up",
+        claim="Initialising for interval bounds, BatchNorm everywhere and two regularisers cut the epochs of certified training.",
+        paper="Fast Certified Robust Training with Short Warmup",
+        venue="NeurIPS",
+        year=2021,
+        arxiv="2103.17268",
+        code="shizhouxing/Fast-Certified-Robust-Training",
+    ),
+    Technique(
+        slug="rich-lazy",
+        title="Rich and lazy initialisation",
+        stage="start",
+        purpose="Choose the rank of the initial weights, and measure whether training learns features",
+        claim="At equal norm, low-rank initial weights lead to richer learning and high-rank ones to lazier learning.",
+        paper="How connectivity structure shapes rich and lazy learning in neural circuits",
+        venue="ICLR",
+        year=2024,
+        arxiv="2310.08513",
+        code="Helena-Yuhan-Liu/BioRNN_RichLazy",
+    ),
+    Technique(
+        slug="weight-compander",
+        title="Weight Compander",
+        stage="write",
+        purpose="Write each weight as a bounded function of a free one: large weights are held back, small ones move more",
+        claim="Training the weights of a convnet through a bounded, compressing function improves its test accuracy.",
+        paper="Weight Compander: A Simple Weight Reparameterization for Regularization",
+        venue="IJCNN",
+        year=2023,
+        arxiv="2306.16993",
+        names=(
+            "weightsmith.reparam.compand_",
+            "weightsmith.reparam.WeightCompander",
+            "weightsmith.reparam.InWeightSpace",
+            "weightsmith.reparam.param_groups",
+            "weightsmith.reparam.add_weight_decay_grad_",
+        ),
+        experiment="weightsmith.experiments.weight_compander",
+    ),
+    Technique(
+        slug="adamp",
+        title="AdamP and SGDP",
+        stage="move",
+        purpose="Momentum optimisers that do not let the norm of normalised weights grow and their effective step shrink",
+        claim="Dropping the radial part of updates keeps the norm of scale-invariant weights from growing and improves accuracy.",
+        paper="AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights",
+        venue="ICLR",
+        year=2021,
+        arxiv="2006.08217",
+        code="clovaai/AdamP",
+        names=("weightsmith.optim.AdamP", "weightsmith.optim.SGDP", "weightsmith.optim.param_groups"),
+        experiment="weightsmith.experiments.adamp",
+    ),
+    Technique(
+        slug="meta-rescaling",
+        title="Self-taught meta loss rescaling",
+        stage="weigh",
+        purpose="Learn how much each training sample should count when some labels are wrong",
+        claim="Sample weights learned on the fly from the noisy data themselves improve classifiers without any clean data.",
+        paper="Learning from Noisy Labels via Self-Taught On-the-Fly Meta Loss Rescaling",
+        venue="AAAI",
+        year=2025,
+        arxiv="2412.12955",
+        code="storm-public (the authors' GitLab)",
+    ),
+    Technique(
+        slug="steer",
+        title="STEER token reweighting",
+        stage="weigh",
+        purpose="Weigh tokens in policy-gradient training so that the policy's entropy does not collapse",
+        claim="Down-weighting the tokens that would change the entropy most keeps exploration alive and improves accuracy.",
+        paper="Rethinking Entropy Interventions in RLVR: An Entropy Change Perspective",
+        venue="ACL",
+        year=2026,
+        arxiv="2510.10150",
+        code="zz-haooo/STEER",
+    ),
+    Technique(
+        slug="dynamic-reward-weighting",
+        title="Dynamic reward weighting",
+        stage="weigh",
+        purpose="Adapt the weights of several rewards while a policy is trained on all of them",
+        claim="Reward weights that change during training reach Pareto-better policies than fixed ones.",
+        paper="Learning to Optimize Multi-Objective Alignment Through Dynamic Reward Weighting",
+        venue="TACL",
+        year=2026,
+        arxiv="2509.11452",
+        code="yining610/dynamic-reward-weighting",
+    ),
+    Technique(
+        slug="mir-l",
+        title="Lottery-ticket pruning (MIR-L)",
+        stage="keep few",
+        purpose="Prune the smallest weights, rewind the rest to their first values, train again, repeat",
+        claim="Iterative pruning with rewinding keeps a restoration network's quality at about a tenth of its weights.",
+        paper="Pruning Overparameterized Multi-Task Networks for Degraded Web Image Restoration",
+        venue="WI-IAT",
+        year=2025,
+        arxiv="2510.14463",
+        code="Thomkat/MIR-L",
+    ),
+    Technique(
+        slug="flexround",
+        title="FlexRound",
+        stage="keep small",
+        purpose="Quantise a trained network by learning which integer each weight becomes",
+        claim="Dividing each weight by its own learned factor before rounding beats choosing between floor and ceiling.",
+        paper="FlexRound: Learnable Rounding based on Element-wise Division for Post-Training Quantization",
+        venue="ICML",
+        year=2023,
+        arxiv="2306.00317",
+        code="onliwad101/FlexRound_LRQ",
+    ),
+    Technique(
+        slug="ofq",
+        title="Oscillation-free quantisation",
+        stage="keep small",
+        purpose="Train 2- to 4-bit vision transformers whose weights do not flip between two codes",
+        claim="Statistical scales, query-key reparameterisation and annealing stop oscillation and improve low-bit accuracy.",
+        paper="Oscillation-free Quantization for Low-bit Vision Transformers",
+        venue="ICML",
+        year=2023,
+        arxiv="2302.02210",
+        code="nbasyl/OFQ",
+    ),
+    Technique(
+        slug="bone",
+        title="Bone and MiSS adapters",
+        stage="adapt",
+        purpose="Fine-tune frozen matrices with one small zero-initialised tensor shared by many blocks",
+        claim="Block-affine adapters start faster and end better than LoRA at equal parameters.",
+        paper="Bone: Block Affine Transformation",
+        venue="arXiv",
+        year=2024,
+        arxiv="2409.15371",
+        code="JL-er/Bone",
+    ),
+    Technique(
+        slug="mwa",
+        title="Metrics-weighted averaging",
+        stage="merge",
+        purpose="Merge the checkpoints of one fine-tuning run, weighted by numbers that the run logged",
+        claim="Weighting checkpoints by loss or step beats their uniform average and the last checkpoint.",
+        paper="Parameter-Efficient Checkpoint Merging via Metrics-Weighted Averaging",
+        venue="arXiv",
+        year=2025,
+        arxiv="2504.18580",
+    ),
+    Technique(
+        slug="weight-aligning",
+        title="Weight Aligning",
+        stage="keep learning",
+        purpose="Add classes to a classifier without its head preferring the newest ones",
+        claim="Rescaling the new classes' rows to the old ones' mean norm removes most of their advantage.",
+        paper="Maintaining Discrimination and Fairness in Class Incremental Learning",
+        venue="CVPR",
+        year=2020,
+        arxiv="1911.07053",
+        code="bwbwzhao/Weight-Aligning",
+    ),
+    Technique(
+        slug="lcia",
+        title="Dynamic EMA and instruction routing (LCIA)",
+        stage="keep learning",
+        purpose="Tune one assistant on task after task with an average whose weight adapts at every step",
+        claim="An adaptive moving average with grouped instructions forgets less than fine-tuning or a fixed average.",
+        paper="Large Continual Instruction Assistant",
+        venue="ICML",
+        year=2025,
+        arxiv="2410.10868",
+        code="JingyangQiao/CoIN",
+    ),
+    Technique(
+        slug="eagan",
+        title="Evolutionary architecture search (EAGAN)",
+        stage="search",
+        purpose="Search small architectures with shared weights and several objectives, GANs among them",
+        claim="Evolving generator and discriminator in two stages finds better GANs than hand design, cheaply.",
+        paper="EAGAN: Efficient Two-stage Evolutionary Architecture Search for GANs",
+        venue="ECCV",
+        year=2022,
+        arxiv="2111.15097",
+        code="marsggbo/EAGAN",
+    ),
+)
+
+
+def technique(slug: str) -> Technique:
+    """Look up a card by its slug.
+
+    Raises:
+        UsageError: There is none; the message lists near ones.
+    """
+    for card in TECHNIQUES:
+        if card.slug == slug:
+            return card
+    raise unknown("technique", slug, [card.slug for card in TECHNIQUES])

@@ -1,0 +1,107 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
+from weightsmith.core.errors import UsageError
+
+
+def tensors():
+    return {f"layer.{i}.weight": torch.randn(4, 5, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+
+
+def test_a_small_checkpoint_is_one_file_that_others_read(tmp_path):
+    state = tensors()
+    write_checkpoint(state, tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 80, 160, 10**6])
+def test_a_checkpoint_comes_back_whatever_the_shard_size(tmp_path, shard_bytes):
+    state = tensors()
+    write_checkpoint(iter(state.items()), tmp_path / "model", max_shard_bytes=shard_bytes)
+    back = Checkpoint(tmp_path / "model")
+    assert list(back) == list(state)
+    assert back.shapes() == dict.fromkeys(state, (4, 5))
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_the_index_is_as_transformers_writes_it(tmp_path):
+    write_checkpoint(tensors(), tmp_path / "model", max_shard_bytes=160)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 5 * 80
+    assert sorted(set(index["weight_map"].values())) == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def test_transformers_loads_a_sharded_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "theirs")
+    write_checkpoint(model.state_dict(), tmp_path / "ours", max_shard_bytes=1000, files_from=tmp_path / "theirs")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_tied_weights_are_written_under_every_name(tmp_path):
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 3), "head": nn.Linear(3, 6, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    back = Checkpoint(write_checkpoint(model.state_dict(), tmp_path / "model"))
+    assert torch.equal(back["embedding.weight"], back["head.weight"])
+
+
+def test_a_failure_half_way_leaves_the_old_folder_as_it_was(tmp_path):
+    write_checkpoint({"old": torch.ones(2)}, tmp_path / "model")
+
+    def pairs():
+        yield "new", torch.zeros(2)
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_checkpoint(pairs(), tmp_path / "model", max_shard_bytes=1)
+    assert list(Checkpoint(tmp_path / "model")) == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_replacing_a_folder_leaves_nothing_of_the_old_one(tmp_path):
+    write_checkpoint(tensors(), tmp_path / "model", max_shard_bytes=1)
+    write_checkpoint({"only": torch.ones(1)}, tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+
+
+def test_an_unknown_tensor_name_brings_near_names(tmp_path):
+    write_checkpoint(tensors(), tmp_path / "model")
+    with pytest.raises(KeyError, match=r"layer\.1\.weight"):
+        Checkpoint(tmp_path / "model")["layer.1.wieght"]
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path):
+    with pytest.raises(UsageError, match="neither a folder nor a file"):
+        Checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"no \.safetensors"):
+        Checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"convert pytorch_model\.bin"):
+        Checkpoint(tmp_path)
+
+
+def test_a_damaged_file_and_a_missing_shard_are_named(tmp_path):
+    write_checkpoint(tensors(), tmp_path / "model", max_shard_bytes=160)
+    (tmp_path / "model" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UsageError, match="lacks model-00002"):
+        Checkpoint(tmp_path / "model")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(UsageError, match="damaged"):
+        Checkpoint(tmp_path / "cut.safetensors")
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="comes twice"):
+        write_checkpoint([("a", torch.ones(1)), ("a", torch.ones(1))], tmp_path / "model")
