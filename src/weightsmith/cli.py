@@ -32,16 +32,12 @@ _errors = Console(stderr=True)
 
 def techniques() -> int:
     """List the fifteen techniques, one line each."""
-    table = Table(box=None, pad_edge=False)
-    for heading, style in (("technique", "bold"), ("stage", "cyan"), ("what it is for", ""), ("state", "")):
-        table.add_column(heading, style=style, no_wrap=heading != "what it is for")
+    table = Table(box=None, pad_edge=False, show_header=False)
     for card in TECHNIQUES:
-        state = "[green]available[/]" if card.available else "[dim]announced[/]"
-        table.add_row(card.slug, card.stage, card.purpose, state)
+        table.add_row("[green]●[/]" if card.available else "[dim]○[/]", f"[bold]{card.slug}[/]", card.purpose)
     _console.print(table)
-    _console.print(
-        "\nweightsmith show NAME  tells more;  weightsmith run NAME  finds out whether it helps.", style="dim"
-    )
+    _console.print("\n● available  ○ announced, not in this version yet", style="dim")
+    _console.print("weightsmith show NAME tells more; weightsmith run NAME finds out whether it helps", style="dim")
     return 0
 
 
@@ -92,7 +88,7 @@ def _run_command(experiment: "Experiment[Any]", preset: str) -> Callable[..., in
     def run(
         slug: Slug,
         /,
-        config: tyro.conf.OmitArgPrefixes[type(default)] = default,  # type: ignore[valid-type]
+        config: tyro.conf.OmitArgPrefixes[tyro.conf.FlagConversionOff[type(default)]] = default,  # type: ignore[valid-type]
         preset: Annotated[str, tyro.conf.arg(metavar="|".join(experiment.presets))] = preset,
         seeds: int = 3,
         out: Path = Path("runs"),
@@ -217,7 +213,10 @@ def _spell_out(arguments: list[str], config: Any) -> list[str]:
             raise UsageError(f"--set takes key=value, got {pair!r}")
         if key not in fields:
             raise unknown("field", key, fields)
-        spelled += [f"--{key.replace('_', '-')}", *(value.split(",") if isinstance(fields[key], tuple) else [value])]
+        values = value.split(",") if isinstance(fields[key], tuple) else [value]
+        if isinstance(fields[key], bool):
+            values = [value.capitalize()]
+        spelled += [f"--{key.replace('_', '-')}", *values]
     return spelled
 
 
@@ -276,3 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(str(error) if isinstance(error, UsageError | MissingExtra) else f"{type(error).__name__}: {error}")
         code = 2 if isinstance(error, UsageError) else 1
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

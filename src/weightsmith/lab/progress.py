@@ -79,7 +79,7 @@ def _last(path: Path) -> str:
         row = json.loads(path.read_text().splitlines()[-1])
     except (OSError, ValueError, IndexError):  # just ended, or a row half written
         return "..."
-    known = ("phase", "lr", "epoch", "train_loss", "validation_accuracy")
+    known = ("rate", "epoch", "train_loss", "validation_accuracy")
     shown = {key.replace("validation_", ""): row[key] for key in known if key in row}
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()

@@ -58,8 +58,9 @@ def summarise(values: Sequence[float]) -> Summary:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return Summary(math.nan, math.nan, 0)
-    sd = float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
-    return Summary(float(np.mean(finite)), sd, len(finite))
+    if len(finite) == 1 or np.ptp(finite) == 0:  # equal values have no spread, whatever their mean rounds to
+        return Summary(finite[0], 0.0 if len(finite) > 1 else math.nan, len(finite))
+    return Summary(float(np.mean(finite)), float(np.std(finite, ddof=1)), len(finite))
 
 
 def judge(claims: Sequence[Claim], scores: Scores) -> list[Judgement]:

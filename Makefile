@@ -1,0 +1,49 @@
+# Nothing is needed beforehand but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(VENV)/.core
+INSTALLED := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow bench docs tables fmt clean
+
+demo: $(CORE)  ## run the main job on bundled data
+	$(BIN)/weightsmith run adamp
+
+test: $(INSTALLED)  ## everything CI checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m "not slow" --cov --cov-report=term:skip-covered
+	$(BIN)/mkdocs build --strict --quiet
+
+test-slow: $(INSTALLED)  ## the tests that take longer
+	$(BIN)/pytest -m slow
+
+bench: $(INSTALLED)  ## every performance target beside its peer
+	cd benchmarks && for file in [a-z]*.py; do ../$(BIN)/python $$file || exit 1; done
+
+docs: $(INSTALLED) tables  ## the site, in site/
+	$(BIN)/mkdocs build --strict
+
+tables: $(INSTALLED)  ## what README and docs repeat of the cards
+	$(BIN)/python docs/tables.py
+
+fmt: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) site runs dist .coverage* .pytest_cache .mypy_cache .ruff_cache
+
+$(CORE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) .
+	touch $@
+
+$(INSTALLED): $(CORE)
+	$(INSTALL) ".[hf,search,vision,dev,docs]"
+	touch $@

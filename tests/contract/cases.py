@@ -1,0 +1,43 @@
+"""How the contract suite calls each public name; a name of an available technique without a case fails the suite."""
+
+import torch
+
+from weightsmith.optim import SGDP, AdamP
+from weightsmith.optim import param_groups as decay_matrices_only
+from weightsmith.reparam import InWeightSpace, WeightCompander, add_weight_decay_grad_, compand_, param_groups
+
+REPARAMETRISATIONS = {
+    "weightsmith.reparam.compand_": [
+        lambda model, **options: compand_(model, **options),
+        lambda model, **options: compand_(model, 0.5, 1.0, learnable=True, overflow="clip", **options),
+        lambda model, **options: compand_(model, 1.0, 1.0, fn="arcsinh", learnable=True, share="model", **options),
+    ],
+}
+"""Verbs that change how weights are written: ``verb(model, where=...) -> model``."""
+
+
+def _in_weight_space(model):
+    compand_(model, overflow="clip")
+    return InWeightSpace(torch.optim.AdamW(param_groups(model, 0.0), lr=0.01), model)
+
+
+OPTIMIZERS = {
+    "weightsmith.optim.AdamP": [
+        lambda model: AdamP(model.parameters(), lr=0.01, weight_decay=0.1),
+        lambda model: AdamP(decay_matrices_only(model, 0.1), lr=0.01, nesterov=True, capturable=True),
+    ],
+    "weightsmith.optim.SGDP": [
+        lambda model: SGDP(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
+        lambda model: SGDP(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=False),
+    ],
+    "weightsmith.reparam.InWeightSpace": [_in_weight_space],
+}
+"""Optimisers: ``make(model) -> torch.optim.Optimizer``."""
+
+ELSEWHERE = {
+    "weightsmith.optim.param_groups": decay_matrices_only,
+    "weightsmith.reparam.WeightCompander": WeightCompander,
+    "weightsmith.reparam.param_groups": param_groups,
+    "weightsmith.reparam.add_weight_decay_grad_": add_weight_decay_grad_,
+}
+"""Names with nothing of their own to check here: they are parts of the cases above."""
