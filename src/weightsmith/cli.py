@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 
 from weightsmith.core.errors import MissingExtra, UsageError, unknown
@@ -230,7 +231,7 @@ def _preset(arguments: Sequence[str]) -> str:
 
 
 def _complain(message: str) -> None:
-    _errors.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    _errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _dispatch(arguments: list[str]) -> int:

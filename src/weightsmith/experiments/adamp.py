@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -237,10 +238,10 @@ def _train(
 
 
 def _optimizer(config: Config, name: str, params: list[Tensor], lr: float, *, decay: bool) -> torch.optim.Optimizer:
-    sgd = {"lr": lr, "momentum": config.momentum, "nesterov": config.momentum > 0}
+    sgd: dict[str, Any] = {"lr": lr, "momentum": config.momentum, "nesterov": config.momentum > 0}
     sgd["weight_decay"] = config.sgd_weight_decay if decay else 0.0
-    adam = {"lr": lr, "weight_decay": config.adam_weight_decay if decay else 0.0}
-    projection = {"delta": config.delta, "wd_ratio": config.wd_ratio}
+    adam: dict[str, Any] = {"lr": lr, "weight_decay": config.adam_weight_decay if decay else 0.0}
+    projection: dict[str, Any] = {"delta": config.delta, "wd_ratio": config.wd_ratio}
     if name == "sgd":
         return torch.optim.SGD(params, **sgd)
     if name == "sgdp":

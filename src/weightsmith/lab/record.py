@@ -164,6 +164,8 @@ def read_job(folder: Path) -> JobResult:
             raise TypeError("a metric is not a number")
         path = folder / "metrics.jsonl"
         result.rows.extend(json.loads(line) for line in path.read_text().splitlines())
+        if not all(isinstance(row, dict) for row in result.rows):
+            raise TypeError("a row is not an object")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is damaged ({type(error).__name__}: {error}); "
@@ -196,7 +198,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
         raise UsageError(f"{run_folder} is not a run folder: it has no run.json{hint}")
     try:
         run = json.loads(path.read_text())
-        missing = {"slug", "title", "arms", "metrics", "claims", "charts", "config"} - run.keys()
+        missing = {"slug", "title", "arms", "metrics", "claims", "charts", "config", "seeds"} - run.keys()
     except (ValueError, AttributeError) as error:
         raise UsageError(
             f"{path} is damaged ({error}); run the experiment again with the same settings to mend it"

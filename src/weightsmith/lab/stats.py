@@ -13,6 +13,7 @@ from weightsmith.lab.claim import Claim
 Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Metrics by arm, then seed, then metric name."""
 
+Verdict = Literal["supported", "refuted", "inconclusive"]
 LEVEL = 0.95
 FEWEST_SEEDS = 3
 
@@ -49,7 +50,7 @@ class Judgement:
     high: float
     threshold: float
     p: float
-    verdict: Literal["supported", "refuted", "inconclusive"]
+    verdict: Verdict
     reason: str
 
 
@@ -117,6 +118,7 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 
 def _judgement(claim: Claim, differences: np.ndarray, excess: np.ndarray, p: float) -> Judgement:
     n = len(differences)
+    verdict: Verdict
     mean = float(differences.mean()) if n else math.nan
     threshold = float((differences - excess).mean()) if n else math.nan
     low = high = math.nan
@@ -125,11 +127,11 @@ def _judgement(claim: Claim, differences: np.ndarray, excess: np.ndarray, p: flo
         half = spread * float(stats.t.ppf(0.5 + LEVEL / 2, n - 1))
         low, high = mean - half, mean + half
     if n < FEWEST_SEEDS:
-        return Judgement(
-            claim, n, mean, low, high, threshold, p, "inconclusive", f"{n} of at least {FEWEST_SEEDS} paired seeds"
-        )
-    if p >= 1 - LEVEL:
-        return Judgement(claim, n, mean, low, high, threshold, p, "inconclusive", "the seeds disagree too much to tell")
-    if mean > threshold:
-        return Judgement(claim, n, mean, low, high, threshold, p, "supported", "")
-    return Judgement(claim, n, mean, low, high, threshold, p, "refuted", "the difference is on the other side")
+        verdict, reason = "inconclusive", f"{n} paired seeds, at least {FEWEST_SEEDS} are needed"
+    elif p >= 1 - LEVEL:
+        verdict, reason = "inconclusive", "the seeds do not tell the difference from the threshold"
+    elif mean > threshold:
+        verdict, reason = "supported", ""
+    else:
+        verdict, reason = "refuted", "the difference is on the other side"
+    return Judgement(claim, n, mean, low, high, threshold, p, verdict, reason)

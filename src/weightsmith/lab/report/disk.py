@@ -1,0 +1,68 @@
+"""From a run folder to a report, and the report's files beside the results."""
+
+from pathlib import Path
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.files import write_atomically
+from weightsmith.lab.claim import Arm, Chart, Claim, Metric
+from weightsmith.lab.record import read_jobs, read_run
+from weightsmith.lab.report.html import to_html
+from weightsmith.lab.report.markdown import to_markdown
+from weightsmith.lab.report.model import Report
+from weightsmith.lab.stats import judge, summarise
+
+
+def load(run_folder: Path) -> Report:
+    """Read a run, finished or not, and judge its claims.
+
+    Args:
+        run_folder: A folder with ``run.json`` and finished jobs under ``<arm>/seed-<k>/``.
+
+    Raises:
+        UsageError: The folder is no run, or one of its files is damaged.
+    """
+    run = read_run(run_folder)
+    try:
+        arms = tuple(Arm(**item) for item in run["arms"])
+        metrics = tuple(Metric(**item) for item in run["metrics"])
+        claims = tuple(Claim(**item) for item in run["claims"])
+        charts = tuple(Chart(**item) for item in run["charts"])
+        seeds = tuple(int(seed) for seed in run["seeds"])
+        if not {claim.metric for claim in claims} <= {metric.name for metric in metrics}:
+            raise ValueError("a claim names a metric that is not there")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{run_folder / 'run.json'} is damaged ({type(error).__name__}: {error}); "
+            "run the experiment again with the same settings to mend it"
+        ) from error
+
+    found = {(job.arm, job.seed): job for job in read_jobs(run_folder)}
+    jobs = tuple(found[key] for arm in arms for seed in seeds if (key := (arm.name, seed)) in found)
+    scores = {arm.name: {job.seed: job.metrics for job in jobs if job.arm == arm.name} for arm in arms}
+    table = {
+        arm: {
+            metric.name: summarise([row[metric.name] for row in rows.values() if metric.name in row])
+            for metric in metrics
+        }
+        for arm, rows in scores.items()
+    }
+    return Report(run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, tuple(judge(claims, scores)))
+
+
+def write(run_folder: Path) -> Path:
+    """Write ``report.md`` and ``report.html`` into a run folder, each as a whole.
+
+    Args:
+        run_folder: As for :func:`load`.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        UsageError: As for :func:`load`; nothing is written then.
+    """
+    report = load(run_folder)
+    page = run_folder / "report.html"
+    write_atomically(run_folder / "report.md", to_markdown(report))
+    write_atomically(page, to_html(report))
+    return page

@@ -1,0 +1,43 @@
+"""The report as one HTML page that needs nothing else: no file beside it, no network."""
+
+import functools
+
+import altair as alt
+import jinja2
+import vl_convert
+
+from weightsmith.lab.report import charts, words
+from weightsmith.lab.report.model import Report
+
+
+def to_html(report: Report) -> str:
+    """Lay a report out as a self-contained page, for light and dark, phone, desktop and paper.
+
+    Args:
+        report: From :func:`weightsmith.lab.report.load`.
+
+    Returns:
+        The whole page, about a megabyte, most of it the plotting script.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("weightsmith.lab"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        report=report,
+        run=report.run,
+        words=words,
+        colours=charts.COLOURS,
+        dash=charts.dash,
+        best={metric.name: report.best(metric) for metric in report.metrics},
+        claims=[(judgement, charts.claim_figure(report, judgement)) for judgement in report.judgements],
+        panels=[(metric, charts.seeds_figure(report, metric)) for metric in report.metrics],
+        pictures=[charts.chart_figure(report, chart) for chart in report.charts],
+        script=_script(),
+    )
+
+
+@functools.cache
+def _script() -> str:
+    # the plotting script must be of the version that altair writes specifications for
+    version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)

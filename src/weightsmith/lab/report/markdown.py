@@ -1,0 +1,78 @@
+"""The report as GitHub-flavoured Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from weightsmith.lab.report import words
+from weightsmith.lab.report.model import Report
+
+
+def to_markdown(report: Report) -> str:
+    """Lay a report out as Markdown: verdicts, table, how to read it, what was run.
+
+    Args:
+        report: From :func:`weightsmith.lab.report.load`.
+
+    Returns:
+        The text, ending in a newline.
+    """
+    run = report.run
+    parts = [
+        f"# {_text(run['title'])}",
+        _text(run.get("question", "")),
+        f"**{report.headline}.** {_text(report.progress)}.",
+    ]
+    if report.judgements:
+        parts += ["## Claims", _claims(report)]
+    parts += ["## Results", _results(report), words.TABLE_NOTE]
+    if run.get("reading"):
+        parts += ["## How to read it", _text(run["reading"])]
+    parts += [
+        "## What was run",
+        _pairs("Run", words.facts(report)),
+        _pairs("Configuration", words.settings(run["config"])),
+    ]
+    parts += [_pairs("Version of", words.versions(report))]
+    if report.judgements:
+        parts += ["## How the verdicts come about", *words.METHOD]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _claims(report: Report) -> str:
+    rows = [
+        {
+            "Verdict": f"{words.SYMBOLS[judgement.verdict]} **{judgement.verdict}**",
+            "Claim": _text(judgement.claim.text) + (f" ({_text(judgement.reason)})" if judgement.reason else ""),
+            **{name: _text(value) for name, value in words.evidence(report, judgement).items()},
+        }
+        for judgement in report.judgements
+    ]
+    return _table(list(rows[0]), (row.values() for row in rows))
+
+
+def _results(report: Report) -> str:
+    best = {metric.name: report.best(metric) for metric in report.metrics}
+    rows = []
+    for arm in report.arms:
+        row = [f"**{_text(arm.name)}** {_text(arm.text)}".strip(), words.seeds_of(report, arm.name)]
+        for metric in report.metrics:
+            mean, sd = words.mean_and_sd(report.table[arm.name][metric.name], metric.format)
+            mean = f"**{mean}**" if arm.name in best[metric.name] else mean
+            few = words.fewer(report, arm.name, metric)
+            row.append(" ".join(part for part in (mean, sd, few and f"({few})") if part))
+        rows.append(row)
+    heads = [_text(metric.label) + words.ARROWS[metric.better] for metric in report.metrics]
+    return _table(["Arm", "Seeds", *heads], rows, right=len(heads) + 1)
+
+
+def _pairs(head: str, pairs: Mapping[str, str]) -> str:
+    return _table([head, ""], ((_text(name), _text(value)) for name, value in pairs.items())) if pairs else ""
+
+
+def _table(heads: Sequence[str], rows: Iterable[Iterable[str]], right: int = 0) -> str:
+    rule = ["---"] * (len(heads) - right) + ["---:"] * right
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
+
+
+def _text(value: str) -> str:
+    # names and sentences come from run.json: they may neither open a tag nor break a table
+    return " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

@@ -1,0 +1,326 @@
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from weightsmith.core.errors import UsageError
+from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
+from weightsmith.lab.record import JobResult, job_folder, write_job, write_run
+from weightsmith.lab.report import load, to_html, to_markdown, to_terminal, write
+from weightsmith.lab.report.words import number
+
+NAN = math.nan
+ARMS = (Arm("new", "the technique"), Arm("old", "the baseline"))
+ACCURACY = Metric("acc", "Accuracy", "higher", ".2f", "Share of right answers.")
+LOSS = Metric("loss", "Loss", "lower", ".1f")
+CLAIMS = (
+    Claim("New beats old", "acc", "new", "old", paper="70.5 against 69.8"),
+    Claim("Old has the lower loss", "loss", "old", "new", better="lower"),
+    Claim("New beats old by a mile", "acc", "new", "old", margin=0.1),
+)
+CURVE = Chart("Loss falls", "step", "loss", x_label="Step")
+# accuracy and loss by arm, then seed: claims supported, inconclusive, refuted
+SCORES = {
+    "new": [(0.90, 2.0), (0.92, 3.0), (0.94, 1.0)],
+    "old": [(0.85, 1.0), (0.86, 4.0), (0.88, 1.5)],
+}
+
+
+def make_run(
+    folder, scores=SCORES, *, arms=ARMS, metrics=(ACCURACY, LOSS), claims=CLAIMS, charts=(CURVE,), steps=3, **run
+):
+    experiment = Experiment(
+        "demo",
+        "A title",
+        "A question?",
+        {},
+        lambda c: arms,
+        lambda c: claims,
+        metrics,
+        dict,
+        charts,
+        reading="Read so.",
+    )
+    seeds = list(range(max(map(len, scores.values()))))
+    described = experiment.describe(None) | {"preset": "smoke", "config": {"lr": 0.1, "model": {"width": 8}}}
+    about = {"config_hash": "abc", "versions": {"torch": "2"}, "hardware": "a machine", "seeds": seeds}
+    write_run(folder, described | about | run)
+    for arm, values in scores.items():
+        for seed, value in enumerate(values):
+            if value is None:
+                continue
+            rows = [{"step": step, "loss": value[-1] / step} for step in range(1, steps + 1)]
+            names = [metric.name for metric in metrics]
+            result = JobResult(
+                arm, seed, dict(zip(names, value, strict=True)), rows, 1e9, 90.0, 2**30, 1, {"torch": "2.1"}, "2 cores"
+            )
+            write_job(folder, result)
+    return folder
+
+
+def printed(report, width=100):
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(to_terminal(report))
+    return capture.get()
+
+
+def specs(page):
+    return [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)]
+
+
+def data(spec):
+    """Every row that a specification draws."""
+    return [row for part in (spec, *spec["layer"]) for row in part.get("data", {}).get("values", [])]
+
+
+def test_verdicts_add_up_to_the_headline(tmp_path):
+    report = load(make_run(tmp_path))
+    assert [judgement.verdict for judgement in report.judgements] == ["supported", "inconclusive", "refuted"]
+    assert report.headline == "1 of 3 claims supported, 1 refuted, 1 inconclusive"
+    assert report.progress == "6 of 6 jobs finished"
+
+
+def test_writing_leaves_both_files_and_returns_the_page(tmp_path):
+    page = write(make_run(tmp_path))
+    assert page == tmp_path / "report.html"
+    assert (tmp_path / "report.md").read_text().startswith("# A title")
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "new", "old", "report.html", "report.md"}
+
+
+@pytest.mark.parametrize("render", [to_html, to_markdown, printed])
+def test_every_output_shows_arms_verdicts_and_the_papers_figure(tmp_path, render):
+    text = render(load(make_run(tmp_path)))
+    for expected in (
+        "new",
+        "old",
+        "supported",
+        "refuted",
+        "inconclusive",
+        "70.5 against 69.8",
+        "0.92",
+        "1 of 3 claims",
+    ):
+        assert expected in text
+
+
+def test_markdown_table_marks_the_best_mean_and_the_spread(tmp_path):
+    lines = to_markdown(load(make_run(tmp_path))).splitlines()
+    start = lines.index("| Arm | Seeds | Accuracy\u00a0↑ | Loss\u00a0↓ |")
+    assert lines[start + 1 : start + 4] == [
+        "| --- | ---: | ---: | ---: |",
+        "| **new** the technique | 3 | **0.92** ±0.02 | **2.0** ±1.0 |",
+        "| **old** the baseline | 3 | 0.86 ±0.02 | 2.2 ±1.6 |",
+    ]
+
+
+def test_markdown_cells_cannot_break_their_table(tmp_path):
+    text = to_markdown(load(make_run(tmp_path, arms=(Arm("new", "a | b\n<b>"), ARMS[1]))))
+    assert "| **new** a \\| b &lt;b> | 3 |" in text
+
+
+def test_the_page_fetches_nothing(tmp_path):
+    fetched = []
+
+    class Finder(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            fetched.extend(value for name, value in attrs if name in ("src", "href", "srcset", "data", "action"))
+            fetched.extend([tag] if tag in ("link", "iframe", "img", "object", "base") else [])
+
+    page = to_html(load(make_run(tmp_path)))
+    Finder().feed(page)
+    assert fetched == []
+    assert not re.search(r"url\(|@import", page.split("</style>")[0])
+    assert "default-src 'none'" in page
+
+
+def test_the_page_holds_the_plotting_script_once_and_all_plots(tmp_path):
+    page = to_html(load(make_run(tmp_path)))
+    assert page.count("window.vegaEmbed") == 1
+    assert len(specs(page)) == 3 + 2 + 1  # claims, metrics, charts
+
+
+def test_markup_in_names_is_only_text(tmp_path):
+    evil = "<script>alert(1)</script>"
+    arms = (Arm("new", evil), ARMS[1])
+    claims = (replace(CLAIMS[0], text=evil, paper=evil),)
+    folder = make_run(
+        tmp_path, arms=arms, claims=claims, charts=(replace(CURVE, title=evil, x_label=evil),), title=evil
+    )
+    assert "<script>alert" not in to_html(load(folder))
+    assert "<script>" not in to_markdown(load(folder))
+
+
+def test_rich_markup_in_names_is_only_text(tmp_path):
+    assert "[bold]loud" in printed(load(make_run(tmp_path, claims=(replace(CLAIMS[0], text="[bold]loud"),))))
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_terminal_fits_with_many_arms_and_metrics_and_cuts_no_number(tmp_path, width):
+    arms = tuple(Arm(f"arm-number-{index}", "") for index in range(8))
+    metrics = tuple(Metric(f"m{index}", f"A metric with a long name {index}", "lower", ".5f") for index in range(9))
+    scores = {
+        arm.name: [tuple(seed + 100.125 * row + column for column in range(9)) for seed in range(3)]
+        for row, arm in enumerate(arms)
+    }
+    text = printed(load(make_run(tmp_path, scores, arms=arms, metrics=metrics, claims=(), charts=())), width)
+    assert max(map(len, text.splitlines())) <= width
+    for row in range(8):
+        for column in range(9):
+            assert f"{1 + 100.125 * row + column:.5f}" in text
+
+
+def test_an_unfinished_run_says_what_is_missing(tmp_path):
+    report = load(make_run(tmp_path, SCORES | {"old": [SCORES["old"][0], None, None]}))
+    assert report.progress == "4 of 6 jobs finished; missing: old (seeds 1, 2)"
+    assert {judgement.verdict for judgement in report.judgements} == {"inconclusive"}
+    assert report.best(ACCURACY) == frozenset()
+    for text in (to_html(report), to_markdown(report), printed(report)):
+        assert "4 of 6 jobs finished" in text
+        assert "1 of 3" in text
+
+
+def test_a_run_without_any_job_still_has_a_report(tmp_path):
+    report = load(make_run(tmp_path, {"new": [None] * 3}))
+    assert report.progress.startswith("0 of 6 jobs finished")
+    assert "a machine" in to_html(report)
+    assert "a machine" in to_markdown(report)
+
+
+def test_jobs_of_other_seeds_are_left_out_and_counted(tmp_path):
+    report = load(make_run(tmp_path, seeds=[0, 1]))
+    assert report.table["new"]["acc"].mean == pytest.approx(0.91)
+    assert report.progress == "4 of 4 jobs finished; 2 more in the folder, of arms or seeds not asked for, left out"
+
+
+def test_a_single_seed_has_no_spread_and_no_verdict(tmp_path):
+    report = load(make_run(tmp_path, {"new": [(0.9, 1.0)], "old": [(0.8, 2.0)]}))
+    text = to_markdown(report)
+    assert "| **new** the technique | 1 | **0.90** | **1.0** |" in text
+    assert "0 of 3 claims supported, 3 inconclusive" in text
+    assert "nan" not in printed(report).lower()
+    assert len(specs(to_html(report))) == 2 + 1  # no interval to draw
+
+
+def test_a_diverged_seed_is_counted_out_and_never_best(tmp_path):
+    report = load(make_run(tmp_path, SCORES | {"new": [(0.99, 0.1), (NAN, NAN), (0.99, 0.1)]}))
+    assert report.best(ACCURACY) == frozenset()
+    assert "0.99 ±0.00 (n=2)" in to_markdown(report)
+    page = to_html(report)
+    assert "No finite value: new (seed 1)." in page
+    assert all(math.isfinite(row["x"]) for spec in specs(page) for row in data(spec))
+
+
+def test_a_curve_does_not_go_on_with_the_seeds_that_survived(tmp_path):
+    folder = make_run(tmp_path)
+    path = job_folder(folder, "new", 1) / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
+    page = to_html(load(folder))
+    rows = data(specs(page)[-1])
+    assert [row["x"] for row in rows if row["arm"] == "new"] == [1]
+    assert [row["x"] for row in rows if row["arm"] == "old"] == [1, 2, 3]
+    assert "Curves that end early, with their shortest seed: new." in page
+
+
+def test_an_exploding_arm_does_not_flatten_the_others(tmp_path):
+    page = to_html(load(make_run(tmp_path, SCORES | {"new": [(0.1, 1e9)] * 3})))
+    assert specs(page)[-1]["layer"][1]["encoding"]["y"]["scale"]["domain"][1] < 20
+    assert "The vertical axis is cut" in page
+
+
+def test_long_curves_are_thinned_and_keep_their_mean(tmp_path):
+    rows = data(specs(to_html(load(make_run(tmp_path, steps=1000))))[-1])
+    assert len(rows) == 2 * 200
+    first = next(row for row in rows if row["arm"] == "new")
+    assert (first["x"], first["n"]) == (1, 3)
+
+
+def test_curves_show_mean_and_one_standard_deviation(tmp_path):
+    rows = data(specs(to_html(load(make_run(tmp_path))))[-1])
+    first = next(row for row in rows if row["arm"] == "new" and row["x"] == 1)
+    assert (first["y"], first["low"], first["high"], first["n"]) == (2.0, 1.0, 3.0, 3)
+
+
+def test_scatter_draws_one_dot_per_row_of_its_phase_and_arms(tmp_path):
+    folder = make_run(tmp_path, charts=(replace(CURVE, kind="scatter", phase="sweep", arms=("new",), log_x=True),))
+    sweep = [{"step": step, "loss": 1.0, "phase": "sweep"} for step in (0, 1, 10)]
+    (job_folder(folder, "new", 0) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sweep))
+    rows = data(specs(to_html(load(folder)))[-1])
+    assert [(row["arm"], row["x"]) for row in rows] == [("new", 1), ("new", 10)]  # a logarithm has no zero
+
+
+def test_a_chart_that_nobody_recorded_says_so(tmp_path):
+    assert "No job recorded numbers for step and speed." in to_html(
+        load(make_run(tmp_path, charts=(replace(CURVE, y="speed"),)))
+    )
+
+
+def test_no_claims_and_no_charts_leave_a_plain_report(tmp_path):
+    report = load(make_run(tmp_path, claims=(), charts=()))
+    assert "No claim to judge" in report.headline
+    assert "<h2>Claims</h2>" not in to_html(report)
+    assert "## Claims" not in to_markdown(report)
+    assert "0.92" in printed(report)
+
+
+def test_a_relative_margin_is_shown_in_the_metrics_unit(tmp_path):
+    claim = replace(CLAIMS[0], margin=0.1, relative=True)
+    assert "more than +0.09 (10 % of old)" in to_markdown(load(make_run(tmp_path, claims=(claim,))))
+
+
+def test_a_small_spread_is_not_rounded_to_nothing(tmp_path):
+    scores = {"new": [(0.9, 1.0), (0.9002, 1.0), (0.9004, 1.0)], "old": [(0.1, 1.0)] * 3}
+    text = to_markdown(load(make_run(tmp_path, scores, claims=())))
+    assert "**0.90** ±0.0002 | 1.0 ±0.0 |" in text
+    assert "0.10 ±0.00 |" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "text"),
+    [
+        (-0.0004, ".1%", "−0.04%"),
+        (0.0004, ".2f", "0.0004"),
+        (-1e-17, ".2f", "0.00"),
+        (-2.5, ".1f", "−2.5"),
+        (NAN, "g", "—"),
+    ],
+)
+def test_numbers_keep_their_sign_and_are_never_rounded_away(value, spec, text):
+    assert number(value, spec) == text
+
+
+def test_configuration_and_cost_are_listed(tmp_path):
+    text = to_markdown(load(make_run(tmp_path)))
+    for line in (
+        "| lr | 0.1 |",
+        "| model.width | 8 |",
+        "| torch | 2.1 |",
+        "1 min 30 s per job on average, 9 min 0 s in total",
+    ):
+        assert line in text
+    assert "1,024 MiB" in text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="not a run folder"):
+        load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("change", [{"arms": [{"nom": "new"}]}, {"seeds": None}, {"claims": 3}, {"metrics": []}])
+def test_a_damaged_description_is_refused(tmp_path, change):
+    path = make_run(tmp_path) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UsageError, match=r"run\.json is damaged"):
+        load(tmp_path)
+
+
+def test_a_damaged_job_is_refused_and_nothing_is_written(tmp_path):
+    folder = make_run(tmp_path)
+    (job_folder(folder, "old", 1) / "result.json").write_text('{"arm": "o')
+    with pytest.raises(UsageError, match="only that job is repeated"):
+        write(folder)
+    assert not (folder / "report.html").exists()
