@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -155,6 +156,8 @@ def _run(
 
     if tracker is not None:
         check_tracker(tracker)
+    # a worker that has grown is replaced between jobs; that concerns nobody
+    warnings.filterwarnings("ignore", message="A worker stopped while some jobs", category=UserWarning)
     started = time.perf_counter()
     result = run(
         experiment,

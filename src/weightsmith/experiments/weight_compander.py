@@ -200,6 +200,10 @@ def _train(
     lr = config.lr * scale
     optimizer = torch.optim.SGD(_groups(model, config, lr, multiplier), lr=lr, momentum=config.momentum)
     fixed = arm in ("wc", "wc-neutral")
+
+    def decay() -> None:
+        add_weight_decay_grad_(model, config.weight_decay)
+
     fitted = fit(
         model,
         optimizer,
@@ -211,7 +215,7 @@ def _train(
         milestones=config.milestones,
         gamma=config.gamma,
         mixed_precision=config.mixed_precision,
-        before_step=(lambda: add_weight_decay_grad_(model, config.weight_decay)) if fixed else None,
+        before_step=decay if fixed else None,
         after_epoch=_measure,
         record=lambda row: record(row, phase=phase, rate=lr * multiplier),
     )
