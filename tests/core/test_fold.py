@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -113,3 +115,25 @@ def test_a_value_that_is_not_finite_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match=r"1\.weight"):
         ws.fold_(model)
     assert all(parametrize.is_parametrized(layer) for layer in model)
+
+
+def test_folding_a_deep_copy_leaves_the_original_as_it_was():
+    model = nn.Linear(2, 2)
+    parametrize.register_parametrization(model, "weight", Twice())
+    before = model.weight.clone()
+    ws.fold_(copy.deepcopy(model))
+    assert torch.equal(model.weight, before)
+    assert torch.equal(ws.fold_(model).weight, before)
+
+
+def test_a_parametrization_that_says_it_is_invalid_is_refused_before_anything_changes():
+    class Invalid(Twice):
+        def assert_valid(self, name):
+            raise UsageError(f"{name} is wrong")
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    parametrize.register_parametrization(model[0], "weight", Twice())
+    parametrize.register_parametrization(model[1], "weight", Invalid())
+    with pytest.raises(UsageError, match=r"1\.weight is wrong"):
+        ws.fold_(model)
+    assert parametrize.is_parametrized(model[0])

@@ -32,7 +32,8 @@ def fold_(model: Model, *, where: Where = None) -> Model:
 
     Raises:
         UsageError: ``where`` is given and matches no parametrised module.
-        ValueError: A folded value would not be finite; nothing has been changed then.
+        ValueError: A folded value would not be finite, or a parametrization's own ``assert_valid(name)`` raises; nothing
+            has been changed then.
     """
     if (
         where is None
@@ -41,6 +42,11 @@ def fold_(model: Model, *, where: Where = None) -> Model:
     ):
         return model
     modules = select(model, where, default=_is_parametrized)
+    for name, module in modules.items():
+        for tensor_name, held in _of(module).items():
+            for parametrization in held:
+                if hasattr(parametrization, "assert_valid"):  # it may know of values that are finite and still wrong
+                    parametrization.assert_valid(f"{name}.{tensor_name}".lstrip("."))
     values = {
         (name, tensor_name): _evaluate(module, tensor_name)
         for name, module in modules.items()
@@ -82,6 +88,9 @@ def _replace(module: nn.Module, tensor_name: str, value: Tensor, tied: dict[tupl
     originals = (
         [held.original] if held.is_tensor else [getattr(held, f"original{index}") for index in range(held.ntensors)]
     )
+    # deep copies share the class that holds the tensor's property, and torch deletes it there: take a class of our own
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=not held.is_tensor)
     key = tuple(id(original) for original in originals)
     left = tied.setdefault(key, getattr(module, tensor_name))
