@@ -119,7 +119,6 @@ def test_a_rate_at_which_training_diverges_loses_the_sweep():
     assert metrics["best_lr"] == 0.1
 
 
-@pytest.mark.slow
 def test_two_processes_train_an_experiment_to_the_same_weights(tmp_path):
     script = f"""
 import dataclasses, sys, torch

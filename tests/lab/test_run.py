@@ -192,7 +192,6 @@ def test_peak_memory_is_that_of_the_job():
         assert after.peak_memory < large.peak_memory
 
 
-@pytest.mark.slow
 def test_a_real_ray_cluster_of_two_workers_gives_the_same_results(tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
