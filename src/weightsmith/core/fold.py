@@ -4,7 +4,7 @@ A technique that changes how a weight is written registers a ``torch.nn.utils.pa
 evaluates it once and puts the result where the weight was: same class, same keys, same outputs.
 """
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def fold_(model: Model, *, where: Where = None) -> Model:
         for tensor_name, held in _of(module).items():
             for parametrization in held:
                 if hasattr(parametrization, "assert_valid"):  # it may know of values that are finite and still wrong
-                    parametrization.assert_valid(f"{name}.{tensor_name}".lstrip("."))
+                    cast(Any, parametrization).assert_valid(f"{name}.{tensor_name}".lstrip("."))
     values = {
         (name, tensor_name): _evaluate(module, tensor_name)
         for name, module in modules.items()
