@@ -18,7 +18,7 @@ test: $(INSTALLED)  ## everything CI checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow" --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=term:skip-covered
 	$(BIN)/mkdocs build --strict --quiet
 
 test-slow: $(INSTALLED)  ## the tests that take longer
