@@ -92,7 +92,8 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import toy
 from pathlib import Path
 from weightsmith.lab.run import run
-run(toy.EXPERIMENT, toy.Config(seconds=3.0, counter={str(tmp_path)!r}), seeds=20, out=Path({str(tmp_path)!r}), workers=2)
+out = {str(tmp_path)!r}
+run(toy.EXPERIMENT, toy.Config(seconds=3.0, counter=out), seeds=20, out=Path(out), workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60

@@ -32,8 +32,8 @@ def fold_(model: Model, *, where: Where = None) -> Model:
 
     Raises:
         UsageError: ``where`` is given and matches no parametrised module.
-        ValueError: A folded value would not be finite, or a parametrization's own ``assert_valid(name)`` raises; nothing
-            has been changed then.
+        ValueError: A folded value would not be finite, or a parametrization's own ``assert_valid(name)`` raises;
+            nothing has been changed then.
     """
     if (
         where is None
