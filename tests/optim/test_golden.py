@@ -14,7 +14,7 @@ from weightsmith.optim.projection import View, invariant_view, look, project
 PATH = Path(__file__).parents[1] / "golden" / "adamp.safetensors"
 with safe_open(PATH, "pt") as file:
     NUMBERS = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    CASES = {name: json.loads(text) for name, text in file.metadata().items() if text.startswith("{")}
+    CASES = {name: json.loads(text) for name, text in sorted(file.metadata().items()) if text.startswith("{")}
 TRAJECTORIES = [name for name in CASES if name.startswith(("adamp_", "sgdp_"))]
 FORMS = {
     "default": {},

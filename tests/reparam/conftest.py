@@ -17,7 +17,7 @@ class Golden:
         with safe_open(GOLDEN, "pt") as file:
             self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.settings: dict[str, Any] = {
-                case: json.loads(text) for case, text in file.metadata().items() if text.startswith("{")
+                case: json.loads(text) for case, text in sorted(file.metadata().items()) if text.startswith("{")
             }
 
     def __call__(self, case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
