@@ -51,7 +51,7 @@ class Config:
     """Random crops and flips."""
     sgd_lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Learning rates that SGD and SGDP are tried at."""
-    adam_lrs: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
+    adam_lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
     """Learning rates that AdamW and AdamP are tried at."""
     sgd_reference_lr: float = 0.1
     """The one of sgd_lrs at which norms are compared."""
