@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
+from weightsmith.experiments._images import ImageTask
 from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
-from weightsmith.lab.data import check_data, load_images
 from weightsmith.lab.images import Images
-from weightsmith.lab.models import build_model, check_model
 from weightsmith.lab.record import Recorder
 from weightsmith.lab.sweep import best_of
-from weightsmith.lab.train import Schedule, evaluate, fit, seed_everything
+from weightsmith.lab.train import evaluate, fit
 from weightsmith.optim import SGDP, AdamP
 
 _TOY_STEPS = 400
@@ -30,25 +29,9 @@ _ALIGNED = 0.999
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(ImageTask):
     """What the AdamP experiment compares, and how."""
 
-    data: str = "digits"
-    """Data set: digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, a hub id or a folder."""
-    model: str = "convnet"
-    """Model: convnet, resnet18, vit_tiny ..., module:function, or a Hugging Face id or folder."""
-    train_examples: int | None = None
-    """Use the first so many training rows, validation included; all by default."""
-    test_examples: int | None = None
-    """Use the first so many test rows; all by default."""
-    epochs: int = 10
-    """Passes over the training data."""
-    batch_size: int = 64
-    """Examples per step."""
-    schedule: Schedule = "cosine"
-    """Learning-rate schedule, per step."""
-    augment: bool = False
-    """Random crops and flips."""
     sgd_lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Learning rates that SGD and SGDP are tried at."""
     adam_lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
@@ -69,8 +52,6 @@ class Config:
     """Share of the decay that scale-invariant weights keep."""
     without_decay: bool = True
     """Also compare every optimiser without weight decay, where the paper's small contrast is strongest."""
-    mixed_precision: str | None = None
-    """no, fp16 or bf16."""
 
 
 def arms(config: Config) -> list[Arm]:
@@ -159,8 +140,7 @@ def check(config: Config) -> None:
         rates, reference = getattr(config, f"{family}_lrs"), getattr(config, f"{family}_reference_lr")
         if reference not in rates:
             raise UsageError(f"{family}_reference_lr must be one of {family}_lrs {rates}, got {reference}")
-    check_model(config.model)
-    check_data(config.data)
+    config.check()
 
 
 def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, float]:
@@ -169,9 +149,7 @@ def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, f
     optimizer = partial(_optimizer, config, name, decay=not suffix)
     plane_norm, plane_steps = _plane(optimizer, seed, record)
 
-    data = load_images(
-        config.data, train_examples=config.train_examples, test_examples=config.test_examples, augment=config.augment
-    )
+    data = config.images()
     family = "sgd" if name.startswith("sgd") else "adam"
     reference: dict[str, float] = {}
 
@@ -205,8 +183,7 @@ def _train(
     record: Recorder,
     is_reference: bool,
 ) -> tuple[float, nn.Module, dict[str, float]]:
-    seed_everything(seed)
-    model = build_model(config.model, channels=data.channels, size=data.size, classes=data.classes)
+    model = config.network(data, seed)
     kernels = _kernels(model)
     start = _mean_norm(kernels)
     opt = optimizer(list(model.parameters()), lr)

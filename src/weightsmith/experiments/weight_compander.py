@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.fold import fold_
+from weightsmith.experiments._images import ImageTask
 from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
-from weightsmith.lab.data import check_data, load_images
 from weightsmith.lab.images import Images
-from weightsmith.lab.models import build_model, check_model
 from weightsmith.lab.record import Recorder
 from weightsmith.lab.sweep import best_of
-from weightsmith.lab.train import Schedule, evaluate, fit, seed_everything
+from weightsmith.lab.train import evaluate, fit
 from weightsmith.reparam import add_weight_decay_grad_, compand_, param_groups
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,29 +27,15 @@ _NEAR_ZERO = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(ImageTask):
     """What the Weight Compander experiment compares, and how."""
 
-    data: str = "digits"
-    """Data set: digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, a hub id or a folder."""
-    model: str = "convnet"
-    """Model: convnet, resnet18, vgg16_bn ..., module:function, or a Hugging Face id or folder."""
-    train_examples: int | None = None
-    """Use the first so many training rows, validation included; all by default."""
-    test_examples: int | None = None
-    """Use the first so many test rows; all by default."""
     epochs: int = 15
     """Passes over the training data."""
-    batch_size: int = 64
-    """Examples per step."""
-    schedule: Schedule = "cosine"
-    """Learning-rate schedule, per step."""
     milestones: tuple[float, ...] = ()
     """Epochs at which the step schedule falls."""
     gamma: float = 0.2
     """By what it falls."""
-    augment: bool = False
-    """Random crops and flips."""
     lr: float = 0.05
     """Base learning rate, that of the plain network."""
     scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -70,8 +54,6 @@ class Config:
     """Where the learnt height starts."""
     learnt_b: float = 1.0
     """Where the learnt width starts."""
-    mixed_precision: str | None = None
-    """no, fp16 or bf16."""
 
 
 def arms(config: Config) -> list[Arm]:
@@ -151,15 +133,12 @@ def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
     if 1.0 not in config.scales:
         raise UsageError(f"scales must contain 1, the arm's own rate, got {config.scales}")
-    check_model(config.model)
-    check_data(config.data)
+    config.check()
 
 
 def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, float]:
     """Train one arm with one seed at every multiple of its rate."""
-    data = load_images(
-        config.data, train_examples=config.train_examples, test_examples=config.test_examples, augment=config.augment
-    )
+    data = config.images()
     multiplier = {
         "plain-matched": _multiplier(config.a, config.b),
         "plain-matched-learnt": _multiplier(config.learnt_a, config.learnt_b),
@@ -189,8 +168,7 @@ def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, f
 def _train(
     config: Config, data: Images, arm: str, scale: float, multiplier: float, seed: int, record: Recorder, phase: str
 ) -> tuple[float, nn.Module]:
-    seed_everything(seed)
-    model = build_model(config.model, channels=data.channels, size=data.size, classes=data.classes)
+    model = config.network(data, seed)
     probe, _ = data.validation.__getitems__(list(range(min(8, len(data.validation)))))
     before = _logits(model, probe)
     bound = _rewrite_(model, config, arm)
@@ -220,10 +198,10 @@ def _train(
         record=lambda row: record(row, phase=phase, rate=lr * multiplier),
     )
     if fitted.diverged:
-        return math.nan, fitted.model
+        return math.nan, model
     if _measure(model)["max_weight"] > bound:
         raise RuntimeError(f"{arm} has let a weight beyond its bound {bound:.4f}")
-    return evaluate(model, data.validation)["accuracy"], fold_(fitted.model)
+    return evaluate(model, data.validation)["accuracy"], model
 
 
 def _rewrite_(model: nn.Module, config: Config, arm: str) -> float:
