@@ -214,6 +214,18 @@ TECHNIQUES = (
         venue="arXiv",
         year=2025,
         arxiv="2504.18580",
+        names=(
+            "weightsmith.average.merge_checkpoints",
+            "weightsmith.average.find_checkpoints",
+            "weightsmith.average.checkpoint_losses",
+            "weightsmith.average.metric_weights",
+            "weightsmith.average.average_state_dicts",
+            "weightsmith.average.greedy_soup",
+            "weightsmith.average.ema",
+            "weightsmith.average.swa",
+            "weightsmith.average.LAWA",
+        ),
+        experiment="weightsmith.experiments.mwa",
     ),
     Technique(
         slug="weight-aligning",

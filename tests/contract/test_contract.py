@@ -55,7 +55,7 @@ def test_every_public_name_exists_is_documented_and_in_the_suite(name):
     found = getattr(importlib.import_module(module), attribute)
     assert attribute in importlib.import_module(module).__all__
     assert inspect.getdoc(found)
-    assert name in {**REPARAMETRISATIONS, **OPTIMIZERS, **ELSEWHERE}, "add a case to tests/contract/cases.py"
+    assert name in {*REPARAMETRISATIONS, *OPTIMIZERS, *ELSEWHERE}, "add a case to tests/contract/cases.py"
 
 
 @pytest.mark.parametrize("card", [card for card in TECHNIQUES if card.available], ids=lambda card: card.slug)

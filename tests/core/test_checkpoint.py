@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
+from weightsmith.core.checkpoint import Checkpoint, write_checkpoint, write_pieces
 from weightsmith.core.errors import UsageError
 
 
@@ -105,3 +105,46 @@ def test_a_damaged_file_and_a_missing_shard_are_named(tmp_path):
 def test_a_name_that_comes_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="comes twice"):
         write_checkpoint([("a", torch.ones(1)), ("a", torch.ones(1))], tmp_path / "model")
+
+
+def test_a_file_written_in_pieces_is_read_by_safetensors_and_in_pieces(tmp_path):
+    state = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 4),
+        "flags": torch.tensor([True, False]),
+    }
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    flat = state["half"].flatten()
+    rest = [state[name] for name in ("scalar", "empty", "flags")]
+    write_pieces(tmp_path / "model.safetensors", layout, [flat[:4], flat[4:], *rest])
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    stored = Checkpoint(tmp_path).stored()
+    assert [(stored[name].dtype, stored[name].shape) for name in state] == list(layout.values())
+    piece = torch.empty(6, dtype=torch.bfloat16)
+    stored["half"].read(piece, 7)
+    assert torch.equal(piece, flat[7:13])
+
+
+def test_places_are_found_in_every_shard(tmp_path):
+    state = tensors()
+    stored = Checkpoint(write_checkpoint(state, tmp_path / "model", max_shard_bytes=160)).stored()
+    assert stored.keys() == state.keys()
+    for name, place in stored.items():
+        whole = torch.empty(20)
+        place.read(whole)
+        assert torch.equal(whole, state[name].flatten())
+
+
+def test_pieces_that_do_not_fill_the_layout_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold 8 bytes, as the layout says, got 4"):
+        write_pieces(tmp_path / "short.safetensors", {"a": (torch.float32, (2,))}, [torch.ones(1)])
+
+
+def test_a_file_that_is_cut_off_after_it_was_opened_is_named(tmp_path):
+    path = write_checkpoint({"a": torch.ones(4)}, tmp_path / "model") / "model.safetensors"
+    place = Checkpoint(path).stored()["a"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UsageError, match="ends too early"):
+        place.read(torch.empty(4))

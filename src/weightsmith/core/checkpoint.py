@@ -2,14 +2,19 @@
 
 A folder holds ``model.safetensors``, or shards ``model-00001-of-00003.safetensors`` with an index
 ``model.safetensors.index.json`` that maps tensor names to shards. Tensors are read one at a time, so a checkpoint of
-any size can be walked through in the memory of its largest tensor.
+any size can be walked through in the memory of its largest tensor; read and written in pieces, in that of a piece.
 """
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +24,53 @@ from weightsmith.core.files import folder_atomically, write_atomically
 
 _NAME = "model"
 _DEFAULT_SHARD_BYTES = 5 * 10**9
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies in a safetensors file: enough to read any piece of it.
+
+    Attributes:
+        file: The file.
+        dtype: Of its elements.
+        shape: Its shape.
+        start: Byte of the file at which its data begins.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def read(self, into: Tensor, first: int = 0) -> None:
+        """Fill ``into`` with consecutive elements, in row-major order, through no other memory.
+
+        Args:
+            into: ``(n,)``, contiguous, of this dtype, on the CPU.
+            first: Element to begin with.
+
+        Raises:
+            UsageError: The file ends too early.
+        """
+        with self.file.open("rb") as file:
+            file.seek(self.start + first * self.dtype.itemsize)
+            if file.readinto(into.view(torch.uint8).numpy().data) != into.nbytes:
+                raise UsageError(f"{self.file} is damaged: it ends too early")
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -59,6 +111,17 @@ class Checkpoint(Mapping[str, Tensor]):
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         return {name: shapes[name] for name in self}
 
+    def stored(self) -> dict[str, Stored]:
+        """Where each tensor lies, in the order of the data: file by file, from the headers alone.
+
+        Raises:
+            UsageError: A tensor has a dtype that is not known here.
+        """
+        found: dict[str, Stored] = {}
+        for shard in dict.fromkeys(self._shard.values()):
+            found |= {name: place for name, place in _places(shard).items() if self._shard.get(name) == shard}
+        return found
+
 
 def write_checkpoint(
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
@@ -97,6 +160,38 @@ def write_checkpoint(
     return target
 
 
+def write_pieces(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Iterable[Tensor]
+) -> None:
+    """Write one safetensors file piece by piece, in the memory of a piece, and see it onto the disk.
+
+    Args:
+        path: The file to write; make it inside :func:`~weightsmith.core.files.folder_atomically`.
+        layout: Dtype and shape by name, in the order of the data.
+        pieces: The tensors' elements in that order, in row-major order, cut anywhere; contiguous, on the CPU.
+
+    Raises:
+        ValueError: The pieces do not add up to the layout.
+        OSError: It cannot be written or the disk is full.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # data must begin at a multiple of 8
+    written = 0
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for piece in pieces:
+            written += file.write(piece.reshape(-1).view(torch.uint8).numpy().data)
+        if written != end:
+            raise ValueError(f"pieces must hold {end} bytes, as the layout says, got {written}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _locate(path: Path) -> dict[str, Path]:
     if path.is_file():
         return _names(path)
@@ -131,6 +226,21 @@ def _open(path: Path) -> safe_open:
 def _names(path: Path) -> dict[str, Path]:
     with _open(path) as file:
         return dict.fromkeys(file.keys(), path)
+
+
+def _places(path: Path) -> dict[str, Stored]:
+    _names(path)  # whether the file is whole is checked there
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        if entry["dtype"] not in _DTYPES:
+            raise UsageError(f"{name} in {path} has dtype {entry['dtype']}; known: {', '.join(_DTYPES)}")
+        start = 8 + size + entry["data_offsets"][0]
+        places[name] = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+    return places
 
 
 def _in_shards(pairs: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,34 @@
+"""Many checkpoints into one: averages of a run's saved states, weighted by what the run has logged.
+
+===============================================  ====================================================================
+``merge_checkpoints``                            checkpoint folders, full models or adapters, into one folder
+``find_checkpoints``, ``checkpoint_losses``      what a run has left behind, and how good each is
+``metric_weights``, ``weigh_checkpoints``        metrics into weights
+``average_state_dicts``                          the same in memory, for any module
+``greedy_soup``, ``greedy_members``              keep only members that your evaluation likes
+``ema``, ``swa``, ``LAWA``                       running averages while a model trains
+===============================================  ====================================================================
+"""
+
+from weightsmith.average.checkpoints import Checkpoint, checkpoint_losses, find_checkpoints
+from weightsmith.average.merge import MergeReport, Share, merge_checkpoints, weigh_checkpoints
+from weightsmith.average.soup import greedy_members, greedy_soup
+from weightsmith.average.state_dicts import LAWA, average_state_dicts, ema, swa
+from weightsmith.average.weights import metric_weights
+
+__all__ = [
+    "LAWA",
+    "Checkpoint",
+    "MergeReport",
+    "Share",
+    "average_state_dicts",
+    "checkpoint_losses",
+    "ema",
+    "find_checkpoints",
+    "greedy_members",
+    "greedy_soup",
+    "merge_checkpoints",
+    "metric_weights",
+    "swa",
+    "weigh_checkpoints",
+]

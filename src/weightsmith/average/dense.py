@@ -1,0 +1,111 @@
+"""Averages of adapters, added to the base model's weights: a full model comes out."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightsmith.average.adapters import Adapters, Pair, base_name
+from weightsmith.average.checkpoints import Checkpoint
+from weightsmith.average.sources import Place, read_json, whole
+from weightsmith.average.stream import Mean
+from weightsmith.core.errors import UsageError, near, require
+
+
+class Dense:
+    """The base model's tensors plus ``sum_i w_i s_i B_i A_i``, piece by piece.
+
+    Args:
+        base: The base model's tensors.
+        adapters: Plain LoRA adapters; whole modules and biases that were saved with them replace the base's.
+        shares: Weights of sum 1, oldest first.
+        mean: Averages those.
+        chunk_mb: Memory for the rows of one piece.
+
+    Raises:
+        UsageError: The base model lacks a tensor that the adapters change.
+    """
+
+    def __init__(
+        self, base: Mapping[str, Place], adapters: Adapters, shares: Sequence[float], mean: Mean, chunk_mb: float
+    ) -> None:
+        self._base, self._adapters, self._shares, self._mean = base, adapters, shares, mean
+        self._elements = max(1, int(chunk_mb * 2**20) // 16)
+        self._updates = {f"{pair.module}.weight": pair for pair in adapters.pairs.values()}
+        self._biases = {f"{p.module}.bias": p for p in adapters.pairs.values() if p.bias in adapters.places[-1]}
+        factors = {name for pair in adapters.pairs.values() for name in (pair.a, pair.b, pair.bias)}
+        saved = {base_name(name): name for name in adapters.places[-1] if name not in factors}
+        # PEFT saves a frozen embedding along with its update: the base model has that already
+        self._replaced = {name: key for name, key in saved.items() if name not in self._updates}
+        for name in (*self._updates, *self._biases, *self._replaced):
+            if name not in base:
+                raise UsageError(
+                    f"the base model has no tensor {name!r}, which the adapters change; {near(name, base)}"
+                )
+
+    def dtype_of(self, place: Place) -> torch.dtype:
+        """What a tensor is written as."""
+        return self._mean.dtype_of(place)
+
+    def pieces(self, name: str, places: Sequence[Place]) -> Iterator[Tensor]:
+        """Give the merged model's tensor ``name`` piece by piece."""
+        (place,) = places
+        if name in self._replaced:
+            key = self._replaced[name]
+            for piece in self._mean.pieces(key, [found[key] for found in self._adapters.places]):
+                yield piece.to(self.dtype_of(place))
+        elif name in self._updates:
+            yield from self._updated(place, self._updates[name])
+        elif name in self._biases:
+            sums = whole(place).float() + self._adapters.bias(self._biases[name], self._shares)
+            yield sums.to(self.dtype_of(place))
+        else:
+            yield from Mean([1.0], dtype=self.dtype_of(place), chunk_mb=16 * self._elements / 2**20).pieces(
+                name, [place]
+            )
+
+    def _updated(self, place: Place, pair: Pair) -> Iterator[Tensor]:
+        a, b = self._adapters.product(pair, self._shares)
+        if pair.embedding or self._adapters.configs[-1].get("fan_in_fan_out"):
+            a, b = b.T, a.T  # these weights are stored as (in, out)
+        if (b.shape[0], a.shape[1]) != (place.shape[0], math.prod(place.shape[1:])):
+            raise UsageError(
+                f"{pair.module} has updates of shape {(b.shape[0], a.shape[1])} for weights of shape {place.shape}"
+            )
+        width = a.shape[1]
+        rows = max(1, self._elements // width)
+        for first in range(0, len(b), rows):
+            some = b[first : first + rows]
+            weights = torch.empty(len(some) * width, dtype=place.dtype)
+            place.read(weights, first * width)
+            sums = torch.addmm(weights.view(-1, width).to(a.dtype), some, a)
+            yield sums.to(self.dtype_of(place))
+
+
+def merged_by_peft(base: Path, checkpoints: Sequence[Checkpoint], shares: Sequence[float]) -> Any:
+    """Average the models that adapters of any kind make of the base model; PEFT merges each of them.
+
+    Args:
+        base: Folder of the base model.
+        checkpoints: Adapter folders.
+        shares: Weights of sum 1.
+
+    Returns:
+        A ``transformers`` model.
+    """
+    peft = require("peft", extra="hf", purpose="dense averages of adapters other than plain LoRA")
+    transformers = require("transformers", extra="hf", purpose="dense averages of adapters other than plain LoRA")
+    names = read_json(base / "config.json").get("architectures") or ["AutoModel"]
+    total: dict[str, Tensor] = {}
+    for checkpoint, share in zip(checkpoints, shares, strict=True):
+        model = getattr(transformers, names[0]).from_pretrained(base)
+        model = peft.PeftModel.from_pretrained(model, checkpoint.path).merge_and_unload()
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+                total[name] = total[name].add_(wide, alpha=share) if name in total else wide * share
+    model.load_state_dict(total, strict=False)
+    return model

@@ -1,0 +1,337 @@
+"""Merge the checkpoints of one training run into one folder that loads like any of them.
+
+``theta = sum_i w_i theta_i``, the weights coming from metrics that the run has logged. Full models are averaged in
+constant memory, LoRA adapters as the updates that they stand for. Nothing is trained, nothing needs to be evaluated.
+
+Source: "Parameter-Efficient Checkpoint Merging via Metrics-Weighted Averaging" (arXiv 2504.18580). Uniform weights over
+the latest checkpoints are LAWA (arXiv 2209.14981), over any, a uniform soup (arXiv 2203.05482).
+"""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from weightsmith.average.adapters import LoraMode, open_adapters
+from weightsmith.average.checkpoints import Checkpoint, as_checkpoints, checkpoint_losses, find_checkpoints
+from weightsmith.average.dense import Dense, merged_by_peft
+from weightsmith.average.sources import Place, check_alike, open_places, read_json
+from weightsmith.average.state_dicts import normalised
+from weightsmith.average.stream import Mean
+from weightsmith.average.weights import Metric, Scheme, metric_weights
+from weightsmith.core.checkpoint import write_pieces
+from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
+from weightsmith.core.files import folder_atomically, write_atomically
+
+_WEIGHT_FILES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
+_RUN_FILES = frozenset({"trainer_state.json", "merge_report.json"})
+_LARGE_GAP = 0.1
+_Paths = Path | str | Sequence[Path | str | Checkpoint]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one checkpoint contributes.
+
+    Attributes:
+        checkpoint: Which.
+        value: Its metric; ``None`` when the weights were given by hand.
+        weight: Its weight; all sum to 1.
+    """
+
+    checkpoint: Checkpoint
+    value: float | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What was merged and how; also written to ``merge_report.json`` in the new folder.
+
+    Attributes:
+        out: The new folder.
+        shares: Checkpoints with their metrics and weights, oldest first.
+        distances: ``||theta_i - theta_n|| / ||theta_n||`` of each from the newest, over the floating-point tensors of
+            equal shape in the files; ``None`` where there are none.
+        lora_mode: How LoRA factors were averaged; ``None`` for full models and other adapters.
+        gaps: ``"factors"``: share of each module's average update that averaging its factors loses.
+        discarded: ``"svd"``: share of it that the rank cannot hold.
+        notes: What the user should know; also issued as warnings.
+        settings: Metric, scheme, penalty and the like.
+    """
+
+    out: Path
+    shares: list[Share]
+    distances: list[float | None]
+    lora_mode: LoraMode | None = None
+    gaps: dict[str, float] = field(default_factory=dict)
+    discarded: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def weigh_checkpoints(
+    checkpoints: _Paths,
+    *,
+    values: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    metric: Metric = "loss",
+    source: str = "since_previous",
+    scheme: Scheme = "power",
+    penalty: float = 1.0,
+    top: int | None = None,
+    skip_bad: bool = False,
+) -> list[Share]:
+    """Decide what each checkpoint contributes; no weight file is read.
+
+    Args:
+        checkpoints: A run folder (its last four are taken), or checkpoints of one run.
+        values: The metric by hand, one number per checkpoint, oldest first.
+        weights: The weights themselves; scaled to sum 1.
+        metric: What weighs: ``"loss"`` and ``"score"`` are read from the run's log, ``"steps"`` from folder names.
+        source: Which entry of the log, see :func:`checkpoint_losses`.
+        scheme: See :func:`metric_weights`.
+        penalty: See :func:`metric_weights`.
+        top: Take only so many, the best by metric.
+        skip_bad: Leave out checkpoints whose metric is not finite.
+
+    Returns:
+        One share per checkpoint taken, oldest first.
+
+    Raises:
+        UsageError: There is no such checkpoint or log entry, or an argument is out of range.
+    """
+    found = find_checkpoints(checkpoints) if isinstance(checkpoints, Path | str) else as_checkpoints(checkpoints)
+    if weights is not None:
+        shares = normalised(weights, len(found))
+        return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
+    if values is not None and len(values) != len(found):
+        raise UsageError(f"values must be {len(found)} numbers, one per checkpoint, got {len(values)}")
+    if values is None and scheme in ("uniform", "ema") and top is None:
+        values = [checkpoint.step for checkpoint in found]  # these schemes look at no metric, so none need be logged
+    elif values is None:
+        values = [c.step for c in found] if metric == "steps" else checkpoint_losses(found, source)
+    known = list(zip(found, map(float, values), strict=True))
+    bad = [(checkpoint, value) for checkpoint, value in known if not math.isfinite(value)]
+    if bad and not skip_bad:
+        raise UsageError(f"{metric} of {bad[0][0].path} is {bad[0][1]}; skip_bad=True (--skip-bad) leaves it out")
+    known = [(checkpoint, value) for checkpoint, value in known if math.isfinite(value)]
+    if top is not None:
+        if top < 1:
+            raise UsageError(f"top must be at least 1, got {top}")
+        best = sorted(known, key=lambda pair: pair[1], reverse=metric != "loss")[:top]
+        known = sorted(best, key=lambda pair: pair[0].step)
+    computed = metric_weights([value for _, value in known], metric, scheme, penalty)
+    return [Share(*pair, float(weight)) for pair, weight in zip(known, computed, strict=True)]
+
+
+def merge_checkpoints(
+    checkpoints: _Paths,
+    out: Path | str,
+    *,
+    values: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    metric: Metric = "loss",
+    source: str = "since_previous",
+    scheme: Scheme = "power",
+    penalty: float = 1.0,
+    top: int | None = None,
+    skip_bad: bool = False,
+    lora_mode: LoraMode = "svd",
+    rank: int | None = None,
+    base: Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    chunk_mb: float = 16,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> MergeReport:
+    """Merge checkpoints of one run into a folder that ``from_pretrained`` loads unchanged.
+
+    The folder appears whole or not at all. Configuration, tokeniser and shard layout are the newest checkpoint's.
+
+    Args:
+        checkpoints: A run folder (its last four are taken), or checkpoints: see :func:`find_checkpoints`.
+        out: The folder to make.
+        values: See :func:`weigh_checkpoints`, also for the next seven.
+        weights: The weights themselves.
+        metric: ``"loss"``, ``"steps"`` or ``"score"``.
+        source: Which entry of the log.
+        scheme: How metrics become weights.
+        penalty: How sharply.
+        top: Take only so many, the best by metric.
+        skip_bad: Leave out checkpoints whose metric is not finite.
+        lora_mode: ``"svd"``: the best adapter of ``rank`` for the average update. ``"cat"``: that update exactly, at
+            the sum of all ranks. ``"factors"``: average A and B, which drops the covariance gap. ``"dense"``: the exact
+            update in the base model's weights; a full model comes out.
+        rank: Of ``"svd"``; ``None``: the checkpoints' own.
+        base: Folder of the base model, for ``"dense"``.
+        dtype: What floating-point tensors are written as; ``None``: the newest's, and then all must have it.
+        chunk_mb: Memory for the buffers that full models are streamed through.
+        overwrite: Replace what is at ``out``.
+        allow_pickle: Also read ``.bin`` files.
+
+    Raises:
+        UsageError: The checkpoints cannot be merged as asked; nothing has been written.
+
+    Warns:
+        WeightsmithWarning: The result needs attention; also in the report's ``notes``.
+    """
+    if lora_mode not in get_args(LoraMode):
+        raise unknown("lora_mode", lora_mode, get_args(LoraMode))
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank must be at least 1, got {rank}")
+    if not chunk_mb > 0:
+        raise UsageError(f"chunk_mb must be above 0, got {chunk_mb}")
+    shares = weigh_checkpoints(
+        checkpoints,
+        values=values,
+        weights=weights,
+        metric=metric,
+        source=source,
+        scheme=scheme,
+        penalty=penalty,
+        top=top,
+        skip_bad=skip_bad,
+    )
+    chosen = [share.checkpoint for share in shares]
+    target = Path(out)
+    _check_target(target, [*(c.path for c in chosen), *([Path(base)] if base else [])], overwrite)
+    if len({checkpoint.kind for checkpoint in chosen}) > 1:
+        kinds = ", ".join(f"{c.path.name}: {c.kind}" for c in chosen)
+        raise UsageError(f"checkpoints must be all adapters or all models, got {kinds}")
+    adapters = chosen[0].kind == "adapter"
+    if adapters and lora_mode == "dense" and base is None:
+        raise UsageError("lora_mode 'dense' needs the base model's folder as base (--base)")
+    report = MergeReport(
+        target,
+        shares,
+        [None] * len(shares),
+        settings={"metric": metric, "source": source, "scheme": scheme, "penalty": penalty, "rank": rank}
+        if weights is None
+        else {"weights": "given"},
+        lora_mode=lora_mode if adapters else None,
+    )
+    mean = Mean([share.weight for share in shares], dtype=dtype, chunk_mb=chunk_mb)
+    places = [open_places(checkpoint, allow_pickle=allow_pickle) for checkpoint in chosen]
+    with folder_atomically(target) as fresh:
+        if not adapters:
+            check_alike(places, mixed_dtypes=dtype is not None)
+            _write_model(fresh, chosen[-1].path, places, mean, dtype)
+            if any(name.endswith("running_mean") for name in places[-1]):
+                report.notes.append("batch norm's statistics were averaged; measure them anew: swa_utils.update_bn")
+        else:
+            _write_adapter(fresh, report, places, mean, dtype, lora_mode, rank, Path(base) if base else None, chunk_mb)
+        if mean.measured:
+            report.distances[:] = mean.distances()
+        write_atomically(fresh / "merge_report.json", json.dumps(asdict(report), indent=2, default=str) + "\n")
+    for note in report.notes:
+        warnings.warn(note, WeightsmithWarning, stacklevel=2)
+    return report
+
+
+class _Source(Protocol):
+    def dtype_of(self, place: Place, /) -> torch.dtype: ...
+
+    def pieces(self, name: str, places: Sequence[Place]) -> Iterable[Tensor]: ...
+
+
+def _write_model(
+    fresh: Path, newest: Path, places: Sequence[Mapping[str, Place]], source: _Source, dtype: torch.dtype | None
+) -> None:
+    """Write every tensor of the newest checkpoint into the file, and in the order, that it has there."""
+    by_file: dict[str, list[str]] = {}
+    for name, place in places[-1].items():
+        by_file.setdefault(_safe(place.file.name), []).append(name)
+    total = 0
+    for file, names in by_file.items():
+        layout = {name: (source.dtype_of(places[-1][name]), places[-1][name].shape) for name in names}
+        parts = (piece for name in names for piece in source.pieces(name, [found[name] for found in places]))
+        write_pieces(fresh / file, layout, parts)
+        total += sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
+    _copy_others(newest, fresh, dtype)
+    for path in newest.glob("*.index.json"):
+        index = read_json(path)
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        index["weight_map"] = {name: _safe(file) for name, file in index["weight_map"].items()}
+        write_atomically(fresh / _safe(path.name), json.dumps(index, indent=2) + "\n")
+
+
+def _write_adapter(
+    fresh: Path,
+    report: MergeReport,
+    places: list[dict[str, Place]],
+    mean: Mean,
+    dtype: torch.dtype | None,
+    mode: LoraMode,
+    rank: int | None,
+    base: Path | None,
+    chunk_mb: float,
+) -> None:
+    chosen, shares = [s.checkpoint for s in report.shares], [s.weight for s in report.shares]
+    adapters, caveat = open_adapters(chosen, places, mode)
+    if caveat:
+        report.notes.append(caveat)
+    free = [name for pair in adapters.pairs.values() for name in (pair.a, pair.b)] if mode != "factors" else []
+    check_alike(places, mixed_dtypes=dtype is not None, free=free)
+    for name in free:
+        found = [tensors[name] for tensors in places]
+        if all(place.shape == found[-1].shape for place in found):
+            mean.measure(name, found)
+    if mode == "dense":
+        assert base is not None
+        if adapters.pairs:
+            stored = open_places(Checkpoint(base, 0, "model"))
+            _write_model(fresh, base, [stored], Dense(stored, adapters, shares, mean, chunk_mb), dtype)
+        else:
+            _copy_others(base, fresh, None)
+            model = merged_by_peft(base, chosen, shares)
+            model.to(dtype or model.dtype).save_pretrained(fresh)
+        return
+    r = adapters.rank(mode, rank) if adapters.pairs else 0
+    layout = adapters.layout(mode, r, mean)
+    write_pieces(fresh / "adapter_model.safetensors", layout, adapters.pieces(layout, mode, r, shares, mean))
+    _copy_others(chosen[-1].path, fresh, None)
+    write_atomically(fresh / "adapter_config.json", json.dumps(adapters.merged_config(mode, r), indent=2) + "\n")
+    report.discarded.update(adapters.discarded)
+    if mode == "factors":
+        report.gaps.update(adapters.gaps(shares))
+        worst = max(report.gaps, key=report.gaps.__getitem__, default=None)
+        if worst is not None and report.gaps[worst] > _LARGE_GAP:
+            report.notes.append(
+                f"averaging factors loses {report.gaps[worst]:.0%} of the update of {worst}: these adapters are too "
+                "different; lora_mode 'svd' or 'cat' keeps it"
+            )
+
+
+def _check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    resolved = target.resolve()
+    for source in (path.resolve() for path in sources):
+        if source.is_relative_to(resolved) or resolved.is_relative_to(source):
+            raise UsageError(f"out must be neither in, around nor equal to what is merged, got {target} for {source}")
+    if target.exists() and not overwrite:
+        raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
+
+
+def _copy_others(source: Path, fresh: Path, dtype: torch.dtype | None) -> None:
+    """Copy configuration, tokeniser and the like, and nothing of the optimiser or the run."""
+    for path in source.iterdir():
+        run_file = path.name in _RUN_FILES or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix not in _WEIGHT_FILES and not run_file:
+            shutil.copyfile(path, fresh / path.name)
+    config = fresh / "config.json"
+    if dtype is not None and config.is_file():
+        content = read_json(config)
+        key = "torch_dtype" if "torch_dtype" in content else "dtype"
+        write_atomically(config, json.dumps({**content, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+
+
+def _safe(name: str) -> str:
+    """The safetensors name of a weight file or an index."""
+    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")

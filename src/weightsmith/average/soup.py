@@ -1,0 +1,66 @@
+"""Greedy soup: add checkpoints, best first, as long as the average does not get worse.
+
+Source: "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference
+time" (arXiv 2203.05482), recipe 1.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightsmith.average.checkpoints import Checkpoint, as_checkpoints
+from weightsmith.average.merge import MergeReport, merge_checkpoints
+from weightsmith.core.errors import UsageError
+
+
+def greedy_members(count: int, evaluate: Callable[[Sequence[int]], float]) -> list[int]:
+    """Choose which of ``count`` models to average.
+
+    Args:
+        count: How many there are.
+        evaluate: ``members -> score`` of their uniform average, higher is better; on held-out data.
+
+    Returns:
+        The members, in ascending order.
+    """
+    if count < 1:
+        raise UsageError("there is nothing to average")
+    alone = [evaluate([index]) for index in range(count)]
+    first, *others = sorted(range(count), key=lambda index: -alone[index])
+    members, score = [first], alone[first]
+    for index in others:
+        candidate = sorted([*members, index])
+        new_score = evaluate(candidate)
+        if new_score >= score:
+            members, score = candidate, new_score
+    return members
+
+
+def greedy_soup(
+    checkpoints: Sequence[Path | str | Checkpoint], out: Path | str, evaluate: Callable[[Path], float], **options: Any
+) -> MergeReport:
+    """Merge the checkpoints that a greedy soup keeps.
+
+    ``2n - 1`` folders are evaluated; candidates are made beside ``out`` and removed.
+
+    Args:
+        checkpoints: Folders of one architecture, see :func:`find_checkpoints`.
+        out: The folder to make.
+        evaluate: ``folder -> score``, higher is better; on held-out data. It loads the folder by ``from_pretrained``.
+        **options: Further arguments of :func:`merge_checkpoints`, for example ``lora_mode``.
+    """
+    found = as_checkpoints(checkpoints)
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    options["scheme"] = "uniform"
+
+    def score(members: Sequence[int]) -> float:
+        if len(members) == 1:
+            return evaluate(found[members[0]].path)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            candidate = Path(folder, "candidate")
+            merge_checkpoints([found[index] for index in members], candidate, **options)
+            return evaluate(candidate)
+
+    return merge_checkpoints([found[index] for index in greedy_members(len(found), score)], target, **options)

@@ -1,0 +1,159 @@
+"""Checkpoint files as tensors of which any piece can be read, whatever format they are in."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from weightsmith.average.checkpoints import Checkpoint
+from weightsmith.core.checkpoint import Checkpoint as Safetensors
+from weightsmith.core.errors import UsageError
+
+_QUANTISED = ("qweight", "absmax", "quant_state", "SCB", "weight_packed")
+_MOST = 5  # differences that an error lists
+
+
+class Place(Protocol):
+    """A tensor in a file."""
+
+    @property
+    def file(self) -> Path:
+        """The file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def read(self, into: Tensor, first: int = 0) -> None:
+        """Fill ``into (n,)`` with consecutive elements, from ``first`` on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """A tensor of a ``.bin`` file, mapped into memory."""
+
+    file: Path
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape)
+
+    def read(self, into: Tensor, first: int = 0) -> None:
+        """Fill ``into (n,)`` with consecutive elements, from ``first`` on."""
+        into.copy_(self.tensor.reshape(-1)[first : first + len(into)])
+
+
+def whole(place: Place) -> Tensor:
+    """Read a tensor, and make sure that it is finite."""
+    flat = torch.empty(place.shape, dtype=place.dtype).view(-1)
+    place.read(flat)
+    return finite(flat.view(place.shape), place)
+
+
+def finite(tensor: Tensor, place: Place, name: str = "") -> Tensor:
+    """Pass a tensor on if it holds neither NaN nor infinity."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise UsageError(f"{name or 'a tensor'} in {place.file} holds NaN or infinity; leave that checkpoint out")
+    return tensor
+
+
+def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[str, Place]:
+    """Find a checkpoint's tensors, in the order of their data.
+
+    Args:
+        checkpoint: Its folder; adapters are looked for in ``adapter_model.*``, models in ``model*.safetensors``.
+        allow_pickle: Also open ``.bin`` files, with ``torch.load(weights_only=True)``.
+
+    Raises:
+        UsageError: There are none, they are damaged, quantised, or pickled without ``allow_pickle``.
+    """
+    path = checkpoint.path
+    stem = "adapter_model" if checkpoint.kind == "adapter" else "pytorch_model"
+    pickles = sorted({*path.glob(f"{stem}.bin"), *path.glob(f"{stem}-*-of-*.bin")})
+    safe = path / "adapter_model.safetensors" if checkpoint.kind == "adapter" else path
+    safe_exists = safe.is_file() if checkpoint.kind == "adapter" else any(path.glob("*.safetensors"))
+    if pickles and not safe_exists:
+        if not allow_pickle:
+            raise UsageError(f"{path} holds {pickles[0].name}, a pickle; allow_pickle=True (--allow-pickle) reads it")
+        return {name: place for file in pickles for name, place in _pickled(file).items()}
+    places: dict[str, Place] = {**Safetensors(safe).stored()}
+    _refuse_quantised(checkpoint, places)
+    return places
+
+
+def check_alike(
+    sources: Sequence[Mapping[str, Place]], *, mixed_dtypes: bool = False, free: Sequence[str] = ()
+) -> None:
+    """Make sure that all checkpoints hold the same tensors.
+
+    Args:
+        sources: One per checkpoint, oldest first; the newest is what the others are compared with.
+        mixed_dtypes: Let floating-point dtypes differ.
+        free: Names whose shapes may differ.
+
+    Raises:
+        UsageError: They do not; the message lists the first differences.
+    """
+    newest = sources[-1]
+    for source in sources[:-1]:
+        differing = sorted(source.keys() ^ newest.keys())
+        found = [f"{name} is only in {'one' if name in source else 'the newest'}" for name in differing]
+        for name in newest.keys() & source.keys():
+            mine, theirs = source[name], newest[name]
+            if mine.shape != theirs.shape and name not in free:
+                found.append(f"{name} has shapes {mine.shape} and {theirs.shape}")
+            if mine.dtype != theirs.dtype and not (
+                mixed_dtypes and mine.dtype.is_floating_point and theirs.dtype.is_floating_point
+            ):
+                found.append(f"{name} is {mine.dtype} and {theirs.dtype} (dtype= converts floating-point tensors)")
+        if found:
+            files = f"{next(iter(source.values())).file} and {next(iter(newest.values())).file}" if source else "files"
+            more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
+            raise UsageError(f"{files} do not match: " + "; ".join(sorted(found)[:_MOST]) + more)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or say that the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is damaged: it holds no object")
+    return content
+
+
+def _pickled(file: Path) -> dict[str, Place]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a pickle can fail in any way
+        raise UsageError(f"{file} cannot be read as plain tensors: {error}") from error
+    return {name: Pickled(file, tensor) for name, tensor in state.items()}
+
+
+def _refuse_quantised(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+    config = checkpoint.path / "config.json"
+    quantised = config.is_file() and "quantization_config" in read_json(config) and checkpoint.kind == "model"
+    marked = [
+        name
+        for name, place in places.items()
+        if name.rpartition(".")[2] in _QUANTISED or (place.dtype.is_floating_point and place.dtype.itemsize == 1)
+    ]
+    if quantised or marked:
+        what = f" ({marked[0]})" if marked else ""
+        raise UsageError(f"{checkpoint.path} is quantised{what}: codes cannot be averaged; merge before quantising")

@@ -1,0 +1,1 @@
+"""Where the training loops of other libraries meet ours: thin adapters."""
