@@ -1,0 +1,207 @@
+"""What a step of FlexRound costs on one block of a language model, beside auto-round and beside plain operations.
+
+The block has the shape of SmolLM2's (hidden 576, 9 heads, 3 key-value heads, intermediate 1536), 4 bits per channel. A
+step is rounding all weights, forward, loss, backward, optimiser and schedule. The auto-round arms are put together from
+its own wrapper, quantisation function (also compiled, its default) and SignSGD; its copy of the best parameters is left
+out. Peak memory is that of a process that makes steps of one arm only, above the process before its first step.
+
+Run ``OMP_NUM_THREADS=1 python benchmarks/flexround.py``. For the auto-round arms: ``pip install --no-deps auto-round
+py-cpuinfo pydantic pydantic-core annotated-types typing-inspection``. Targets: a step at most as long as auto-round's;
+the weight path at least 1.5 times as fast as plain operations.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from _timing import interleave, show
+from weightsmith.core.rounding import round_ste
+from weightsmith.quantize import FlexRound, Grid, RoundToNearest
+from weightsmith.quantize.reconstruct import _written
+
+SHAPES = ((2, 256), (2, 1024))
+ROUNDS = 10
+GRID = Grid(4, search="minmax")
+LR = 1e-3
+
+Step = Callable[[], object]
+
+
+class Unfused(FlexRound):
+    """The same rounding with autograd through plain operations."""
+
+    def soft(self, units: Tensor) -> Tensor:
+        """The rounded weight."""
+        s1 = self.scale * self.log_s1.exp()
+        divisor = (self.log_s1 + self.log_S2 + self.log_s3).exp()
+        return s1 * round_ste(units / divisor).clamp(*self.limits)
+
+
+COMPILED = partial(FlexRound, compiled=True)
+
+
+def block() -> nn.Module:
+    """A decoder layer with random weights."""
+    torch.manual_seed(0)
+    return LlamaDecoderLayer(config(), layer_idx=0).eval().requires_grad_(False)
+
+
+def config() -> LlamaConfig:
+    """SmolLM2-135M's."""
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        attn_implementation="sdpa",
+    )
+
+
+def data(batch: int, length: int) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Hidden states and the rotary tables of their positions."""
+    torch.manual_seed(1)
+    x = torch.randn(batch, length, 576)
+    return x, {"position_embeddings": LlamaRotaryEmbedding(config())(x, torch.arange(length)[None])}
+
+
+def ours(kind: Callable[..., FlexRound], batch: int, length: int) -> Step:
+    """One step of `flexround_`."""
+    module, (x, options) = block(), data(batch, length)
+    target = module(x, **options)
+    layers = {name: inner for name, inner in module.named_modules() if isinstance(inner, nn.Linear)}
+    roundings = {name: kind(layer.weight, GRID) for name, layer in layers.items()}
+    units = {name: rounding.units(layers[name].weight) for name, rounding in roundings.items()}
+    optimizer = torch.optim.Adam([p for r in roundings.values() for p in r.parameters()], lr=LR, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5000)
+
+    def step() -> None:
+        values = {
+            name: rounding.join(rounding.soft(units[name]), layers[name].weight) for name, rounding in roundings.items()
+        }
+        with _written(layers, values):
+            loss = F.mse_loss(module(x, **options), target) * length
+        loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    return step
+
+
+def auto_round(compiled: bool, batch: int, length: int) -> Step:
+    """One step of auto-round, W4 asymmetric per channel."""
+    from auto_round.algorithms.quantization.sign_round.sign_sgd import SignSGD
+    from auto_round.wrapper import wrapper_block
+
+    module, (x, options) = block(), data(batch, length)
+    target = module(x, **options)
+    for inner in module.modules():
+        if isinstance(inner, nn.Linear):
+            settings = {"bits": 4, "group_size": -1, "sym": False, "data_type": "int", "scale_dtype": torch.float32}
+            for name, value in {**settings, "act_bits": 16, "act_dynamic": True}.items():
+                setattr(inner, name, value)
+    wrapper_block(module, True, False, enable_torch_compile=compiled, device="cpu")
+    params = [p for inner in module.modules() if hasattr(inner, "orig_layer") for p in inner.params.values()]
+    optimizer = SignSGD([{"params": params}], lr=torch.tensor(LR), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 5000)
+
+    def step() -> None:
+        loss = F.mse_loss(module(x, **options), target)
+        loss.item()
+        (loss * 1000).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    return step
+
+
+def weight_path(kind: Callable[..., FlexRound]) -> Step:
+    """Rounding all weights of the block, and its backward pass, alone."""
+    weights = [inner.weight for inner in block().modules() if isinstance(inner, nn.Linear)]
+    roundings = [kind(weight, GRID) for weight in weights]
+    units = [rounding.units(weight) for rounding, weight in zip(roundings, weights, strict=True)]
+    upstream = [torch.randn_like(unit) for unit in units]
+
+    def step() -> None:
+        for rounding, unit, grad in zip(roundings, units, upstream, strict=True):
+            rounding.zero_grad()
+            rounding.soft(unit).backward(grad)
+
+    return step
+
+
+def arms(batch: int, length: int) -> dict[str, Callable[[], Step]]:
+    """What is compared, by name."""
+    found: dict[str, Callable[[], Step]] = {
+        "FlexRound": lambda: ours(FlexRound, batch, length),
+        "FlexRound, compiled": lambda: ours(COMPILED, batch, length),
+        "FlexRound, plain operations": lambda: ours(Unfused, batch, length),
+    }
+    if importlib.util.find_spec("auto_round") is not None:
+        found["auto-round"] = lambda: auto_round(False, batch, length)
+        found["auto-round, compiled"] = lambda: auto_round(True, batch, length)
+    return found
+
+
+def resident(key: str) -> float:
+    """Resident memory of this process in MB: now (``VmRSS``) or at its peak (``VmHWM``)."""
+    with open("/proc/self/status") as file:  # noqa: PTH123  (no file in the usual sense)
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+
+def peak_of(name: str, batch: int, length: int) -> None:
+    """Print how far the memory of this process rises in three steps of one arm."""
+    step = arms(batch, length)[name]()
+    before = resident("VmRSS")
+    for _ in range(3):
+        step()
+    print(f"{resident('VmHWM') - before:.0f}")
+
+
+def main() -> None:
+    """Time every arm, measure its memory and show the tables."""
+    if len(sys.argv) == 4:
+        return peak_of(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(1)
+    weights = {
+        "fused": weight_path(FlexRound),
+        "compiled": weight_path(COMPILED),
+        "plain operations": weight_path(Unfused),
+    }
+    show(
+        "weight path: 3.5 M weights, forward and backward",
+        interleave(weights, rounds=3 * ROUNDS),
+        baseline="plain operations",
+    )
+    baseline = "auto-round" if "auto-round" in arms(2, 2) else "FlexRound, plain operations"
+    for batch, length in SHAPES:
+        made = {name: make() for name, make in arms(batch, length).items()}
+        show(f"a step, {batch} x {length} tokens", interleave(made, rounds=ROUNDS), baseline=baseline)
+        del made
+        for name in arms(batch, length):
+            command = [sys.executable, __file__, name, str(batch), str(length)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            print(f"peak memory above start, {batch} x {length} tokens, {name}: {found.stdout.split()[-1]} MB")
+    values = block().mlp.up_proj.weight
+    searches = {
+        search: (lambda search=search: RoundToNearest(values, Grid(4, search=search)))
+        for search in ("minmax", "shrink", "search")
+    }
+    show("finding the steps of a 1536 x 576 matrix, 4 bits", interleave(searches, rounds=3), baseline="shrink")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""How finely weights are kept: rounding after training, training on a grid, and what is written of it.
+
+=========================================================  ==========================================================
+after training
+``round_to_nearest_``                                      the baseline: every weight to the closest grid value
+``flexround_``, ``adaround_``, ``adaquant_``               learn the rounding from a few hundred unlabelled samples
+``BlockOptions``, ``LearningOptions``                      what these verbs have in common
+``quantize_activations_``, ``Activations``                 dynamic or static activations, after or during that
+``RoundToNearest``, ``FlexRound``, ``LRQ``, ...            the roundings, as parametrizations of one weight
+``Report``, ``BlockReport``, ``LayerReport``               what was done, and how large the errors are
+during training
+``prepare_ofq_``, ``calibrate_``, ``reparameterize_qk_``   train a transformer at 2 to 4 bits
+``ConfidenceGuidedAnnealing``, ``distillation_loss``       the second stage, and the teacher
+``OscillationTracker``, ``IterativeFreezing``, ...         watch weights oscillate, and other ways to stop them
+``statsq``, ``lsq``                                        the quantisers, as functions
+integers
+``Grid``, ``QuantizedWeight``, ``quantized_weights``       the grid, a weight on it, and those of a model
+``integer_weights``, ``write_``, ``attach_``               from and into a model
+``save_quantized``, ``load_quantized``, ``export_onnx``    folders and files
+``pack_rows``, ``unpack_rows``                             bits
+=========================================================  ==========================================================
+"""
+
+from weightsmith.quantize.activations import (
+    Activations,
+    DynamicActivation,
+    StaticActivation,
+    quantize_activations_,
+)
+from weightsmith.quantize.adaquant import AdaQuant
+from weightsmith.quantize.adaround import AdaRound
+from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing, trainable
+from weightsmith.quantize.cache import cached_weights
+from weightsmith.quantize.distillation import distillation_loss
+from weightsmith.quantize.export import export_onnx, load_quantized, save_quantized
+from weightsmith.quantize.finish import check_finite, finish_ofq_, integer_weights
+from weightsmith.quantize.flexround import FlexRound
+from weightsmith.quantize.grid import Grid, QuantizedWeight, attach_, quantized_weights, write_
+from weightsmith.quantize.lrq import LRQ
+from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight, lsq
+from weightsmith.quantize.oscillation import Dampening, IterativeFreezing, OscillationTracker, boundary_occupancy
+from weightsmith.quantize.pack import pack_rows, unpack_rows
+from weightsmith.quantize.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
+from weightsmith.quantize.report import BlockReport, LayerReport, Report
+from weightsmith.quantize.rtn import RoundToNearest
+from weightsmith.quantize.statsq import StatsQ, statsq, statsq_codes
+from weightsmith.quantize.verbs import (
+    BlockOptions,
+    LearningOptions,
+    adaquant_,
+    adaround_,
+    flexround_,
+    round_to_nearest_,
+)
+
+__all__ = [
+    "LRQ",
+    "ActivationQuantizer",
+    "Activations",
+    "AdaQuant",
+    "AdaRound",
+    "BlockOptions",
+    "BlockReport",
+    "ConfidenceGuidedAnnealing",
+    "Dampening",
+    "DynamicActivation",
+    "FlexRound",
+    "Grid",
+    "IterativeFreezing",
+    "LSQWeight",
+    "LayerReport",
+    "LearningOptions",
+    "OscillationTracker",
+    "QuantizedWeight",
+    "Report",
+    "RoundToNearest",
+    "StaticActivation",
+    "StatsQ",
+    "adaquant_",
+    "adaround_",
+    "attach_",
+    "boundary_occupancy",
+    "cached_weights",
+    "calibrate_",
+    "check_finite",
+    "distillation_loss",
+    "export_onnx",
+    "finish_ofq_",
+    "flexround_",
+    "integer_weights",
+    "load_quantized",
+    "lsq",
+    "pack_rows",
+    "prepare_ofq_",
+    "quantize_activations_",
+    "quantized_weights",
+    "reparameterize_qk_",
+    "round_to_nearest_",
+    "save_quantized",
+    "statsq",
+    "statsq_codes",
+    "trainable",
+    "unpack_rows",
+    "write_",
+]

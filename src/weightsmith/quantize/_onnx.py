@@ -1,0 +1,121 @@
+"""ONNX export in which quantised weights stay integers: each becomes an initializer behind ``DequantizeLinear``.
+
+Codes of up to 4 bits are stored as INT4 or UINT4, wider ones as INT8 or UINT8. ``DequantizeLinear`` knows no half
+zero-points, so a half-integer grid is written on odd integers, ``scale (k + 0.5) = (scale / 2) (2k + 1)``, which costs
+one bit more: INT4 up to 3 bits, INT8 up to 7, INT16 at 8. The runtime computes the very values that the model holds.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError, require
+from weightsmith.quantize.grid import QuantizedWeight, quantized_weights
+
+_OPSET = 21  # the first with 4-bit integers and block-wise DequantizeLinear
+_PURPOSE = "exporting to ONNX"
+
+
+def export_onnx(model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str) -> Path:
+    """Write a quantised model as ONNX (opset 21) with integer weights and ``DequantizeLinear``.
+
+    Made for image models (convolutional networks, vision transformers); inputs have the shapes of ``example``. Where
+    onnxruntime fuses matrix products with 4-bit weights, it rounds activations to 8 bits unless the session's
+    configuration entry ``session.qdq_matmulnbits_accuracy_level`` is ``"1"``.
+
+    Args:
+        model: Carries quantised weights; it is exported in evaluation mode and left as it was.
+        example: Inputs to trace with, one tensor or several.
+        path: The ``.onnx`` file; replaced as a whole.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UsageError: The model has no quantised weights, or the traced graph has lost one.
+        MissingExtra: ``onnx`` or ``onnxscript`` is not installed.
+    """
+    weights = quantized_weights(model)
+    if not weights:
+        raise UsageError("the model has no quantised weights: quantise it first, for example with round_to_nearest_")
+    onnx = require("onnx", extra="onnx", purpose=_PURPOSE)
+    require("onnxscript", extra="onnx", purpose=_PURPOSE)
+    inputs = example if isinstance(example, tuple) else (example,)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        program = torch.onnx.export(
+            model.eval(), inputs, dynamo=True, opset_version=_OPSET, optimize=False, verbose=False
+        )
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    assert program is not None
+    proto = program.model_proto
+    _insert(onnx, proto.graph, weights)
+    onnx.checker.check_model(proto)
+    return _write(onnx, proto, Path(path))
+
+
+def _insert(onnx: Any, graph: Any, weights: dict[str, QuantizedWeight]) -> None:
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for name, quantized in weights.items():
+        if name not in held:
+            raise UsageError(f"{name} is not in the exported graph: is the layer used in the model's forward?")
+        graph.initializer.remove(held[name])
+        nodes += _dequantize(onnx, graph, name, quantized, held[name].data_type)
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+
+
+def _dequantize(onnx: Any, graph: Any, name: str, quantized: QuantizedWeight, data_type: int) -> list[Any]:
+    kind, codes, zero, scale = _integers(onnx, quantized)
+    axis: dict[str, int] = {"axis": quantized.axis}
+    if quantized.granularity == "tensor":
+        scale, zero = scale.reshape(()), zero.reshape(())
+    elif quantized.group_size is None:
+        scale, zero = scale.flatten(), zero.flatten()
+    else:
+        axis = {"axis": 1 - quantized.axis, "block_size": quantized.group_size}
+        if quantized.axis == 1:
+            scale, zero = scale.T, zero.T
+    scale = scale.float()
+    parts = {"codes": (kind, codes), "scale": (onnx.TensorProto.FLOAT, scale), "zero_point": (kind, zero)}
+    for part, (element, tensor) in parts.items():
+        values = tensor.contiguous().numpy()
+        graph.initializer.append(onnx.helper.make_tensor(f"{name}.{part}", element, values.shape, values.flatten()))
+    cast = data_type != onnx.TensorProto.FLOAT
+    output = f"{name}.float" if cast else name
+    inputs = [f"{name}.{part}" for part in parts]
+    nodes = [onnx.helper.make_node("DequantizeLinear", inputs, [output], name=f"{name}.dequantize", **axis)]
+    if cast:
+        nodes.append(onnx.helper.make_node("Cast", [output], [name], name=f"{name}.cast", to=data_type))
+    return nodes
+
+
+def _integers(onnx: Any, quantized: QuantizedWeight) -> tuple[int, Tensor, Tensor, Tensor]:
+    codes, zero, scale = (part.detach().cpu() for part in (quantized.codes, quantized.zero_point, quantized.scale))
+    bits, kinds = quantized.bits, onnx.TensorProto
+    if not quantized.symmetric:
+        return (kinds.UINT4 if bits <= 4 else kinds.UINT8), codes, zero, scale
+    if quantized.offset:
+        codes, scale, bits = 2 * codes.to(torch.int16) + 1, scale / 2, bits + 1
+    kind = kinds.INT4 if bits <= 4 else kinds.INT8 if bits <= 8 else kinds.INT16
+    return kind, codes, zero, scale
+
+
+def _write(onnx: Any, proto: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        onnx.save_model(proto, name)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,133 @@
+"""Quantised weights that leave the process: save them packed, load them back, hand them to other libraries.
+
+``save_quantized`` writes real integers of 2 to 8 bits. What the ``compressed-tensors`` format can hold is written in it
+and loads with ``transformers`` alone; everything else goes into this package's own safetensors layout (described in
+``_native.py``). Through every path the codes stay what they were, bit for bit.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError, require, unknown
+from weightsmith.core.files import folder_atomically
+from weightsmith.quantize import _compressed, _native
+from weightsmith.quantize._onnx import export_onnx
+from weightsmith.quantize.grid import QuantizedWeight, attach_, quantized_weights
+
+__all__ = ["Format", "export_onnx", "load_quantized", "save_quantized"]
+
+Format = Literal["auto", "compressed-tensors", "weightsmith"]
+
+_COMPRESSED = "compressed-tensors"
+
+
+def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto") -> Path:
+    """Write a quantised model as a folder that appears whole or not at all; an existing one is replaced as a whole.
+
+    Args:
+        model: Carries quantised weights, as every verb of this package that quantises leaves it. Weights that are not
+            quantised are saved as they are.
+        folder: The folder to make or replace.
+        format: ``"compressed-tensors"``: transformers models whose linear layers are all on one kind of integer grid;
+            ``"weightsmith"``: everything; ``"auto"``: the first where it can.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UsageError: The format is unknown or cannot hold this model, or there are no quantised weights.
+        MissingExtra: ``compressed-tensors`` is needed and not installed.
+        OSError: It cannot be written or the disk is full; what was at ``folder`` is as it was.
+    """
+    if format not in get_args(Format):
+        raise unknown("format", format, get_args(Format))
+    weights = quantized_weights(model)
+    if not weights:
+        raise UsageError("the model has no quantised weights: quantise it first, for example with round_to_nearest_")
+    obstacle = _compressed.obstacle(model, weights)
+    if format == _COMPRESSED and obstacle:
+        raise UsageError(f"format={_COMPRESSED!r} cannot hold this model, {obstacle}: use 'auto' or 'weightsmith'")
+    write: Callable[..., None] = _native.write if obstacle or format == "weightsmith" else _compressed.write
+    target = Path(folder)
+    with folder_atomically(target) as fresh:
+        write(model, weights, fresh)
+    return target
+
+
+def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save_quantized` wrote, in either format, as a plain model that carries its quantised weights.
+
+    Args:
+        folder: The folder.
+        model: Filled in place; needed when the folder holds no transformers model.
+
+    Returns:
+        ``model``, or the transformers model, in evaluation mode. Its weights equal the saved model's bit for bit.
+
+    Raises:
+        UsageError: The folder holds no quantised model, or ``model`` does not fit it.
+        MissingExtra: ``transformers`` or ``compressed-tensors`` is needed and not installed.
+    """
+    source = Path(folder)
+    layout: Any = _layout(source)
+    state, weights = layout.read(source)
+    if model is None:
+        model = _from_config(source, state, weights, layout)
+    else:
+        _fill(model, state, weights, layout, source)
+    for name, quantized in weights.items():
+        owner, _, tensor = name.rpartition(".")
+        attach_(model.get_submodule(owner), quantized, tensor)
+    return model
+
+
+def _layout(folder: Path) -> Any:
+    if (folder / _native.CONFIG).is_file():
+        return _native
+    config = folder / "config.json"
+    method = json.loads(config.read_text()).get("quantization_config", {}) if config.is_file() else {}
+    if method.get("quant_method") == _COMPRESSED:
+        return _compressed
+    found = f"its config.json says quant_method {method['quant_method']!r}" if method else "nothing in it says so"
+    raise UsageError(f"{folder} holds no quantised model that save_quantized has written: {found}")
+
+
+def _from_config(folder: Path, state: dict[str, Tensor], weights: dict[str, QuantizedWeight], layout: Any) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} holds weights of a model that is not from transformers: pass model=, an instance")
+    transformers = require("transformers", extra="hf", purpose=f"the model in {folder}")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    (architecture,) = config.architectures
+    if not hasattr(transformers, architecture):
+        raise UsageError(f"transformers has no {architecture}, which {folder} holds: pass model=, an instance")
+    full = state | {name: quantized.dequantize() for name, quantized in weights.items()}
+    later = {name: full.pop(name) for name in list(full) if ".input_quantizer." in name}
+    model = getattr(transformers, architecture).from_pretrained(
+        None, config=config, state_dict=full, dtype=config.dtype or "auto"
+    )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if later:
+        layout.quantise_inputs_(model, folder)
+        model.load_state_dict(later, strict=False)
+    return model.eval()
+
+
+def _fill(
+    model: nn.Module, state: dict[str, Tensor], weights: dict[str, QuantizedWeight], layout: Any, folder: Path
+) -> None:
+    if layout is not _native:
+        raise UsageError(f"{folder} holds a transformers model: leave model= out")
+    full = state | {name: quantized.dequantize() for name, quantized in weights.items()}
+    full |= {name: full[owner] for name, owner in _native.tied(folder).items()}
+    try:
+        _native.quantise_inputs_(model, folder)
+        model.load_state_dict(full)
+    except (AttributeError, RuntimeError) as error:
+        raise UsageError(f"model= does not fit what is in {folder}: {error}") from error

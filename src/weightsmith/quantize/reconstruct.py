@@ -1,0 +1,570 @@
+"""Block-by-block reconstruction: learn the rounding of one block at a time so that its output stays what it was.
+
+The objective of a block ``f`` is ``||f(W, x) - f(W_hat, x_q)||^2``, with ``x`` its input in the trained model and
+``x_q`` that behind the blocks quantised so far (FlexRound, arXiv 2306.00317; BRECQ, arXiv 2102.05426). Both streams
+advance together, so no block is run again for the sake of a later one, and one block at a time is held in float32.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
+from weightsmith.core.select import Where
+from weightsmith.quantize.activations import Activations, StaticActivation, mask_like, quantise_input_
+from weightsmith.quantize.blocks import Arguments, Blocks, Walk, find_blocks, first_tensor, hollow, layers_of, no_cache
+from weightsmith.quantize.calibration import Batch, Calibration, make_batches
+from weightsmith.quantize.flexround import FAR, FlexRound
+from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
+from weightsmith.quantize.layers import choose_layers, output_axis, parameter_name, weight_of
+from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
+from weightsmith.quantize.rtn import RoundToNearest
+
+OnBlock = Callable[[str, dict[str, QuantizedWeight], BlockReport], None]
+Done = Mapping[str, Mapping[str, QuantizedWeight]]
+_AUTO_LRS = (3e-3, 1e-3, 3e-4)
+_AUTO_ITERATIONS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A rounding method as the reconstruction sees it.
+
+    Attributes:
+        name: For the report.
+        make: ``(weight, grid, axis, generator) -> rounding`` of one weight.
+        cosine: Let the learning rate fall to 0 along a cosine; else it is constant.
+    """
+
+    name: str
+    make: Callable[[Tensor, Grid, int, torch.Generator], RoundToNearest]
+    cosine: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Everything that does not depend on the rounding method; see `flexround_` for what each means."""
+
+    blocks: Blocks = "auto"
+    iterations: int = 5000
+    batch_size: int | None = None
+    lr: float | Literal["auto"] = 1e-3
+    seed: int = 0
+    keep_best: bool = True
+    where: Where = None
+    overrides: Mapping[str, Grid] = field(default_factory=dict)
+    loss_reduction: Literal["sum_dim1", "mean"] = "sum_dim1"
+    input_drop: float = 1.0
+    activations: Activations | None = None
+    last_block: Literal["output", "logits"] = "output"
+    autocast: torch.dtype | None = None
+    device: torch.device | str | None = None
+    on_block: OnBlock | None = None
+    done: Done = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise UsageError(f"iterations must not be negative, got {self.iterations}")
+        if self.lr != "auto" and not (isinstance(self.lr, int | float) and self.lr > 0):
+            raise UsageError(f"lr must be positive or 'auto', got {self.lr!r}")
+        if self.loss_reduction not in ("sum_dim1", "mean"):
+            raise unknown("loss_reduction", self.loss_reduction, ["sum_dim1", "mean"])
+        if self.last_block not in ("output", "logits"):
+            raise unknown("last_block", self.last_block, ["output", "logits"])
+        if not 0 < self.input_drop <= 1:
+            raise UsageError(f"input_drop must be above 0 and at most 1, got {self.input_drop}")
+        if self.done and self.activations:
+            raise UsageError("done holds weights only: it cannot be combined with activations")
+
+
+def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe: Recipe, options: Options) -> Report:
+    """Quantise a model block by block; see `flexround_`.
+
+    Args:
+        model: Changed in place, block after block, once everything has been checked.
+        calibration: See `make_batches`.
+        grid: Of every chosen layer that ``options.overrides`` does not name.
+        recipe: The rounding method.
+        options: The rest.
+    """
+    start = time.perf_counter()
+    chosen = choose_layers(model, options.where)
+    blocks = find_blocks(model, options.blocks, chosen, keep_others=options.where is not None)
+    layers = {name: layer for name, layer in chosen.items() if any(layers_of(block, {name: layer}) for block in blocks)}
+    grids = choose_grids(layers, grid, options.overrides)
+    _check_done(options.done, blocks, layers)
+    batches = make_batches(calibration, options.batch_size, next(model.parameters()).device)
+    with _at_rest(model):
+        unseen = _survey(model, layers, batches)
+        walk = Walk(model, blocks, batches[0].head(2))
+        run = _Run(layers, grids, batches, walk, recipe, options)
+        reports = tuple(run.block(index, name) for index, name in enumerate(walk.blocks))
+    return Report(
+        recipe.name, grid, reports, time.perf_counter() - start, *count_bytes(model, run.quantized), unseen=unseen
+    )
+
+
+def choose_grids(layers: Mapping[str, nn.Module], grid: Grid, overrides: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grid of each layer, checked to fit its weight.
+
+    Args:
+        layers: By name.
+        grid: Of layers that no override names.
+        overrides: Grids by glob; the first match counts.
+
+    Raises:
+        UsageError: A grid does not fit, or a glob matches no layer.
+    """
+    for glob in overrides:
+        if not any(fnmatchcase(name, glob) for name in layers):
+            raise unknown("glob in overrides", glob, layers)
+    grids = {}
+    for name, layer in layers.items():
+        grids[name] = next((other for glob, other in overrides.items() if fnmatchcase(name, glob)), grid)
+        try:
+            grids[name].split(weight_of(layer), output_axis(layer))
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+    return grids
+
+
+def _check_done(done: Done, blocks: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
+    for block, weights in done.items():
+        if block not in blocks:
+            raise unknown("block in done", block, blocks)
+        for name, layer in layers_of(block, layers).items():
+            found = weights.get(parameter_name(name))
+            if found is None or found.shape != weight_of(layer).shape:
+                raise UsageError(f"done holds no {parameter_name(name)} of this shape for block {block!r}")
+
+
+class _Run:
+    """One pass over a model: both streams, and what has been quantised."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        grids: Mapping[str, Grid],
+        batches: list[Batch],
+        walk: Walk,
+        recipe: Recipe,
+        options: Options,
+    ) -> None:
+        self.grids, self.walk = grids, walk
+        self.parts = {name: layers_of(name, layers) for name in walk.blocks}
+        self.batches, self.recipe, self.options = batches, recipe, options
+        self.full: list[dict[str, Any]] = [{} for _ in batches]  # outputs of the trained blocks, by batch and block
+        self.rounded: list[dict[str, Any]] = [{} for _ in batches]
+        self.lr = options.lr
+        self.quantized: dict[str, QuantizedWeight] = {}
+
+    def block(self, index: int, name: str) -> BlockReport:
+        start = time.perf_counter()
+        module = self.walk.blocks[name]
+        layers = self.parts[name]
+        with _moved(module, self.options.device):
+            with _single_precision(module):
+                task = self._task(index, name, layers)
+                done = self.options.done.get(name)
+                found = task.given(done) if done is not None else task.fit()
+                parts = tuple(
+                    report_layer(parameter_name(key), weight_of(layer), found.rtn[key], found.kept[key])
+                    for key, layer in layers.items()
+                )
+            for key, layer in layers.items():
+                write_(layer, found.kept[key])
+            self._advance(index, name, task.inputs)
+        kept = {parameter_name(key): found.kept[key] for key in layers}
+        self.quantized |= kept
+        seconds = time.perf_counter() - start
+        report = BlockReport(name, found.error_rtn, found.error, found.iterations, found.name, seconds, parts)
+        if self.options.on_block is not None:
+            self.options.on_block(name, kept, report)
+        return report
+
+    def call(self, name: str, arguments: Arguments) -> Any:
+        """Run a block in its own precision and on its own device, and give the result in those of its input."""
+        weight = weight_of(next(iter(self.parts[name].values())))
+        floats = [
+            leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        if not floats or (floats[0].dtype, floats[0].device) == (weight.dtype, weight.device):
+            return self.walk.call(name, arguments)
+        output = self.walk.call(name, _convert(arguments, weight.dtype, weight.device))
+        return _convert(output, floats[0].dtype, floats[0].device)
+
+    @torch.no_grad()
+    def _task(self, index: int, name: str, layers: dict[str, nn.Module]) -> "_Task":
+        inputs: list[Arguments] = []
+        trained_inputs: list[Arguments] = []
+        for batch, full, rounded in zip(self.batches, self.full, self.rounded, strict=True):
+            at_full = self.walk.inputs(name, batch, full)
+            at_rounded = self.walk.inputs(name, batch, rounded) if index else at_full
+            inputs.append(_shared(at_rounded, inputs[0]) if inputs else at_rounded)
+            if self.options.input_drop < 1:
+                trained_inputs.append(at_full)
+            full[name] = self.call(name, at_full)
+            self._forget(index, full)
+        return _Task(self, index, name, layers, inputs, trained_inputs)
+
+    @torch.no_grad()
+    def _advance(self, index: int, name: str, inputs: list[Arguments]) -> None:
+        for position, rounded in enumerate(self.rounded):
+            rounded[name] = self.call(name, inputs[position])
+            self._forget(index, rounded)
+
+    def _forget(self, index: int, outputs: dict[str, Any]) -> None:
+        for name in outputs:
+            if self.walk.last_use[name] <= index:
+                outputs[name] = hollow(outputs[name])
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The rounding of one block: as `BlockReport`, with the weights by layer."""
+
+    rtn: dict[str, QuantizedWeight]
+    kept: dict[str, QuantizedWeight]
+    error_rtn: float
+    error: float
+    iterations: int
+    name: str
+
+
+class _Task:
+    """Finding the rounding of one block."""
+
+    def __init__(
+        self,
+        run: _Run,
+        index: int,
+        name: str,
+        layers: dict[str, nn.Module],
+        inputs: list[Arguments],
+        trained_inputs: list[Arguments],
+    ) -> None:
+        self.run, self.name, self.layers, self.options = run, name, layers, run.options
+        self.inputs, self.trained_inputs = inputs, trained_inputs
+        self.seed = self.options.seed + 1_000_003 * index  # of its own, so that a resumed run repeats an unbroken one
+        self.by_logits = self.options.last_block == "logits" and index == len(run.walk.blocks) - 1
+        self.weights = {key: weight_of(layer) for key, layer in layers.items()}
+        self.device = next(iter(self.weights.values())).device
+        self.generator = torch.Generator()
+        self.steps = 0
+        self.quantisers = self._quantise_inputs()
+
+    def given(self, done: Mapping[str, QuantizedWeight]) -> "_Found":
+        """Take over weights that are finished already."""
+        kept = {key: done[parameter_name(key)] for key in self.layers}
+        rtn = {key: rounding.quantized(self.weights[key]) for key, rounding in self._roundings().items()}
+        return _Found(rtn, kept, self._error(rtn), self._error(kept), 0, "done")
+
+    def fit(self) -> "_Found":
+        """Learn, and keep what is best."""
+        options, roundings = self.options, self._roundings()
+        rtn = {key: rounding.quantized(self.weights[key], learnt=False) for key, rounding in roundings.items()}
+        error_rtn = self._error(rtn)
+        found = _Found(rtn, rtn, error_rtn, error_rtn, 0, "rtn")
+        if not options.iterations or not any(True for rounding in roundings.values() for _ in rounding.parameters()):
+            return found
+        if self.run.lr == "auto":
+            self.run.lr = self._choose_lr()
+        marks = {options.iterations // 2, 3 * options.iterations // 4} if options.keep_best else set()
+        scales = self._scales()
+        for step in self._optimise(roundings, float(self.run.lr), options.iterations):
+            if step not in marks and step < options.iterations:
+                continue
+            candidate = {key: rounding.quantized(self.weights[key]) for key, rounding in roundings.items()}
+            error = self._error(candidate)
+            if error < found.error or not options.keep_best:
+                found = replace(found, kept=candidate, error=error, iterations=step, name=f"iteration {step}")
+                scales = self._scales()
+        self._restore(scales)
+        _warn(self.name, roundings)
+        return replace(found, iterations=self.steps)
+
+    def _choose_lr(self) -> float:
+        tried, scales = {}, self._scales()
+        for lr in _AUTO_LRS:
+            roundings = self._roundings()
+            for _ in self._optimise(roundings, lr, min(_AUTO_ITERATIONS, self.options.iterations)):
+                pass
+            error = self._error({key: rounding.quantized(self.weights[key]) for key, rounding in roundings.items()})
+            tried[lr] = error if math.isfinite(error) else math.inf
+            self._restore(scales)
+        return min(tried, key=tried.__getitem__)
+
+    def _optimise(self, roundings: dict[str, RoundToNearest], lr: float, iterations: int) -> Iterator[int]:
+        """Make steps, and stop after each; the end comes early when the loss is not finite."""
+        units = {key: rounding.units(self.weights[key]) for key, rounding in roundings.items()}
+        learnt = [parameter for rounding in roundings.values() for parameter in rounding.parameters()]
+        groups: list[dict[str, Any]] = [{"params": learnt, "lr": lr, "cosine": self.run.recipe.cosine}]
+        if self.options.activations is not None:
+            scales = [quantiser.scale for quantiser in self.quantisers]
+            groups.append({"params": scales, "lr": self.options.activations.lr, "cosine": True})
+        optimizer = torch.optim.Adam(groups, fused=True)
+        base = [group["lr"] for group in groups]
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.autocast == torch.float16)
+        order: list[int] = []
+        for self.steps in range(1, iterations + 1):
+            for quantiser in self.quantisers:
+                quantiser.train()
+            order = order or torch.randperm(len(self.inputs), generator=self.generator).tolist()
+            values = {
+                key: rounding.join(rounding.soft(units[key]), self.weights[key]) for key, rounding in roundings.items()
+            }
+            loss = self._loss(order.pop(), values)
+            extras = [rounding.regulariser(self.steps / iterations) for rounding in roundings.values()]
+            loss = sum((extra for extra in extras if extra is not None), loss)
+            if not math.isfinite(loss.item()):
+                _warn_of_divergence(self.name, self.steps)
+                return
+            falling = 0.5 * (1 + math.cos(math.pi * (self.steps - 1) / iterations))
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * falling if group["cosine"] else rate
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            for rounding in roundings.values():
+                rounding.project_()
+            yield self.steps
+
+    def _loss(self, index: int, values: dict[str, Tensor]) -> Tensor:
+        arguments = self.inputs[index]
+        if self.trained_inputs:
+            arguments = self._mixed(arguments, self.trained_inputs[index])
+        autocast = self.options.autocast
+        with (
+            _written(self.layers, values),
+            torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None),
+        ):
+            output = self.run.call(self.name, arguments)
+        if self.by_logits:
+            return self._divergence(index, output)
+        got, wanted, mask = self._compared(index, output)
+        scale = got.shape[1] if self.options.loss_reduction == "sum_dim1" and got.ndim > 1 else 1
+        if mask is None:
+            return F.mse_loss(got, wanted) * scale
+        return ((got - wanted).square() * mask).mean() * scale
+
+    @torch.no_grad()
+    def _error(self, quantized: Mapping[str, QuantizedWeight]) -> float:
+        """The whole calibration set's error with hard-rounded weights."""
+        for quantiser in self.quantisers:
+            quantiser.eval()
+        values = {key: quantized[key].dequantize(weight.dtype) for key, weight in self.weights.items()}
+        total, size = 0.0, 0.0
+        with _written(self.layers, values):
+            for index, arguments in enumerate(self.inputs):
+                output = self.run.call(self.name, arguments)
+                if self.by_logits:
+                    total, size = total + self._divergence(index, output).item(), size + 1
+                    continue
+                got, wanted, mask = self._compared(index, output)
+                difference = (got - wanted).square()
+                total += (difference if mask is None else difference * mask).sum().item()
+                size += (wanted.square() if mask is None else wanted.square() * mask).sum().item()
+        return total / max(size, torch.finfo(torch.float32).tiny)
+
+    def _compared(self, index: int, output: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        got = first_tensor(output)
+        got = got.to(torch.promote_types(got.dtype, torch.float32))
+        wanted = first_tensor(self.run.full[index][self.name]).to(got)
+        mask = self.run.batches[index].mask
+        if mask is None or mask.shape != got.shape[:2]:
+            return got, wanted, None
+        return got, wanted, mask.to(got).view(*mask.shape, *(1,) * (got.ndim - 2))
+
+    def _divergence(self, index: int, output: Any) -> Tensor:
+        """Mean Kullback-Leibler divergence of the model's predictions: cross-entropy up to a constant."""
+        batch, walk = self.run.batches[index], self.run.walk
+        with torch.no_grad():
+            wanted = first_tensor(walk.finish(batch, self.run.full[index])).float().log_softmax(-1)
+        got = first_tensor(walk.finish(batch, {**self.run.rounded[index], self.name: output})).float().log_softmax(-1)
+        each = (wanted.exp() * (wanted - got)).sum(-1)
+        mask = batch.mask
+        if mask is None or mask.shape != each.shape:
+            return each.mean()
+        return (each * mask).sum() / mask.sum()
+
+    def _mixed(self, rounded: Arguments, trained: Arguments) -> Arguments:
+        """QDrop: element by element, the input from the quantised or from the trained stream (arXiv 2203.05740)."""
+        leaves, structure = pytree.tree_flatten(rounded)
+        others = pytree.tree_leaves(trained)
+        first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        mask = mask_like(leaves[first], self.options.input_drop, self.generator)
+        leaves[first] = torch.where(mask, leaves[first], others[first])
+        return pytree.tree_unflatten(leaves, structure)
+
+    def _roundings(self) -> dict[str, RoundToNearest]:
+        """Begin anew, with the random numbers that a first begin would draw."""
+        self.generator.manual_seed(self.seed)
+        return {
+            key: self.run.recipe.make(weight, self.run.grids[key], output_axis(self.layers[key]), self.generator)
+            for key, weight in self.weights.items()
+        }
+
+    @torch.no_grad()
+    def _quantise_inputs(self) -> list[StaticActivation]:
+        """Put a quantiser before each layer, begun from what the layer sees of the first batch."""
+        wanted = self.options.activations
+        if wanted is None:
+            return []
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
+            for key, layer in self.layers.items()
+        ]
+        try:
+            self.run.call(self.name, self.inputs[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        made = {
+            key: StaticActivation(x, wanted.bits, drop=wanted.drop, generator=self.generator).eval()
+            for key, x in seen.items()
+        }
+        for key, quantiser in made.items():
+            quantise_input_(self.layers[key], quantiser)
+        return list(made.values())
+
+    def _scales(self) -> list[Tensor]:
+        return [quantiser.scale.detach().clone() for quantiser in self.quantisers]
+
+    @torch.no_grad()
+    def _restore(self, scales: list[Tensor]) -> None:
+        for quantiser, scale in zip(self.quantisers, scales, strict=True):
+            quantiser.eval().scale.copy_(scale)
+
+
+def _convert(tree: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+
+    return pytree.tree_map(convert, tree)
+
+
+def _shared(tree: Any, other: Any) -> Any:
+    """The same tree, with tensors that equal their counterpart (masks, rotary tables) replaced by it."""
+    leaves, structure = pytree.tree_flatten(tree)
+    others, other_structure = pytree.tree_flatten(other)
+    if structure != other_structure:
+        return tree
+    same = [
+        twin if isinstance(leaf, Tensor) and isinstance(twin, Tensor) and _equal(leaf, twin) else leaf
+        for leaf, twin in zip(leaves, others, strict=True)
+    ]
+    return pytree.tree_unflatten(same, structure)
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
+
+
+def _survey(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> tuple[str, ...]:
+    """Run the trained model once: refuse activations that are not finite, and find layers that see nothing."""
+    seen: set[str] = set()
+
+    def look(name: str, args: tuple[Any, ...]) -> None:
+        if any(tensor.numel() for tensor in args):
+            seen.add(name)
+        if not all(tensor.isfinite().all() for tensor in args):
+            raise UsageError(f"the input of {name} holds NaN or infinity for the calibration data: nothing has changed")
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args)) for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad(), no_cache(model):
+            for batch in batches:
+                batch.run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(name for name in layers if name not in seen)
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; flags are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _moved(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    home = next(module.parameters()).device
+    try:
+        module.to(device or home)
+        yield
+    finally:
+        module.to(home)
+
+
+@contextmanager
+def _single_precision(module: nn.Module) -> Iterator[None]:
+    """Half-precision parameters and buffers in float32; afterwards the very tensors that were there."""
+    narrow = (torch.float16, torch.bfloat16)
+    held = [(tensor, tensor.data) for tensor in [*module.parameters(), *module.buffers()] if tensor.dtype in narrow]
+    try:
+        for tensor, data in held:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
+
+
+@contextmanager
+def _written(layers: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let layers compute with other weights."""
+    held = {name: layer._parameters.pop("weight") for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            vars(layer)["weight"] = values[name]
+        yield
+    finally:
+        for name, layer in layers.items():
+            vars(layer).pop("weight")
+            others = dict(layer._parameters)
+            layer._parameters.clear()
+            layer._parameters.update({"weight": held[name], **others})
+
+
+def _warn(block: str, roundings: Mapping[str, RoundToNearest]) -> None:
+    far = [key for key, rounding in roundings.items() if isinstance(rounding, FlexRound) and rounding.strain() > FAR]
+    if far:
+        warnings.warn(
+            f"factors of {far[0]} in block {block!r} lie beyond exp(±{FAR:g}): lower lr, or pass safe=True",
+            WeightsmithWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_divergence(block: str, step: int) -> None:
+    warnings.warn(
+        f"the loss of block {block!r} was not finite at iteration {step}: the best before it was kept; lower lr",
+        WeightsmithWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,103 @@
+"""Texts and images from files, as inputs of a Hugging Face model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightsmith.core.errors import UsageError, require
+
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_TEXTS = {".jsonl", ".txt"}
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read the texts of a JSON-lines file (of each row the field ``text``, else all strings) or of a plain text file.
+
+    Raises:
+        UsageError: The file is missing, of another kind, damaged, or empty.
+    """
+    if path.suffix not in _TEXTS or not path.is_file():
+        raise UsageError(f"texts are read from an existing .jsonl or .txt file, got {path}")
+    if path.suffix == ".txt":
+        texts = [path.read_text()]
+    else:
+        rows = (_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), start=1) if line)
+        texts = [
+            row["text"] if "text" in row else "\n".join(v for v in row.values() if isinstance(v, str)) for row in rows
+        ]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UsageError(f"{path} holds no text")
+    return texts
+
+
+def tokenise(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Join texts by an empty line and tokenise them once, adding nothing: ``(T,)``."""
+    return torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def token_windows(tokenizer: Any, texts: list[str], *, samples: int, length: int) -> list[Tensor]:
+    """The first ``samples`` whole windows of ``length`` tokens of all texts one after the other.
+
+    Raises:
+        UsageError: There are fewer than two.
+    """
+    tokens = tokenise(tokenizer, texts)
+    windows = list(tokens[: len(tokens) // length * length].split(length))[:samples] if len(tokens) >= length else []
+    if len(windows) < 2:
+        raise UsageError(
+            f"the calibration text has {len(tokens)} tokens, which is {len(windows)} times length={length}, and at "
+            "least 2 are needed: give more text (hundreds of samples are usual) or a smaller length"
+        )
+    return windows
+
+
+def sentences(tokenizer: Any, texts: list[str], *, samples: int, length: int) -> list[Tensor]:
+    """The first texts one by one, with the tokens that an encoder expects around them, cut at ``length``.
+
+    Raises:
+        UsageError: There are fewer than two.
+    """
+    if len(texts) < 2:
+        raise UsageError(f"the calibration file has {len(texts)} text, and at least 2 are needed: hundreds are usual")
+    rows = tokenizer(texts[:samples], truncation=True, max_length=length)["input_ids"]
+    return [torch.tensor(row) for row in rows]
+
+
+def images(processor: Any, folder: Path, *, samples: int) -> dict[str, Tensor]:
+    """The first images under a folder, in the order of their names, as the model's processor prepares them.
+
+    Raises:
+        UsageError: There are fewer than two, or one cannot be read.
+        MissingExtra: ``pillow`` is not installed.
+    """
+    pillow = require("PIL.Image", extra="vision", purpose="calibration images")
+    files = list(_find_images(folder))[:samples]
+    if len(files) < 2:
+        raise UsageError(f"{folder} holds {len(files)} images, and at least 2 are needed: hundreds are usual")
+    pixels = []
+    for file in files:
+        try:
+            with pillow.open(file) as image:
+                pixels.append(processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"])
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read as an image: {error}") from error
+    return {"pixel_values": torch.cat(pixels)}
+
+
+def _find_images(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _IMAGES)
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{path}, line {number}, is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{path}, line {number}, must be a JSON object, got {type(row).__name__}")
+    return row

@@ -1,0 +1,315 @@
+"""``weightsmith quantize``: a folder with a Hugging Face model in, a folder with its weights on a few bits out."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from weightsmith.core.errors import UsageError, require, unknown
+from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.lab.hub import switched_off
+from weightsmith.quantize.blocks import find_blocks
+from weightsmith.quantize.export import Format, save_quantized
+from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights
+from weightsmith.quantize.layers import choose_layers, is_quantisable
+from weightsmith.quantize.report import BlockReport, Report
+from weightsmith.quantize.verbs import adaround_, flexround_, round_to_nearest_
+from weightsmith.tools._calibration import read_texts, tokenise
+from weightsmith.tools._partial import Partial
+from weightsmith.tools._perplexity import Perplexity, perplexity
+from weightsmith.tools._source import Source, weight_bytes
+
+Method = Literal["flexround", "adaround", "rtn"]
+
+REPORT = "quantization_report.json"
+"""Name of the report in the output folder."""
+
+_ITERATIONS = {"flexround": 5000, "adaround": 20_000, "rtn": 0}
+_MOST_LAYERS = 10
+
+
+def quantize(
+    model_dir: tyro.conf.Positional[Path],
+    /,
+    *,
+    out: Path,
+    method: Method = "flexround",
+    bits: int = 4,
+    granularity: str = "channel",
+    symmetric: bool = False,
+    search: Literal["minmax", "shrink", "search"] = "minmax",
+    calibration: Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    lr: float = 1e-3,
+    seed: int = 0,
+    blocks: str = "auto",
+    quick: bool = False,
+    evaluate: Path | None = None,
+    window: int = 2048,
+    bos: bool = False,
+    format: Format = "auto",
+    console: tyro.conf.Suppress[Console | None] = None,
+) -> int:
+    """Put a model's weights on a few bits, block by block; the result loads with transformers where the format allows.
+
+    Memory: the model in the precision of its files, the block at hand in float32 with what its method learns
+    (FlexRound: about 20 bytes per weight of the block), and two streams of activations (samples x length x width);
+    with --evaluate, the logits of one window. Finished blocks are kept in OUT.partial until the end: the same command
+    goes on after a kill.
+
+    Args:
+        model_dir: Folder with config.json and weights of a causal language model, a text encoder or an image model.
+        out: Folder to write; it appears whole. A folder that this command has written is replaced, any other refused.
+        method: How weights are rounded.
+        bits: Bits per weight, 2 to 8.
+        granularity: One scale per tensor, channel, or group:N (N neighbouring inputs).
+        symmetric: Signed codes without a zero-point.
+        search: How steps begin: minmax covers the largest weights; shrink (80 tries) and search (100 times 2^bits
+            tries, minutes to hours) clip them where that lowers the error of the weights.
+        calibration: A .jsonl (field text, else all strings) or .txt file, or a folder of images. rtn needs none, but
+            measures the error of block outputs only with it.
+        samples: Sequences or images to calibrate with; 512, with --quick 32.
+        length: Tokens per sequence; 1024, with --quick 256.
+        iterations: Steps per block; flexround 5000, adaround 20000, with --quick 200.
+        batch_size: Samples per step; 2 sequences or 32 images by default.
+        lr: Learning rate.
+        seed: Of everything that is drawn.
+        blocks: auto, layers, whole, or module names separated by commas.
+        quick: Few iterations and samples: to see that it works.
+        evaluate: A .jsonl or .txt file: report perplexity on it before and after (causal language models).
+        window: Tokens per window of the evaluation, at most what the model takes.
+        bos: Begin every window of the evaluation with the BOS token.
+        format: compressed-tensors, weightsmith, or auto: the first where it can hold the result.
+        console: Where to write to.
+    """
+    started = time.perf_counter()
+    console = console or Console()
+    if method not in get_args(Method):
+        raise unknown("method", method, get_args(Method))
+    if format not in get_args(Format):
+        raise unknown("format", format, get_args(Format))
+    grid = Grid(bits, symmetric=symmetric, granularity=_granularity(granularity), search=search)
+    for name, value, least in (("samples", samples, 2), ("length", length, 1), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+    if iterations is not None and iterations < 0:
+        raise UsageError(f"iterations must not be negative, got {iterations}")
+    _check_out(out, model_dir)
+    if calibration is None and method != "rtn":
+        raise UsageError(f"calibration is needed for method={method!r}: pass a .jsonl file, or a folder of images")
+    require("transformers", extra="hf", purpose="quantising a Hugging Face model")
+    if format != "weightsmith":
+        require(
+            "compressed_tensors", extra="hf", purpose="the format that transformers loads (or --format weightsmith)"
+        )
+    source = Source(model_dir)
+    size, tokens_each = samples or (32 if quick else 512), length or (256 if quick else 1024)
+    inputs = None if calibration is None else source.inputs(calibration, size, tokens_each)
+    judge = None if evaluate is None else _Judge(source, evaluate, window, bos)
+    steps = (200 if quick and method != "rtn" else _ITERATIONS[method]) if iterations is None else iterations
+    settings = {
+        "method": method,
+        "grid": dataclasses.asdict(grid),
+        "calibration": calibration and calibration.name,
+        "samples": len(inputs["pixel_values"] if isinstance(inputs, dict) else inputs or ()),
+        "length": tokens_each,
+        "iterations": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "blocks": blocks,
+    }
+    partial = Partial(out, {**settings, "model": source.fingerprint(), "data": _fingerprint(inputs)})
+    options: dict[str, Any] = {"blocks": blocks.split(",") if "," in blocks else blocks, "batch_size": batch_size}
+    if method != "rtn":
+        options |= {"iterations": steps, "lr": lr, "seed": seed}
+    verb: Any = {"flexround": flexround_, "adaround": adaround_, "rtn": round_to_nearest_}[method]
+
+    with _quiet(), _bars(console) as bars:
+        model = source.load()
+        before = judge and judge(model, bars, "perplexity before")
+        done, finished = partial.load()
+        chosen = choose_layers(model, None)
+        total = len(chosen) if inputs is None else len(find_blocks(model, options["blocks"], chosen, keep_others=False))
+        bar = bars.add_task(f"{method}, {bits} bits", total=total)
+
+        def on_block(name: str, weights: dict[str, QuantizedWeight], block: BlockReport) -> None:
+            if inputs is not None and name not in done:  # rounding alone is quicker than reading it back
+                partial.save(name, weights, block)
+            bars.update(bar, advance=1, description=f"{method}, {bits} bits: {name}")
+
+        if inputs is None:
+            report = verb(model, None, grid, on_block=on_block)
+        else:
+            report = verb(model, inputs, grid, on_block=on_block, done=done, **options)
+        report = dataclasses.replace(report, blocks=tuple(finished.get(b.name, b) for b in report.blocks))
+        after = judge and judge(model, bars, "perplexity after")
+        with folder_atomically(out) as fresh:
+            save_quantized(model, fresh, format)
+            source.copy_others(fresh)
+            content = {
+                "model": model_dir.name,
+                "settings": settings,
+                **dataclasses.asdict(report),
+                "resumed_blocks": len(done),
+                "bytes_before": source.nbytes,
+                "bytes_after": weight_bytes(fresh),
+                "not_quantised": _left_out(model),
+                "perplexity_before": before and dataclasses.asdict(before),
+                "perplexity_after": after and dataclasses.asdict(after),
+                "peak_memory_bytes": _peak(),
+                "seconds": time.perf_counter() - started,
+            }
+            write_atomically(fresh / REPORT, json.dumps(content, indent=2) + "\n")
+    partial.remove()
+    console.print(*_tables(content, report), sep="\n")
+    console.print(f"\n{out.resolve()}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _granularity(text: str) -> Any:
+    kind, colon, size = text.partition(":")
+    if kind == "group" and size.isdecimal():
+        return int(size)
+    if kind in ("tensor", "channel") and not colon:
+        return kind
+    raise UsageError(f"granularity must be tensor, channel or group:N such as group:128, got {text!r}")
+
+
+def _check_out(out: Path, model_dir: Path) -> None:
+    if out.resolve() == model_dir.resolve():
+        raise UsageError("out must be another folder than the model's own")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / REPORT).is_file())):
+        raise UsageError(f"out={out} exists and was not written by this command: name a new folder")
+
+
+def _fingerprint(inputs: Any) -> str:
+    tensors = inputs.values() if isinstance(inputs, dict) else inputs or ()
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _left_out(model: Any) -> dict[str, str]:
+    """Why which layers with large weights are as they were."""
+    quantised = quantized_weights(model)
+    shared = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    left = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if f"{name}.weight" in quantised or not (is_quantisable(name, module) or isinstance(module, nn.Embedding)):
+            continue
+        tied = weight is not None and shared[id(weight)] > 1
+        left[name] = (
+            "tied weight" if tied else "embedding" if isinstance(module, nn.Embedding) else "outside of the blocks"
+        )
+    return left
+
+
+class _Judge:
+    """Perplexity on a text; everything that can be wrong with it is found when it is made."""
+
+    def __init__(self, source: Source, path: Path, window: int, bos: bool) -> None:
+        if not source.is_causal:
+            raise UsageError("evaluate measures perplexity, which only causal language models have: leave it out")
+        if window < 2:
+            raise UsageError(f"window must be at least 2, got {window}")
+        self.tokenizer = source.tokenizer()
+        if bos and self.tokenizer.bos_token_id is None:
+            raise UsageError("bos=True, but the tokeniser has no BOS token")
+        self.tokens, self.window, self.bos = (
+            tokenise(self.tokenizer, read_texts(path)),
+            min(window, source.longest),
+            bos,
+        )
+        if len(self.tokens) < 2:
+            raise UsageError(f"evaluate={path} holds fewer than 2 tokens")
+
+    def __call__(self, model: Any, bars: Progress, title: str) -> Perplexity:
+        step = functools.partial(bars.advance, bars.add_task(title, total=math.ceil(len(self.tokens) / self.window)))
+        return perplexity(model, self.tokenizer, self.tokens, window=self.window, bos=self.bos, after_window=step)
+
+
+def _bars(console: Console) -> Progress:
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    with switched_off(shown, logging.disable_progress_bar, logging.enable_progress_bar):
+        yield
+
+
+def _peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _tables(content: dict[str, Any], report: Report) -> Iterator[Table | str]:
+    if any(block.error is not None for block in report.blocks):
+        yield _table(
+            ("block", "output error, rtn", report.method, "kept", "time"),
+            [(b.name, _number(b.error_rtn), _number(b.error), b.kept, f"{b.seconds:.1f} s") for b in report.blocks],
+        )
+    layers = sorted(report.layers, key=lambda layer: layer.weight_error, reverse=True)[:_MOST_LAYERS]
+    yield _table(
+        ("weight, largest error first", "weight error, rtn", report.method, "codes moved", "bits"),
+        [(w.name, _number(w.weight_error_rtn), _number(w.weight_error), f"{w.moved:.1%}", str(w.bits)) for w in layers],
+    )
+    if len(report.layers) > len(layers):
+        yield f"... and {len(report.layers) - len(layers)} more in {REPORT}"
+    before, after = content["bytes_before"], content["bytes_after"]
+    yield f"\nsize        {before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({before / after:.2f} times smaller)"
+    if content["perplexity_before"]:
+        old, new = content["perplexity_before"], content["perplexity_after"]
+        bos = "with BOS" if new["bos"] else "no BOS"
+        how = f"{new['tokens']} tokens of {new['tokenizer']}, windows of {new['window']}, {bos}, token-weighted mean"
+        yield f"perplexity  {old['value']:.4f} → {new['value']:.4f} ({how})"
+    left = [f"{name} ({why})" for name, why in content["not_quantised"].items()]
+    if left:
+        yield f"as it was   {', '.join(left)}"
+    if report.unseen:
+        yield f"unseen      {len(report.unseen)} layers that no sample reached are rounded to nearest"
+    yield f"took        {content['seconds']:.0f} s, peak memory {content['peak_memory_bytes'] / 1e9:.2f} GB"
+
+
+def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
