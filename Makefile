@@ -46,5 +46,5 @@ $(CORE): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(CORE)
-	$(INSTALL) ".[hf,search,vision,dev,docs]"
+	$(INSTALL) ".[hf,search,vision,onnx,dev,docs]"
 	touch $@

@@ -4,8 +4,11 @@ The folders are named after what is done to a weight; the names below are the do
 
     import weightsmith as ws
 
-    ws.optim      how weights move        AdamP, SGDP
-    ws.reparam    how weights are written compand_, InWeightSpace
+    ws.reparam    how weights are written         compand_, InWeightSpace
+    ws.optim      how weights move                AdamP, SGDP
+    ws.quantize   how finely they are kept        flexround_, prepare_ofq_, save_quantized
+    ws.adapt      few weights for many            apply_bone_
+    ws.average    many checkpoints into one       merge_checkpoints
     ws.fold_      bake every parametrization into plain weights
     ws.select     which modules a ``where=`` argument means
 """
@@ -14,16 +17,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightsmith import optim, reparam
+    from weightsmith import adapt, average, optim, quantize, reparam
     from weightsmith.core.fold import fold_
     from weightsmith.core.select import select
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fold_", "optim", "reparam", "select"]
+__all__ = ["__version__", "adapt", "average", "fold_", "optim", "quantize", "reparam", "select"]
 
 _DOORS = {
+    "adapt": "weightsmith.adapt",
+    "average": "weightsmith.average",
     "fold_": "weightsmith.core.fold",
     "optim": "weightsmith.optim",
+    "quantize": "weightsmith.quantize",
     "reparam": "weightsmith.reparam",
     "select": "weightsmith.core.select",
 }

@@ -1,4 +1,4 @@
-"""The command line: ``weightsmith techniques | show | run | report``.
+"""The command line: ``weightsmith techniques | show | run | report``, and jobs on model files such as ``merge``.
 
 Exit codes: 0 it ran, whatever the verdict; 1 it failed; 2 it was asked for something that does not exist.
 """
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from weightsmith.lab.run import Engine, Run
 
 Slug = tyro.conf.Positional[str]
+_TOOLS = {
+    "merge": "Merge the checkpoints of one training run, weighted by what the run has logged.",
+    "quantize": "Quantise a Hugging Face model folder, block by block, into integer weights that load elsewhere.",
+}
 _console = Console()
 _errors = Console(stderr=True)
 
@@ -194,6 +198,17 @@ def _progress(result: "Run", live: Path | None, total: int) -> Iterator[Callable
         yield step
 
 
+def _tool(name: str, *, chosen: bool) -> Callable[..., int]:
+    if chosen:
+        return getattr(importlib.import_module(f"weightsmith.tools.{name}"), name)
+
+    def listed() -> int:  # what it really takes is imported when it is asked for
+        raise NotImplementedError(name)
+
+    listed.__doc__ = _TOOLS[name]
+    return listed
+
+
 def _experiment(slug: str) -> "Experiment[Any]":
     card = technique(slug)
     if card.experiment is None:
@@ -246,6 +261,7 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments:
         arguments = ["--help"]
     commands: dict[str, Callable[..., int]] = {"techniques": techniques, "show": show, "run": command, "report": report}
+    commands |= {name: _tool(name, chosen=arguments[0] == name) for name in _TOOLS}
     return tyro.extras.subcommand_cli_from_dict(
         commands,
         args=arguments,
