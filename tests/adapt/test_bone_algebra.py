@@ -42,7 +42,7 @@ def draw(form, r, down, across, tail=0, seed=0):
 
 
 @each_form
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(**sizes)
 def test_both_implementations_multiply_with_the_weight_and_its_update(form, r, down, across, tail, seed):
     variant, weight, block, x = draw(form, r, down, across, tail, seed)
@@ -53,7 +53,7 @@ def test_both_implementations_multiply_with_the_weight_and_its_update(form, r, d
 
 
 @each_form
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**sizes)
 def test_the_fused_backward_pass_gives_the_gradients_of_plain_operations(form, r, down, across, tail, seed):
     variant, weight, block, x = draw(form, r, down, across, tail, seed)
@@ -67,7 +67,7 @@ def test_the_fused_backward_pass_gives_the_gradients_of_plain_operations(form, r
 
 
 @each_form
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**sizes)
 def test_updates_are_linear_in_what_trains(form, r, down, across, tail, seed):
     variant, weight, block, _ = draw(form, r, down, across, tail, seed)
@@ -78,7 +78,7 @@ def test_updates_are_linear_in_what_trains(form, r, down, across, tail, seed):
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**sizes)
 def test_miss_is_a_lora_whose_first_factor_is_a_pattern(r, down, across, tail, seed):
     _, weight, block, _ = draw("miss", r, down, across, tail, seed)
@@ -86,7 +86,7 @@ def test_miss_is_a_lora_whose_first_factor_is_a_pattern(r, down, across, tail, s
     assert torch.allclose(bone_delta(weight, block, "miss"), block.T @ pattern, **close)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**sizes)
 def test_row_and_col_are_special_cases_of_free(r, down, across, tail, seed):
     for form, dim in (("row", 0), ("col", 1)):
