@@ -45,7 +45,7 @@ def test_show_prints_the_card_and_the_paper(call):
     assert code == 0
     assert "2006.08217" in text
     assert "When to use it" in text
-    assert call("show", "bone")[0] == 0
+    assert call("show", "steer")[0] == 0
 
 
 def test_run_prints_table_verdicts_and_the_report(call, tmp_path):
@@ -86,7 +86,7 @@ def test_fields_can_be_set_by_option_and_by_set(call, tmp_path):
     [
         (["show", "adampp"], "did you mean 'adamp'"),
         (["run", "adampp"], "did you mean 'adamp'"),
-        (["run", "bone"], "announced but not in this version yet; available: weight-compander, adamp"),
+        (["run", "steer"], "announced but not in this version yet; available: weight-compander, adamp"),
         (["run", "adamp", "--preset", "laptp"], "preset 'laptp' is not known: did you mean 'laptop'"),
         (["run", "adamp", "--data", "minst"], "did you mean 'mnist'"),
         (["run", "adamp", "--model", "resnet19"], "resnet"),
