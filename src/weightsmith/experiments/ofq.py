@@ -360,6 +360,6 @@ EXPERIMENT = Experiment(
         "event is a change of a code against the direction of its last change. A measured scale moves less than a "
         "learnt one, but its levels leave no room at zero, where most weights are: fewer flips do not follow. The last "
         "phase has a constant rate that is high enough for weights to leave the annealing range within it; with the "
-        "paper's 1e-5 a phase of this length calms nothing. Baselines are run with one setting each, not tuned."
+        "paper's 1e-5 that takes thirty times as many steps. Baselines are run with one setting each, not tuned."
     ),
 )

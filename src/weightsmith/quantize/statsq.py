@@ -117,12 +117,11 @@ def _grid(w: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def _step(w: Tensor, bits: int, axis: int) -> Tensor:
-    size = w.to(torch.promote_types(w.dtype, torch.float32)).abs().movedim(axis, 0)
+    size = w.to(torch.promote_types(w.dtype, torch.float32)).abs()
     # in one order of summation, whatever the strides are
-    mean = size.reshape(len(size), -1).contiguous().mean(1)
-    shape = [1] * w.dim()
-    shape[axis] = -1
-    return mean.mul_(2 / (1 << (bits - 1))).clamp_min_(_TINY).view(shape)
+    rows = (size.movedim(axis, 0) if axis else size).reshape(w.shape[axis], -1).contiguous()
+    step = rows.mean(1).mul_(2 / (1 << (bits - 1))).clamp_min_(_TINY)
+    return step.view([-1 if i == axis else 1 for i in range(w.dim())])
 
 
 def _axis(w: Tensor, axis: int) -> int:
