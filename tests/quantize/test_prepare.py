@@ -1,5 +1,6 @@
 import copy
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -420,7 +421,8 @@ def _calibrate_in(rank, folder):
 
 
 @pytest.mark.slow
-def test_all_processes_start_from_the_scales_of_the_first(tmp_path):
+def test_all_processes_start_from_the_scales_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the other processes import this file by its dotted name
     mp.spawn(_calibrate_in, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys()
