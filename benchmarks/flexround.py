@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from _timing import interleave, show
 from weightsmith.core.rounding import round_ste
 from weightsmith.quantize import FlexRound, Grid, RoundToNearest
-from weightsmith.quantize.reconstruct import _written
+from weightsmith.quantize.states import written
 
 SHAPES = ((2, 256), (2, 1024))
 ROUNDS = 10
@@ -88,7 +88,7 @@ def ours(kind: Callable[..., FlexRound], batch: int, length: int) -> Step:
         values = {
             name: rounding.join(rounding.soft(units[name]), layers[name].weight) for name, rounding in roundings.items()
         }
-        with _written(layers, values):
+        with written(layers, values):
             loss = F.mse_loss(module(x, **options), target) * length
         loss.item()
         optimizer.zero_grad()

@@ -97,17 +97,13 @@ class DynamicActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise each row of the last dimension of ``x``, with the straight-through gradient."""
-        levels = 2**self.bits - 1
-        low, high = x.amin(-1, keepdim=True).detach(), x.amax(-1, keepdim=True).detach()
+        levels, wide = 2**self.bits - 1, x.to(torch.promote_types(x.dtype, torch.float32))
+        low, high = wide.amin(-1, keepdim=True).detach(), wide.amax(-1, keepdim=True).detach()
         if self.zero_in_range:
             low, high = low.clamp_max(0), high.clamp_min(0)
-        step = (
-            ((high - low).float() / levels).clamp_min(SMALLEST_STEP)
-            if x.dtype != torch.float64
-            else ((high - low) / levels).clamp_min(SMALLEST_STEP)
-        )
+        step = ((high - low) / levels).clamp_min(SMALLEST_STEP)
         zero = (-low / step).round().clamp(0, levels)
-        return (step * round_ste(x / step).clamp(-zero, levels - zero)).to(x.dtype)
+        return (step * round_ste(wide / step).clamp(-zero, levels - zero)).to(x.dtype)
 
 
 def mask_like(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:

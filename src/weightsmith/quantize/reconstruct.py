@@ -9,7 +9,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
 from weightsmith.quantize.layers import choose_layers, output_axis, parameter_name, weight_of
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 from weightsmith.quantize.rtn import RoundToNearest
+from weightsmith.quantize.states import at_rest, moved, single_precision, written
 
 OnBlock = Callable[[str, dict[str, QuantizedWeight], BlockReport], None]
 Done = Mapping[str, Mapping[str, QuantizedWeight]]
@@ -104,7 +104,7 @@ def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe:
     grids = choose_grids(layers, grid, options.overrides)
     _check_done(options.done, blocks, layers)
     batches = make_batches(calibration, options.batch_size, next(model.parameters()).device)
-    with _at_rest(model):
+    with at_rest(model):
         unseen = _survey(model, layers, batches)
         walk = Walk(model, blocks, batches[0].head(2))
         run = _Run(layers, grids, batches, walk, recipe, options)
@@ -172,8 +172,8 @@ class _Run:
         start = time.perf_counter()
         module = self.walk.blocks[name]
         layers = self.parts[name]
-        with _moved(module, self.options.device):
-            with _single_precision(module):
+        with moved(module, self.options.device):
+            with single_precision(module):
                 task = self._task(index, name, layers)
                 done = self.options.done.get(name)
                 found = task.given(done) if done is not None else task.fit()
@@ -346,7 +346,7 @@ class _Task:
             arguments = self._mixed(arguments, self.trained_inputs[index])
         autocast = self.options.autocast
         with (
-            _written(self.layers, values),
+            written(self.layers, values),
             torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None),
         ):
             output = self.run.call(self.name, arguments)
@@ -365,7 +365,7 @@ class _Task:
             quantiser.eval()
         values = {key: quantized[key].dequantize(weight.dtype) for key, weight in self.weights.items()}
         total, size = 0.0, 0.0
-        with _written(self.layers, values):
+        with written(self.layers, values):
             for index, arguments in enumerate(self.inputs):
                 output = self.run.call(self.name, arguments)
                 if self.by_logits:
@@ -495,61 +495,6 @@ def _survey(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Bat
         for hook in hooks:
             hook.remove()
     return tuple(name for name in layers if name not in seen)
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; flags are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _moved(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    home = next(module.parameters()).device
-    try:
-        module.to(device or home)
-        yield
-    finally:
-        module.to(home)
-
-
-@contextmanager
-def _single_precision(module: nn.Module) -> Iterator[None]:
-    """Half-precision parameters and buffers in float32; afterwards the very tensors that were there."""
-    narrow = (torch.float16, torch.bfloat16)
-    held = [(tensor, tensor.data) for tensor in [*module.parameters(), *module.buffers()] if tensor.dtype in narrow]
-    try:
-        for tensor, data in held:
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in held:
-            tensor.data = data
-
-
-@contextmanager
-def _written(layers: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let layers compute with other weights."""
-    held = {name: layer._parameters.pop("weight") for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            vars(layer)["weight"] = values[name]
-        yield
-    finally:
-        for name, layer in layers.items():
-            vars(layer).pop("weight")
-            others = dict(layer._parameters)
-            layer._parameters.clear()
-            layer._parameters.update({"weight": held[name], **others})
 
 
 def _warn(block: str, roundings: Mapping[str, RoundToNearest]) -> None:
