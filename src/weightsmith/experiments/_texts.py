@@ -58,9 +58,10 @@ def load_tokens(tokenizer: Any, name: str, split: str, *, most: int, subset: str
     table = datasets.load_dataset(source, split=split, streaming=bool(options.get("data_files")), **options)
     tokens: list[int] = []
     for row in table:
-        if "text" not in row:
-            raise UsageError(f"data {name!r} needs a column text, has {', '.join(row)}")
-        tokens += tokenizer(row["text"] + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        text = row["text"] if "text" in row else "\n".join(value for value in row.values() if isinstance(value, str))
+        if not text:
+            raise UsageError(f"data {name!r} needs a column of texts, has {', '.join(row)}")
+        tokens += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
         if len(tokens) >= most:
             break
     return torch.tensor(tokens[:most])
