@@ -33,7 +33,6 @@ from weightsmith.lab.sweep import best_of
 from weightsmith.lab.train import evaluate, fit, seed_everything
 
 _VALIDATION = 0.1  # share of the training questions that is held out
-_CURVE = 10  # points of a learning curve
 _SUMS = "arithmetic"
 _COLUMNS = (("question", "answer"), ("query", "response"))  # the second pair is MetaMathQA's
 
@@ -64,6 +63,8 @@ class Config:
     """Optimiser steps of adapting."""
     early: int = 50
     """The step at which the start is compared."""
+    curve: int = 10
+    """Points of a learning curve, each a pass over the validation data."""
     batch_size: int = 32
     """Examples per step."""
     r: int = 16
@@ -165,6 +166,8 @@ def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
     if config.shared_lr not in config.lrs:
         raise UsageError(f"shared_lr must be one of lrs {config.lrs}, got {config.shared_lr}")
+    if config.curve < 1:
+        raise UsageError(f"curve must be at least 1, got {config.curve}")
     if not 1 <= config.early <= config.steps:
         raise UsageError(f"early must be between 1 and steps, {config.steps}, got {config.early}")
     require("peft", extra="hf", purpose="the arms LoRA and PiSSA")
@@ -263,7 +266,7 @@ def _train(config: Config, task: Task, model: nn.Module, lr: float, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     batches = torch.randint(task.rows, (config.steps, config.batch_size), generator=generator)
     rows = [_start(task, model, batches[0])]
-    often, times = max(1, config.steps // _CURVE), []
+    often, times = max(1, config.steps // config.curve), []
     for step, batch in enumerate(batches, start=1):
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
