@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from weightsmith.lab.data import check_data, load_images
 from weightsmith.lab.images import Images
 from weightsmith.lab.models import build_model, check_model
 from weightsmith.lab.models.vit import ViT
-from weightsmith.lab.record import Recorder
+from weightsmith.lab.record import Recorder, Row
 from weightsmith.lab.train import Fitted, Schedule, evaluate, fit, seed_everything
 from weightsmith.optim import param_groups
 from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing
@@ -164,8 +165,10 @@ def check(config: Config) -> None:
 
 
 def small_vit(*, channels: int, size: int, classes: int) -> ViT:
-    """A vision transformer that trains in a minute: width 32, three blocks, four heads."""
-    return ViT(channels=channels, size=size, classes=classes, width=32, depth=3)
+    """A vision transformer that trains in a minute: width 32, three blocks, four heads, four by four patches."""
+    return ViT(
+        channels=channels, size=size, classes=classes, width=32, depth=3, patch=size // 4 if size % 4 == 0 else None
+    )
 
 
 class Taught(nn.Module):
@@ -205,12 +208,12 @@ class _WithLoss(torch.autograd.Function):
 
 def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, float]:
     """Train in full precision, then as the arm says."""
-    data = load_images(
-        config.data, train_examples=config.train_examples, test_examples=config.test_examples, augment=config.augment
-    )
-    model, start = _start(config, data, seed, record)
+    data, trained, start, rows = _start(config, seed)
+    for row in rows:
+        record(row, phase="before")
+    seed_everything(seed)
+    model, teacher = copy.deepcopy(trained), copy.deepcopy(trained)
     metrics = {metric.name: math.nan for metric in METRICS} | {"start_accuracy": start}
-    teacher = copy.deepcopy(model)
     if arm != "fp":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the biases of query and key", WeightsmithWarning)  # as in the paper
@@ -228,15 +231,20 @@ def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, f
     return metrics | {"accuracy": 100 * evaluate(model, data.test)["accuracy"]}
 
 
-def _start(config: Config, data: Images, seed: int, record: Recorder) -> tuple[nn.Module, float]:
-    """The trained network that all arms of a seed begin with, and its test accuracy."""
+@lru_cache(maxsize=2)  # the arms of a seed that fall to one process share what they start from
+def _start(config: Config, seed: int) -> tuple[Images, nn.Module, float, list[Row]]:
+    """The data, the trained network that all arms of a seed begin with, its test accuracy, and how it was trained."""
     seed_everything(seed)
+    data = load_images(
+        config.data, train_examples=config.train_examples, test_examples=config.test_examples, augment=config.augment
+    )
+    rows: list[Row] = []
     shape = {"channels": data.channels, "size": data.size, "classes": data.classes}
     model = build_model(config.model, **shape, pretrained=config.pretrained)
     if not config.pretrained:
         optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.pretrain_lr)
-        _fit(config, data, model, optimizer, config.pretrain_epochs, seed, lambda row: record(row, phase="before"))
-    return model, 100 * evaluate(model, data.test)["accuracy"]
+        _fit(config, data, model, optimizer, config.pretrain_epochs, seed, rows.append)
+    return data, model, 100 * evaluate(model, data.test)["accuracy"], rows
 
 
 def _train(

@@ -71,8 +71,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches to tokens, blocks, and a linear head on the class token.
 
-    The patch is the smallest divisor ``p`` of ``size`` with ``p^2 >= size / 2``: 2 for 8 pixels, 4 for 28 and 32, 8 for
-    64, 14 for 224, so that tokens stay few.
+    By default the patch is the smallest divisor ``p`` of ``size`` with ``p^2 >= size / 2``: 2 for 8 pixels, 4 for 28 and
+    32, 8 for 64, 14 for 224, so that tokens stay few.
 
     Args:
         channels: Of the images.
@@ -81,13 +81,23 @@ class ViT(nn.Module):
         width: Of the tokens.
         depth: Number of blocks.
         heads: Of each attention.
+        patch: Side of a patch in pixels, which divides ``size``.
     """
 
     def __init__(
-        self, *, channels: int, size: int, classes: int, width: int = 64, depth: int = 4, heads: int = 4
+        self,
+        *,
+        channels: int,
+        size: int,
+        classes: int,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        patch: int | None = None,
     ) -> None:
         super().__init__()
-        patch = next(p for p in range(1, size + 1) if size % p == 0 and (2 * p * p >= size or p == size))
+        if patch is None:
+            patch = next(p for p in range(1, size + 1) if size % p == 0 and (2 * p * p >= size or p == size))
         self.patch_embed = nn.Conv2d(channels, width, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, width))
