@@ -98,6 +98,17 @@ def test_round_to_nearest_needs_no_calibration(folder, tmp_path):
     assert report_of(tmp_path / "out")["blocks"][0]["error"] is None
 
 
+def test_the_command_writes_gptq_folders_with_the_same_weights(folder, tmp_path):
+    arguments = {"method": "rtn", "granularity": "group:16", **QUIET}
+    for format in ("gptq", "weightsmith"):
+        quantize(folder / "llama", out=tmp_path / format, format=format, **arguments)
+    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    assert (tmp_path / "gptq" / "tokenizer.json").is_file()
+    expected = load_quantized(tmp_path / "weightsmith").state_dict()
+    loaded = load_quantized(tmp_path / "gptq").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_killed_run_goes_on_from_its_last_finished_block_and_ends_alike(folder, tmp_path, monkeypatch):
     out, arguments = tmp_path / "out", {"method": "flexround", "calibration": folder / "text.jsonl", **SMALL}
     quantize(folder / "llama", out=tmp_path / "unbroken", **arguments)
@@ -158,6 +169,7 @@ BAD = [
     ({"granularity": "group:0"}, "group size"),
     ({"granularity": "group:7", "method": "rtn"}, "does not divide"),
     ({"format": "gguf"}, "format 'gguf' is not known"),
+    ({"format": "gptq", "bits": 5}, "bits must be 2, 3, 4 or 8 for format='gptq', got 5"),
     ({"calibration": None}, "calibration is needed for method='flexround'"),
     ({"calibration": "text.csv"}, r"existing \.jsonl or \.txt file"),
     ({"calibration": "missing.jsonl"}, r"existing \.jsonl or \.txt file"),

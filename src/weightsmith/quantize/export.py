@@ -2,7 +2,8 @@
 
 ``save_quantized`` writes real integers of 2 to 8 bits. What the ``compressed-tensors`` format can hold is written in it
 and loads with ``transformers`` alone; everything else goes into this package's own safetensors layout (described in
-``_native.py``). Through every path the codes stay what they were, bit for bit.
+``_native.py``). On request it writes GPTQ's layout (``_gptq.py``), which many inference engines read. Through every
+path the codes stay what they were, bit for bit.
 """
 
 import json
@@ -14,15 +15,15 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, require, unknown
 from weightsmith.core.files import folder_atomically
-from weightsmith.quantize import _compressed, _native
+from weightsmith.quantize import _compressed, _gptq, _native
 from weightsmith.quantize._onnx import export_onnx
 from weightsmith.quantize.grid import QuantizedWeight, attach_, quantized_weights
 
 __all__ = ["Format", "export_onnx", "load_quantized", "save_quantized"]
 
-Format = Literal["auto", "compressed-tensors", "weightsmith"]
+Format = Literal["auto", "compressed-tensors", "gptq", "weightsmith"]
 
-_COMPRESSED = "compressed-tensors"
+_FOREIGN: dict[str, Any] = {"compressed-tensors": _compressed, _gptq.METHOD: _gptq}
 
 
 def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto") -> Path:
@@ -33,7 +34,11 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
             quantised are saved as they are.
         folder: The folder to make or replace.
         format: ``"compressed-tensors"``: transformers models whose linear layers are all on one kind of integer grid;
-            ``"weightsmith"``: everything; ``"auto"``: the first where it can.
+            ``"gptq"``: those among them of 2, 3, 4 or 8 bits whose sizes fill whole 32-bit words, with scales in the
+            precision in which they were found (GPTQ files usually have float16, which would change the weights; one
+            scale per tensor is repeated for every channel); the layout is checked against reference values and by
+            loading it here, not with other readers; ``"weightsmith"``: everything; ``"auto"``:
+            ``"compressed-tensors"`` where it can, else ``"weightsmith"``.
 
     Returns:
         ``folder``.
@@ -48,10 +53,11 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
     weights = quantized_weights(model)
     if not weights:
         raise UsageError("the model has no quantised weights: quantise it first, for example with round_to_nearest_")
-    obstacle = _compressed.obstacle(model, weights)
-    if format == _COMPRESSED and obstacle:
-        raise UsageError(f"format={_COMPRESSED!r} cannot hold this model, {obstacle}: use 'auto' or 'weightsmith'")
-    write: Callable[..., None] = _native.write if obstacle or format == "weightsmith" else _compressed.write
+    layout = _FOREIGN.get(format, _compressed)
+    obstacle = layout.obstacle(model, weights)
+    if format in _FOREIGN and obstacle:
+        raise UsageError(f"format={format!r} cannot hold this model, {obstacle}: use 'auto' or 'weightsmith'")
+    write: Callable[..., None] = _native.write if obstacle or format == "weightsmith" else layout.write
     target = Path(folder)
     with folder_atomically(target) as fresh:
         write(model, weights, fresh)
@@ -59,7 +65,7 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
 
 
 def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
-    """Load what `save_quantized` wrote, in either format, as a plain model that carries its quantised weights.
+    """Load what `save_quantized` wrote, in any format, as a plain model that carries its quantised weights.
 
     Args:
         folder: The folder.
@@ -90,8 +96,8 @@ def _layout(folder: Path) -> Any:
         return _native
     config = folder / "config.json"
     method = json.loads(config.read_text()).get("quantization_config", {}) if config.is_file() else {}
-    if method.get("quant_method") == _COMPRESSED:
-        return _compressed
+    if method.get("quant_method") in _FOREIGN:
+        return _FOREIGN[method["quant_method"]]
     found = f"its config.json says quant_method {method['quant_method']!r}" if method else "nothing in it says so"
     raise UsageError(f"{folder} holds no quantised model that save_quantized has written: {found}")
 

@@ -23,6 +23,7 @@ from torch import nn
 from weightsmith.core.errors import UsageError, require, unknown
 from weightsmith.core.files import folder_atomically, write_atomically
 from weightsmith.lab.hub import switched_off
+from weightsmith.quantize import _gptq
 from weightsmith.quantize.blocks import find_blocks
 from weightsmith.quantize.export import Format, save_quantized
 from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights
@@ -97,7 +98,8 @@ def quantize(
         evaluate: A .jsonl or .txt file: report perplexity on it before and after (causal language models).
         window: Tokens per window of the evaluation, at most what the model takes.
         bos: Begin every window of the evaluation with the BOS token.
-        format: compressed-tensors, weightsmith, or auto: the first where it can hold the result.
+        format: compressed-tensors, gptq (2, 3, 4 or 8 bits), weightsmith, or auto: compressed-tensors where it can
+            hold the result, else weightsmith.
         console: Where to write to.
     """
     started = time.perf_counter()
@@ -107,6 +109,8 @@ def quantize(
     if format not in get_args(Format):
         raise unknown("format", format, get_args(Format))
     grid = Grid(bits, symmetric=symmetric, granularity=_granularity(granularity), search=search)
+    if format == _gptq.METHOD and bits not in _gptq.BITS:
+        raise UsageError(f"bits must be 2, 3, 4 or 8 for format='gptq', got {bits}: use another format")
     for name, value, least in (("samples", samples, 2), ("length", length, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}")
@@ -116,7 +120,7 @@ def quantize(
     if calibration is None and method != "rtn":
         raise UsageError(f"calibration is needed for method={method!r}: pass a .jsonl file, or a folder of images")
     require("transformers", extra="hf", purpose="quantising a Hugging Face model")
-    if format != "weightsmith":
+    if format in ("auto", "compressed-tensors"):
         require(
             "compressed_tensors", extra="hf", purpose="the format that transformers loads (or --format weightsmith)"
         )
