@@ -42,29 +42,6 @@ def train(model, x, steps=2):
 
 
 @MODELS
-@pytest.mark.parametrize("weight", ["statsq", "lsq"])
-@pytest.mark.filterwarnings("ignore:.*is tied")
-def test_folded_weights_are_plain_grid_values_that_load_without_us(name, weight):
-    model, x = CONTRACT["build"](name)
-    classes = [type(module) for module in model.modules()]
-    keys = list(model.state_dict())
-    prepared = prepare_ofq_(model, weight=weight, activation_bits=None, qk_reparam=False)
-    assert prepared is model
-    train(model, x)
-    trained, codes = model.eval()(x), integer_weights(model)
-    fold_(model)
-    assert [type(module) for module in model.modules()] == classes
-    assert list(model.state_dict()) == keys
-    plain, _ = CONTRACT["build"](name)
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(plain.eval()(x), trained)
-    assert codes
-    for parameter, quantized in codes.items():
-        assert torch.equal(plain.get_parameter(parameter), quantized.dequantize())
-        assert quantized.matches(plain.get_parameter(parameter))
-
-
-@MODELS
 @pytest.mark.filterwarnings("ignore:.*is tied", "ignore:.*stays in floating point")
 def test_every_model_trains_saves_and_folds_with_activations_and_products_quantised(name):
     model, x = CONTRACT["build"](name)
