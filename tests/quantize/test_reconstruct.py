@@ -234,6 +234,13 @@ def test_a_causal_language_model_takes_sequences_of_any_length(verb):
     assert report.bytes_after < report.bytes_before / 2
 
 
+def test_no_logits_are_computed_but_for_a_short_trace():
+    model, seen = llama(), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    flexround_(model, tokens(24, 24, 24, 24), W3, iterations=2)
+    assert max(seen) == 8  # for a real vocabulary the logits of a batch outweigh everything else
+
+
 def test_padding_does_not_count():
     """Rows and columns of padding neither change the error nor the rounding."""
     ids = tokens(8, 8, 8, 8)

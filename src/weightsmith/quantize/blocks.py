@@ -147,6 +147,22 @@ class Walk:
             return reached.arguments
         raise RuntimeError(f"block {name!r} was not called for this batch, although it was for the first one")
 
+    @torch.no_grad()
+    def through(self, batch: Batch) -> None:
+        """Run all blocks themselves and nothing after them, which for a language model would be its logits."""
+
+        def stop(*_: Any) -> None:
+            raise _Reached(((), {}))
+
+        hook = list(self.blocks.values())[-1].register_forward_hook(stop)
+        try:
+            with no_cache(self.model):
+                batch.run(self.model)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+
     def finish(self, batch: Batch, outputs: Mapping[str, Any]) -> Any:
         """Run what comes after the last block."""
         return self._run(lambda called, *_, **__: self._answer(called, outputs), batch)

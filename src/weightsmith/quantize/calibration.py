@@ -34,10 +34,14 @@ class Batch:
             return model(self.inputs[_INPUT], **options)
         return model(**self.inputs, **options)
 
-    def head(self, rows: int) -> "Batch":
-        """The first so many rows."""
-        mask = None if self.mask is None else self.mask[:rows]
-        return Batch({name: tensor[:rows] for name, tensor in self.inputs.items()}, mask)
+    def head(self, rows: int, tokens: int | None = None) -> "Batch":
+        """The first so many rows, and of matrices of integers the first so many columns."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:rows] if tensor.is_floating_point() or tensor.ndim != 2 else tensor[:rows, :tokens]
+
+        mask = None if self.mask is None else cut(self.mask)
+        return Batch({name: cut(tensor) for name, tensor in self.inputs.items()}, mask)
 
 
 def make_batches(calibration: Calibration, batch_size: int | None, device: torch.device) -> list[Batch]:

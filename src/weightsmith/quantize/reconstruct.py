@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
 from weightsmith.core.select import Where
 from weightsmith.quantize.activations import Activations, StaticActivation, mask_like, quantise_input_
-from weightsmith.quantize.blocks import Arguments, Blocks, Walk, find_blocks, first_tensor, hollow, layers_of, no_cache
+from weightsmith.quantize.blocks import Arguments, Blocks, Walk, find_blocks, first_tensor, hollow, layers_of
 from weightsmith.quantize.calibration import Batch, Calibration, make_batches
 from weightsmith.quantize.flexround import FAR, FlexRound
 from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
@@ -34,6 +34,7 @@ OnBlock = Callable[[str, dict[str, QuantizedWeight], BlockReport], None]
 Done = Mapping[str, Mapping[str, QuantizedWeight]]
 _AUTO_LRS = (3e-3, 1e-3, 3e-4)
 _AUTO_ITERATIONS = 100
+_TRACED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe:
     _check_done(options.done, blocks, layers)
     batches = make_batches(calibration, options.batch_size, next(model.parameters()).device)
     with at_rest(model):
-        unseen = _survey(model, layers, batches)
-        walk = Walk(model, blocks, batches[0].head(2))
+        walk = Walk(model, blocks, _example(model, batches[0]))
+        unseen = _survey(walk, layers, batches)
         run = _Run(layers, grids, batches, walk, recipe, options)
         reports = tuple(run.block(index, name) for index, name in enumerate(walk.blocks))
     return Report(
@@ -221,6 +222,7 @@ class _Run:
     def _advance(self, index: int, name: str, inputs: list[Arguments]) -> None:
         for position, rounded in enumerate(self.rounded):
             rounded[name] = self.call(name, inputs[position])
+            inputs[position] = (), {}  # else both streams would be held twice for a while
             self._forget(index, rounded)
 
     def _forget(self, index: int, outputs: dict[str, Any]) -> None:
@@ -474,8 +476,13 @@ def _equal(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
-def _survey(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> tuple[str, ...]:
-    """Run the trained model once: refuse activations that are not finite, and find layers that see nothing."""
+def _example(model: nn.Module, batch: Batch) -> Batch:
+    """Something small to trace a model with; transformers models take sequences of any length."""
+    return batch.head(2, _TRACED_TOKENS if hasattr(model, "config") else None)
+
+
+def _survey(walk: Walk, layers: Mapping[str, nn.Module], batches: list[Batch]) -> tuple[str, ...]:
+    """Run the trained blocks once: refuse activations that are not finite, and find layers that see nothing."""
     seen: set[str] = set()
 
     def look(name: str, args: tuple[Any, ...]) -> None:
@@ -488,9 +495,8 @@ def _survey(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Bat
         layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args)) for name, layer in layers.items()
     ]
     try:
-        with torch.no_grad(), no_cache(model):
-            for batch in batches:
-                batch.run(model)
+        for batch in batches:
+            walk.through(batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_PIECE = 256  # tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
@@ -48,7 +50,10 @@ def perplexity(
         ids = torch.cat([part.new_tensor([tokenizer.bos_token_id]), part]) if bos else part
         if len(ids) > 1:
             logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1]
-            total += F.cross_entropy(logits.float(), ids[1:].to(logits.device), reduction="sum").item()
+            # in pieces: the softmax of a whole window would take as much memory again as its logits
+            for piece, wanted in zip(logits.split(_PIECE), ids[1:].to(logits.device).split(_PIECE), strict=True):
+                total += F.cross_entropy(piece.float(), wanted, reduction="sum").item()
+            del logits, piece
             count += len(ids) - 1
         after_window()
     value = torch.tensor(total / count, dtype=torch.float64).exp().item()
