@@ -97,6 +97,7 @@ def _run_command(experiment: "Experiment[Any]", preset: str) -> Callable[..., in
         config: tyro.conf.OmitArgPrefixes[tyro.conf.FlagConversionOff[type(default)]] = default,  # type: ignore[valid-type]
         preset: Annotated[str, tyro.conf.arg(metavar="|".join(experiment.presets))] = preset,
         seeds: int = 3,
+        arms: tuple[str, ...] = (),
         out: Path = Path("runs"),
         engine: Literal["local", "ray"] = "local",
         address: str | None = None,
@@ -112,6 +113,7 @@ def _run_command(experiment: "Experiment[Any]", preset: str) -> Callable[..., in
             config: The configuration that the preset sets; every field can be overridden.
             preset: Which configuration to start from: smoke (seconds), laptop (minutes), paper (the paper's setting).
             seeds: How many seeds; fewer than 3 decide nothing.
+            arms: Run these arms only, and judge the claims about them.
             out: Parent of the run folders. What is finished there is not run again.
             engine: Local processes, or a Ray cluster.
             address: Address of the Ray cluster; a cluster on this machine is started when none is given.
@@ -122,7 +124,7 @@ def _run_command(experiment: "Experiment[Any]", preset: str) -> Callable[..., in
         """
         if data_dir is not None:
             os.environ["WEIGHTSMITH_DATA"] = str(data_dir.resolve())
-        return _run(experiment, config, preset, seeds, out, engine, address, workers, tracker)
+        return _run(experiment, config, preset, seeds, arms, out, engine, address, workers, tracker)
 
     return run
 
@@ -148,6 +150,7 @@ def _run(
     config: Any,
     preset: str,
     seeds: int,
+    arms: tuple[str, ...],
     out: Path,
     engine: "Engine",
     address: str | None,
@@ -168,6 +171,7 @@ def _run(
         config,
         preset=preset,
         seeds=seeds,
+        arms=arms,
         out=out,
         engine=engine,
         address=address,

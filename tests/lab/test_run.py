@@ -42,6 +42,23 @@ def test_what_is_finished_is_not_run_again(tmp_path):
     assert record.read_run(again.folder)["seeds"] == [0, 1, 2]
 
 
+def test_some_arms_run_alone_and_claims_wait_for_the_others(tmp_path):
+    done = run(toy.EXPERIMENT, toy.Config(), seeds=1, arms=["plain"], out=tmp_path, workers=1)
+    assert done.finished == [("plain", 0)]
+    written = record.read_run(done.folder)
+    assert [arm["name"] for arm in written["arms"]] == ["plain"]
+    assert written["claims"] == []
+    done = run(toy.EXPERIMENT, toy.Config(), seeds=1, arms=["better"], out=tmp_path, workers=1)
+    assert [arm["name"] for arm in record.read_run(done.folder)["arms"]] == ["better", "plain"]
+    assert len(record.read_run(done.folder)["claims"]) == 1
+
+
+def test_an_unknown_arm_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match=r"arm 'bettr'.*better"):
+        run(toy.EXPERIMENT, toy.Config(), arms=["bettr"], out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_configuration_gets_another_folder(tmp_path):
     one = run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1)
     two = run(toy.EXPERIMENT, toy.Config(gain=2.0), seeds=1, out=tmp_path, workers=1)

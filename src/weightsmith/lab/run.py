@@ -60,6 +60,7 @@ def run(
     *,
     preset: str = "laptop",
     seeds: int | Sequence[int] = 3,
+    arms: Sequence[str] = (),
     out: Path = Path("runs"),
     engine: Engine = "local",
     address: str | None = None,
@@ -73,6 +74,7 @@ def run(
         config: A complete configuration, usually one of ``experiment.presets`` with fields replaced.
         preset: The name of the preset that ``config`` started from, for the report.
         seeds: How many (``0 .. seeds - 1``), or which.
+        arms: Names of the arms to run; all of them when empty. Claims about arms that never ran are left out.
         out: Parent of the run folders.
         engine: ``"local"``: a pool of processes, one torch thread each when there are several; ``"ray"``: a Ray
             cluster, one CPU (and one GPU where there are any) per job.
@@ -97,7 +99,11 @@ def run(
         raise UsageError(f"workers must be at least 1, got {workers}")
     experiment.check(config)
     description = experiment.describe(config)
-    jobs = [(arm["name"], seed) for seed in wanted for arm in description["arms"]]
+    names = [arm["name"] for arm in description["arms"]]
+    for name in arms:
+        if name not in names:
+            raise unknown("arm", name, names)
+    jobs = [(name, seed) for seed in wanted for name in names if not arms or name in arms]
 
     result = Run(out / experiment.slug / record.config_hash(config))
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -109,7 +115,7 @@ def run(
         record.write_run(
             result.folder,
             {
-                **description,
+                **_only(description, {*arms, *_finished_arms(result.folder)} if arms else set(names)),
                 "preset": preset,
                 "config": asdict(config),
                 "config_hash": record.config_hash(config),
@@ -267,6 +273,18 @@ def _remove_leftovers(folder: Path) -> None:
     for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
         if time.time() - path.stat().st_mtime > 3600:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _only(description: Mapping[str, Any], arms: set[str]) -> dict[str, Any]:
+    return {
+        **description,
+        "arms": [arm for arm in description["arms"] if arm["name"] in arms],
+        "claims": [claim for claim in description["claims"] if {claim["winner"], claim["loser"]} <= arms],
+    }
+
+
+def _finished_arms(folder: Path) -> set[str]:
+    return {path.parent.parent.name for path in folder.glob("*/seed-*/result.json")}
 
 
 def _finished_seeds(folder: Path) -> set[int]:
