@@ -3,17 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
+MODELS := .models/.fetched
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow bench docs tables fmt clean
+.PHONY: demo test test-slow models bench docs tables fmt clean
 
 demo: $(CORE)  ## run the main job on bundled data
 	$(BIN)/weightsmith run adamp
 
-test: $(INSTALLED)  ## everything CI checks
+test: $(INSTALLED) $(MODELS)  ## everything CI checks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -21,8 +22,10 @@ test: $(INSTALLED)  ## everything CI checks
 	$(BIN)/pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=term:skip-covered
 	$(BIN)/mkdocs build --strict --quiet
 
-test-slow: $(INSTALLED)  ## the tests that take longer
+test-slow: $(INSTALLED) $(MODELS)  ## the tests that take longer
 	$(BIN)/pytest -m slow
+
+models: $(MODELS)  ## two small real models for the tests that are marked so
 
 bench: $(INSTALLED)  ## every performance target beside its peer
 	cd benchmarks && for file in [a-z]*.py; do ../$(BIN)/python $$file || exit 1; done
@@ -38,7 +41,7 @@ fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) site runs dist .coverage* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .models site runs dist .coverage* .pytest_cache .mypy_cache .ruff_cache
 
 $(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +50,8 @@ $(CORE): pyproject.toml constraints.txt
 
 $(INSTALLED): $(CORE)
 	$(INSTALL) ".[hf,search,vision,onnx,dev,docs]"
+	touch $@
+
+$(MODELS): tests/fetch_models.py | $(INSTALLED)
+	$(BIN)/python tests/fetch_models.py $(@D)
 	touch $@

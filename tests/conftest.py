@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,3 +8,16 @@ import torch
 def _one_thread():
     # the models here are tiny: more threads only wait for each other, and tests run side by side
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """Give the folder of a model that ``make models`` has fetched."""
+
+    def find(name):
+        folder = Path(__file__).parents[1] / ".models" / name
+        if not folder.is_dir():
+            pytest.skip(f"{name} is not there: run `make models`")
+        return folder
+
+    return find

@@ -71,8 +71,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches to tokens, blocks, and a linear head on the class token.
 
-    By default the patch is the smallest divisor ``p`` of ``size`` with ``p^2 >= size / 2``: 2 for 8 pixels, 4 for 28 and
-    32, 8 for 64, 14 for 224, so that tokens stay few.
+    By default the patch is the smallest divisor ``p`` of ``size`` with ``p^2 >= size / 2``: 2 for 8 pixels, 4 for 28
+    and 32, 8 for 64, 14 for 224, so that tokens stay few.
 
     Args:
         channels: Of the images.
