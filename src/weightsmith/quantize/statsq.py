@@ -89,7 +89,7 @@ class StatsQ(WeightQuantizer):
 
     def step(self, w: Tensor) -> Tensor:
         """Return ``s / n``."""
-        return _step(w.detach(), self.bits, self.axis)
+        return _step(_size(w.detach()), self.bits, self.axis)
 
 
 class _StatsQ(torch.autograd.Function):
@@ -97,7 +97,7 @@ class _StatsQ(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, bits: int, axis: int, boundary: float | None, value: Tensor | None) -> Tensor:
         ctx.masked = boundary is not None
         if boundary is not None:
-            ctx.save_for_backward(threshold_distance(w, _step(w, bits, axis), bits, offset=0.5) <= boundary)
+            ctx.save_for_backward(threshold_distance(w, _step(_size(w), bits, axis), bits, offset=0.5) <= boundary)
         return _forward(w, bits, axis) if value is None else value
 
     @staticmethod
@@ -112,16 +112,21 @@ def _forward(w: Tensor, bits: int, axis: int) -> Tensor:
 
 
 def _grid(w: Tensor, bits: int, axis: int) -> tuple[Tensor, Tensor]:
-    half, step = 1 << (bits - 1), _step(w, bits, axis)
-    return (w.to(step.dtype) / step).sub_(0.5).round_().clamp_(-half, half - 1), step
+    half, size = 1 << (bits - 1), _size(w)
+    step = _step(size, bits, axis)
+    # in the memory of the sizes: for a small weight, fetching more costs as much as the arithmetic
+    return torch.div(w, step, out=size).sub_(0.5).round_().clamp_(-half, half - 1), step
 
 
-def _step(w: Tensor, bits: int, axis: int) -> Tensor:
-    size = w.to(torch.promote_types(w.dtype, torch.float32)).abs()
+def _size(w: Tensor) -> Tensor:
+    return w.to(torch.promote_types(w.dtype, torch.float32)).abs()
+
+
+def _step(size: Tensor, bits: int, axis: int) -> Tensor:
     # in one order of summation, whatever the strides are
-    rows = (size.movedim(axis, 0) if axis else size).reshape(w.shape[axis], -1).contiguous()
+    rows = (size.movedim(axis, 0) if axis else size).reshape(size.shape[axis], -1).contiguous()
     step = rows.mean(1).mul_(2 / (1 << (bits - 1))).clamp_min_(_TINY)
-    return step.view([-1 if i == axis else 1 for i in range(w.dim())])
+    return step.view([-1 if i == axis else 1 for i in range(size.dim())])
 
 
 def _axis(w: Tensor, axis: int) -> int:
