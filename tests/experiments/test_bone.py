@@ -14,6 +14,7 @@ from torch import nn
 from weightsmith.adapt import trainable_parameters
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments import bone
+from weightsmith.experiments._questions import load_questions
 from weightsmith.lab import report
 from weightsmith.lab.record import Recorder, read_jobs
 from weightsmith.lab.run import run
@@ -133,7 +134,7 @@ def test_sums_need_no_data_and_the_test_asks_for_others(language):
     config = bone.Config(task="language", data="arithmetic", train_examples=40, test_examples=8, **language)
     bone.check(config)
     assert math.isfinite(bone.job(config, "row", 0, Recorder())["tuned_loss"])
-    train, test = (bone._questions("arithmetic", split, None, "") for split in ("train", "test"))
+    train, test = (load_questions("arithmetic", split, None) for split in ("train", "test"))
     assert (len(train), len(test)) == (2000, 200)
     assert not {question for question, _ in train} & {question for question, _ in test}
     question, answer = train[0]
@@ -144,4 +145,4 @@ def test_questions_without_known_columns_are_refused(language, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.jsonl").write_text('{"text": "x"}')
     with pytest.raises(UsageError, match="has text"):
-        bone._questions("other", "train", None, "")
+        load_questions("other", "train", None)

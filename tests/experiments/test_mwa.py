@@ -122,7 +122,7 @@ def test_questions_that_cannot_be_used_say_so(stand_in):
         _questions.find_questions("nowhere")
     (stand_in / "other").mkdir()
     (stand_in / "other" / "train.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(UsageError, match="needs columns question and answer, has text"):
+    with pytest.raises(UsageError, match="needs columns question and answer or query and response, has text"):
         _questions.load_questions("other", "train", None)
 
 

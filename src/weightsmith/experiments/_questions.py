@@ -1,6 +1,5 @@
 """Questions with answers, as a causal language model trains on them and answers them."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError, require
-from weightsmith.lab.hub import check_hub
+from weightsmith.experiments._source import PURPOSE, find_source
 
-_PURPOSE = "the language task"
+SUMS = "arithmetic"
+_COLUMNS = (("question", "answer"), ("query", "response"))  # the second pair is MetaMathQA's
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _IGNORED = -100
 
@@ -22,36 +22,47 @@ Row = tuple[str, str]
 
 
 def find_questions(name: str) -> str:
-    """Find a data set of questions: a folder with ``train.jsonl`` and ``test.jsonl``, or a hub id.
-
-    Args:
-        name: The folder, its name in ``$WEIGHTSMITH_DATA``, or the id.
-
-    Raises:
-        UsageError: There is neither a folder nor a network.
-        MissingExtra: ``datasets`` is not installed.
-    """
-    datasets = require("datasets", extra="hf", purpose=_PURPOSE)
-    root = os.environ.get("WEIGHTSMITH_DATA")
-    folders = [Path(root, part) for part in (name, name.split("/")[-1])] if root else []
-    found = next((folder for folder in (*folders, Path(name)) if folder.is_dir()), None)
-    if found is None:
-        if "/" not in name:
-            raise UsageError(f"data {name!r} is neither a folder nor a hub id owner/name")
-        mend = "give a folder with train.jsonl and test.jsonl, each row with question and answer"
-        check_hub("dataset", name, cached=lambda: datasets.load_dataset_builder(name), mend=mend)
-    return str(found or name)
+    """Find a data set of questions; see `find_source`. ``"arithmetic"`` is made here and needs none."""
+    return name if name == SUMS else find_source(name, "question and answer")
 
 
 def load_questions(name: str, split: str, most: int | None, subset: str = "") -> list[Row]:
-    """Read the first ``most`` rows of a split; ``subset`` is a hub data set's configuration."""
-    datasets = require("datasets", extra="hf", purpose=_PURPOSE)
+    """Read the first ``most`` rows of a split.
+
+    Args:
+        name: ``"arithmetic"``, or see `find_questions`.
+        split: ``"train"`` or ``"test"``.
+        most: At most so many rows; ``None``: all, of arithmetic 2000 and 200.
+        subset: A hub data set's configuration.
+
+    Raises:
+        UsageError: The columns are not known.
+    """
+    if name == SUMS:
+        return _sums(split, most)
+    datasets = require("datasets", extra="hf", purpose=PURPOSE)
     source = find_questions(name)
     table = datasets.load_dataset(source, *([subset] if subset and not Path(source).is_dir() else []), split=split)
-    if not {"question", "answer"} <= set(table.column_names):
-        raise UsageError(f"data {name!r} needs columns question and answer, has {', '.join(table.column_names)}")
+    columns = next((pair for pair in _COLUMNS if set(pair) <= set(table.column_names)), None)
+    if columns is None:
+        names = " or ".join(" and ".join(pair) for pair in _COLUMNS)
+        raise UsageError(f"data {name!r} needs columns {names}, has {', '.join(table.column_names)}")
+    question, answer = columns
     table = table.select(range(min(most or len(table), len(table))))
-    return [(str(row["question"]), str(row["answer"])) for row in table]
+    return [(str(row[question]), str(row[answer])) for row in table]
+
+
+def _sums(split: str, most: int | None) -> list[Row]:
+    # all sums in one fixed order: the test takes the last ones
+    order = torch.randperm(98**2 * 8, generator=torch.Generator().manual_seed(0))
+    chosen = order[: most or 2000] if split == "train" else order[-(most or 200) :]
+    rows = []
+    for index in chosen.tolist():
+        a, b, c = index // (98 * 8) + 2, index // 8 % 98 + 2, index % 8 + 2
+        rows.append(
+            (f"What is ({a} + {b}) * {c}?", f"{a} + {b} = {a + b}. {a + b} * {c} = {(a + b) * c}.\n#### {(a + b) * c}")
+        )
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Running text for language models: to calibrate with, and to be predicted."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError, require
-from weightsmith.lab.hub import check_hub
-
-_PURPOSE = "the language task"
+from weightsmith.experiments._source import PURPOSE, find_source
 
 
 def find_texts(name: str) -> str:
-    """Find a data set of texts: a folder with ``train.jsonl`` or ``test.jsonl``, or a hub id.
-
-    Args:
-        name: The folder, its name in ``$WEIGHTSMITH_DATA``, or the id.
-
-    Raises:
-        UsageError: There is neither a folder nor a network.
-        MissingExtra: ``datasets`` is not installed.
-    """
-    datasets = require("datasets", extra="hf", purpose=_PURPOSE)
-    root = os.environ.get("WEIGHTSMITH_DATA")
-    folders = [Path(root, part) for part in (name, name.split("/")[-1])] if root else []
-    found = next((folder for folder in (*folders, Path(name)) if folder.is_dir()), None)
-    if found is None:
-        if "/" not in name:
-            raise UsageError(f"data {name!r} is neither a folder nor a hub id owner/name")
-        mend = "give a folder with train.jsonl and test.jsonl, each row with a field text"
-        check_hub("dataset", name, cached=lambda: datasets.load_dataset_builder(name), mend=mend)
-    return str(found or name)
+    """Find a data set of texts; see `find_source`."""
+    return find_source(name, "a field text")
 
 
 def load_tokens(tokenizer: Any, name: str, split: str, *, most: int, subset: str = "", file: str = "") -> Tensor:
@@ -50,7 +30,7 @@ def load_tokens(tokenizer: Any, name: str, split: str, *, most: int, subset: str
     Raises:
         UsageError: There is no column ``text``.
     """
-    datasets = require("datasets", extra="hf", purpose=_PURPOSE)
+    datasets = require("datasets", extra="hf", purpose=PURPOSE)
     source = find_texts(name)
     options: dict[str, Any] = {}
     if not Path(source).is_dir():

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from weightsmith.adapt import BoneConfig, apply_bone_, trainable_parameters
 from weightsmith.core.errors import UsageError, require
-from weightsmith.experiments._questions import Row, encode, exact_matches, find_questions
+from weightsmith.experiments._questions import encode, exact_matches, find_questions, load_questions
 from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
 from weightsmith.lab.data import check_data, load_images
 from weightsmith.lab.images import Split
@@ -33,8 +32,6 @@ from weightsmith.lab.sweep import best_of
 from weightsmith.lab.train import evaluate, fit, seed_everything
 
 _VALIDATION = 0.1  # share of the training questions that is held out
-_SUMS = "arithmetic"
-_COLUMNS = (("question", "answer"), ("query", "response"))  # the second pair is MetaMathQA's
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +172,7 @@ def check(config: Config) -> None:
     if config.task == "images":
         check_data(config.data)
     else:
-        for name in {config.data, config.test_data} - {"", _SUMS}:
+        for name in {config.data, config.test_data} - {""}:
             find_questions(name)
 
 
@@ -353,8 +350,8 @@ def _language(config: Config) -> Task:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         return cast(nn.Module, transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(device))
 
-    rows = _questions(config.data, "train", config.train_examples, config.subset)
-    tested_on = _questions(config.test_data or config.data, "test", config.test_examples, config.test_subset)
+    rows = load_questions(config.data, "train", config.train_examples, config.subset)
+    tested_on = load_questions(config.test_data or config.data, "test", config.test_examples, config.test_subset)
     cut = max(1, round(_VALIDATION * len(rows)))
     held_out, kept, test = (encode(tokenizer, some, config.length) for some in (rows[:cut], rows[cut:], tested_on))
 
@@ -367,29 +364,6 @@ def _language(config: Config) -> Task:
         return found
 
     return Task(build, len(kept.inputs), kept.loss, lambda model: held_out.measure(model, config.batch_size), measure)
-
-
-def _questions(name: str, split: str, most: int | None, subset: str) -> list[Row]:
-    if name != _SUMS:
-        datasets: Any = require("datasets", extra="hf", purpose="the language task")
-        source = find_questions(name)
-        options = [subset] if subset and not Path(source).is_dir() else []
-        table = datasets.load_dataset(source, *options, split=split)
-        columns = next((pair for pair in _COLUMNS if set(pair) <= set(table.column_names)), None)
-        if columns is None:
-            raise UsageError(f"data {name!r} needs columns {_COLUMNS}, has {', '.join(table.column_names)}")
-        table = table.select(range(min(most or len(table), len(table))))
-        return [(str(row[columns[0]]), str(row[columns[1]])) for row in table]
-    # all sums in one fixed order: the test takes the last ones
-    order = torch.randperm(98**2 * 8, generator=torch.Generator().manual_seed(0))
-    chosen = order[: most or 2000] if split == "train" else order[-(most or 200) :]
-    rows = []
-    for index in chosen.tolist():
-        a, b, c = index // (98 * 8) + 2, index // 8 % 98 + 2, index % 8 + 2
-        rows.append(
-            (f"What is ({a} + {b}) * {c}?", f"{a} + {b} = {a + b}. {a + b} * {c} = {(a + b) * c}.\n#### {(a + b) * c}")
-        )
-    return rows
 
 
 EXPERIMENT = Experiment(

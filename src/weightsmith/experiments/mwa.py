@@ -36,7 +36,7 @@ class Config:
     task: Literal["images", "language"] = "images"
     """images: pretrain on half of the classes, fine-tune on all; language: fine-tune on questions and answers."""
     data: str = "digits"
-    """Images: a data set's name, hub id or folder. Language: folder with train.jsonl and test.jsonl, or hub id."""
+    """Images: name, hub id or folder. Language: arithmetic, a folder with train.jsonl and test.jsonl, or a hub id."""
     model: str = "mlp"
     """Images: mlp, vit_tiny, ... Language: folder or hub id of a causal language model."""
     train_examples: int | None = None
