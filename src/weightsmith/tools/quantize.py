@@ -71,9 +71,9 @@ def quantize(
 ) -> int:
     """Put a model's weights on a few bits, block by block; the result loads with transformers where the format allows.
 
-    Memory: the model in the precision of its files, the block at hand in float32 with what its method learns
-    (FlexRound: about 20 bytes per weight of the block), and two streams of activations (samples x length x width);
-    with --evaluate, the logits of one window. Finished blocks are kept in OUT.partial until the end: the same command
+    Memory: the model in the precision of its files and a byte per quantised weight, the block at hand in float32 with
+    what its method learns (FlexRound: about 20 bytes per weight of the block), and two streams of activations (samples
+    x length x width); with --evaluate, the logits of one window. Finished blocks are kept in OUT.partial until the end: the same command
     goes on after a kill.
 
     Args:
