@@ -73,8 +73,8 @@ def quantize(
 
     Memory: the model in the precision of its files and a byte per quantised weight, the block at hand in float32 with
     what its method learns (FlexRound: about 20 bytes per weight of the block), and two streams of activations (samples
-    x length x width); with --evaluate, the logits of one window. Finished blocks are kept in OUT.partial until the end: the same command
-    goes on after a kill.
+    x length x width); with --evaluate, the logits of one window. Finished blocks are kept in OUT.partial until the end:
+    the same command goes on after a kill.
 
     Args:
         model_dir: Folder with config.json and weights of a causal language model, a text encoder or an image model.
