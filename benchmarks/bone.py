@@ -1,6 +1,7 @@
 """Forward and backward of one adapted linear layer beside PEFT's, at equal numbers of trained parameters.
 
     OMP_NUM_THREADS=1 python benchmarks/bone.py [--sizes 2048x2048 ...] [--tokens N] [--rounds N]
+    OMP_NUM_THREADS=1 python benchmarks/bone.py --model FOLDER    # whole training steps of a causal language model
 
 Saved: what autograd keeps between the two passes, in MiB, without the parameters themselves.
 """
@@ -16,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from _timing import Timing, interleave
+from _timing import show as show_ratios
 from weightsmith.adapt import BoneConfig, accelerate_peft_, apply_bone_
 
 R = 64
@@ -89,13 +91,51 @@ def show(title: str, timings: dict[str, Timing], saved: dict[str, float]) -> Non
     Console(width=max(120, Console().width)).print(table)
 
 
+def training(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
+    """A whole step of AdamW on what trains."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def whole_model(folder: str, batch: int, length: int, rounds: int) -> None:
+    """Print the steps of one model under every adapter, put on all its linear layers but the head."""
+    from transformers import AutoModelForCausalLM
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    first = load()
+    targets = [
+        n for n, m in first.named_modules() if isinstance(m, nn.Linear) and m is not first.get_output_embeddings()
+    ]
+    one = {"target_modules": targets}
+    models = {
+        "LoRA (PEFT)": peft.get_peft_model(first, peft.LoraConfig(r=R // 2, **one)),
+        "miss (PEFT)": peft.get_peft_model(load(), peft.MissConfig(r=R, **one)),
+        "bat (PEFT)": peft.get_peft_model(load(), peft.MissConfig(r=R, init_weights="bat", **one)),
+        **{v: apply_bone_(load(), BoneConfig(r=R, variant=v, where=targets)) for v in ("miss", "row", "col")},
+    }
+    tokens = torch.randint(1000, (batch, length))
+    timings = interleave({n: training(m, tokens) for n, m in models.items()}, rounds=rounds, warmup=1)
+    show_ratios(f"a training step, {batch} x {length} tokens", timings, baseline="LoRA (PEFT)")
+
+
 def main() -> None:
-    """Print one table per size."""
+    """Print one table per size, or one for a model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=["576x576", "576x1536", "2048x2048", "2048x8192"])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model")
     arguments = parser.parse_args()
+    if arguments.model:
+        return whole_model(arguments.model, 4, arguments.tokens // 4, 5)
     for size in arguments.sizes:
         width, out = map(int, size.split("x"))
         x, dy = torch.randn(arguments.tokens, width, requires_grad=True), torch.randn(arguments.tokens, out)
