@@ -5,33 +5,49 @@ step is rounding all weights, forward, loss, backward, optimiser and schedule. T
 its own wrapper, quantisation function (also compiled, its default) and SignSGD; its copy of the best parameters is left
 out. Peak memory is that of a process that makes steps of one arm only, above the process before its first step.
 
-Run ``OMP_NUM_THREADS=1 python benchmarks/flexround.py``. For the auto-round arms: ``pip install --no-deps auto-round
-py-cpuinfo pydantic pydantic-core annotated-types typing-inspection``. Targets: a step at most as long as auto-round's;
-the weight path at least 1.5 times as fast as plain operations.
+    OMP_NUM_THREADS=1 python benchmarks/flexround.py
+    OMP_NUM_THREADS=1 python benchmarks/flexround.py --model FOLDER --data FOLDER [--bits 3] [--lr 3e-3] [--seeds 3]
+
+The second form rounds a whole causal language model by each, to the same grid, from the same windows of the texts in
+``train.jsonl`` and in the same number of steps, and shows the perplexity on ``test.jsonl``.
+
+For the auto-round arms: ``pip install --no-deps auto-round py-cpuinfo pydantic pydantic-core annotated-types
+typing-inspection``. Targets: a step at most as long as auto-round's; the weight path at least 1.5 times as fast as
+plain operations.
 """
 
+import argparse
 import importlib.util
+import math
 import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from _timing import interleave, show
 from weightsmith.core.rounding import round_ste
-from weightsmith.quantize import FlexRound, Grid, RoundToNearest
+from weightsmith.experiments._texts import load_tokens, predict
+from weightsmith.quantize import FlexRound, Grid, RoundToNearest, flexround_, round_to_nearest_
 from weightsmith.quantize.states import written
 
 SHAPES = ((2, 256), (2, 1024))
 ROUNDS = 10
 GRID = Grid(4, search="minmax")
 LR = 1e-3
+AUTO_ROUND = importlib.util.find_spec("auto_round") is not None
+WINDOWS, LENGTH, BATCH = 64, 128, 2  # calibration of a whole model
 
 Step = Callable[[], object]
 
@@ -149,7 +165,7 @@ def arms(batch: int, length: int) -> dict[str, Callable[[], Step]]:
         "FlexRound, compiled": lambda: ours(COMPILED, batch, length),
         "FlexRound, plain operations": lambda: ours(Unfused, batch, length),
     }
-    if importlib.util.find_spec("auto_round") is not None:
+    if AUTO_ROUND:
         found["auto-round"] = lambda: auto_round(False, batch, length)
         found["auto-round, compiled"] = lambda: auto_round(True, batch, length)
     return found
@@ -170,11 +186,74 @@ def peak_of(name: str, batch: int, length: int) -> None:
     print(f"{resident('VmHWM') - before:.0f}")
 
 
+def rounded_by_auto_round(model: Any, tokenizer: Any, windows: Tensor, bits: int, iterations: int, seed: int) -> Any:
+    """A whole model by auto-round's own loop and rate, in float32 as ours."""
+    from auto_round import AutoRound
+
+    scheme = {"bits": bits, "group_size": -1, "sym": False, "data_type": "int", "act_bits": 16}
+    settings = {"iters": iterations, "seqlen": LENGTH, "nsamples": len(windows), "batch_size": BATCH, "seed": seed}
+    batches = list(windows.split(BATCH))
+    device = {"device_map": "cpu", "amp": False, "enable_torch_compile": False}
+    return AutoRound(model, tokenizer, scheme=scheme, dataset=batches, **settings, **device).quantize()[0]
+
+
+def whole_model(folder: str, data: str, bits: int, lr: float, iterations: int, seeds: int) -> None:
+    """Print the perplexity that each method leaves, and how long it took."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = load_tokens(tokenizer, data, "train", most=WINDOWS * LENGTH).view(-1, LENGTH)
+    tested = load_tokens(tokenizer, data, "test", most=12 * 256).view(-1, 256)
+    grid = Grid(bits, search="minmax")
+    options = {"iterations": iterations, "lr": lr, "batch_size": BATCH}
+
+    def fresh() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def perplexity(model: Any) -> float:
+        return math.exp(predict(model, tested)["loss"])
+
+    def by_flexround(model: Any, calibration: Tensor, seed: int) -> Any:
+        flexround_(model, calibration, grid, seed=seed, **options)
+        return model
+
+    methods: dict[str, Callable[[Any, Tensor, int], Any]] = {"FlexRound": by_flexround}
+    if AUTO_ROUND:
+        methods["auto-round"] = lambda model, calibration, seed: rounded_by_auto_round(
+            model, tokenizer, calibration, bits, iterations, seed
+        )
+    nearest = fresh()
+    round_to_nearest_(nearest, windows[:BATCH], grid)
+    print(f"perplexity: trained {perplexity(fresh()):.3f}, rounded to nearest {perplexity(nearest):.3f}")
+    table = Table("", "perplexity by seed", "mean", "seconds", title=f"{bits} bits, {iterations} steps for each block")
+    for name, rounded in methods.items():
+        found, seconds = [], []
+        for seed in range(seeds):
+            order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+            model, start = fresh(), time.perf_counter()
+            model = rounded(model, windows[order], seed)
+            seconds.append(time.perf_counter() - start)
+            found.append(perplexity(model))
+        each = "  ".join(f"{value:.3f}" for value in found)
+        table.add_row(name, each, f"{statistics.mean(found):.3f}", f"{min(seconds):.0f}")
+    Console().print(table)
+
+
 def main() -> None:
-    """Time every arm, measure its memory and show the tables."""
-    if len(sys.argv) == 4:
-        return peak_of(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    """Time every arm, measure its memory and show the tables; or compare what they make of a whole model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help="folder of a causal language model")
+    parser.add_argument("--data", help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=LR, help="FlexRound's")
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    if given.peak:
+        name, *shape = given.peak
+        return peak_of(name, *map(int, shape))
     torch.set_num_threads(1)
+    if given.model:
+        return whole_model(given.model, given.data, given.bits, given.lr, given.iterations, given.seeds)
     weights = {
         "fused": weight_path(FlexRound),
         "compiled": weight_path(COMPILED),
@@ -191,7 +270,7 @@ def main() -> None:
         show(f"a step, {batch} x {length} tokens", interleave(made, rounds=ROUNDS), baseline=baseline)
         del made
         for name in arms(batch, length):
-            command = [sys.executable, __file__, name, str(batch), str(length)]
+            command = [sys.executable, __file__, "--peak", name, str(batch), str(length)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             print(f"peak memory above start, {batch} x {length} tokens, {name}: {found.stdout.split()[-1]} MB")

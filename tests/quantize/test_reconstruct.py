@@ -241,6 +241,22 @@ def test_no_logits_are_computed_but_for_a_short_trace():
     assert max(seen) == 8  # for a real vocabulary the logits of a batch outweigh everything else
 
 
+def test_a_model_of_ones_own_may_have_a_config_and_sequences_of_one_length():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {"length": 24}
+            self.position = nn.Parameter(draw(24, 16))
+            self.token = nn.Embedding(17, 16)
+            self.layers = mlp()[2:]
+
+        def forward(self, ids):
+            return self.layers(self.token(ids) + self.position)
+
+    report = flexround_(Fixed(), tokens(24, 24), W3, blocks="layers", iterations=2)
+    assert [block.name for block in report.blocks] == ["layers.2", "layers.4"]
+
+
 def test_padding_does_not_count():
     """Rows and columns of padding neither change the error nor the rounding."""
     ids = tokens(8, 8, 8, 8)

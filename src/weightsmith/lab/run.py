@@ -108,18 +108,19 @@ def run(
     result = Run(out / experiment.slug / record.config_hash(config))
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     leader = int(os.environ.get("RANK", "0")) == 0
-    result.skipped = [job for job in jobs if (record.job_folder(result.folder, *job) / "result.json").is_file()]
+    done = _finished(result.folder)
+    result.skipped = [job for job in jobs if job in done]
     pending = [job for job in jobs if job not in result.skipped]
     if leader:
         _remove_leftovers(result.folder)
         record.write_run(
             result.folder,
             {
-                **_only(description, {*arms, *_finished_arms(result.folder)} if arms else set(names)),
+                **_only(description, {*arms, *(arm for arm, _ in done)} if arms else set(names)),
                 "preset": preset,
                 "config": asdict(config),
                 "config_hash": record.config_hash(config),
-                "seeds": sorted(_finished_seeds(result.folder) | set(wanted)),
+                "seeds": sorted({*wanted, *(seed for _, seed in done)}),
                 "versions": record.versions(),
                 "hardware": record.hardware(),
             },
@@ -283,9 +284,6 @@ def _only(description: Mapping[str, Any], arms: set[str]) -> dict[str, Any]:
     }
 
 
-def _finished_arms(folder: Path) -> set[str]:
-    return {path.parent.parent.name for path in folder.glob("*/seed-*/result.json")}
-
-
-def _finished_seeds(folder: Path) -> set[int]:
-    return {int(path.parent.name.removeprefix("seed-")) for path in folder.glob("*/seed-*/result.json")}
+def _finished(folder: Path) -> set[Job]:
+    jobs = [path.parent for path in folder.glob("*/seed-*/result.json")]
+    return {(job.parent.name, int(job.name.removeprefix("seed-"))) for job in jobs}

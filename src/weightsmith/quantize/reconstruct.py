@@ -478,7 +478,8 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 
 def _example(model: nn.Module, batch: Batch) -> Batch:
     """Something small to trace a model with; transformers models take sequences of any length."""
-    return batch.head(2, _TRACED_TOKENS if hasattr(model, "config") else None)
+    of_transformers = hasattr(getattr(model, "config", None), "model_type")
+    return batch.head(2, _TRACED_TOKENS if of_transformers else None)
 
 
 def _survey(walk: Walk, layers: Mapping[str, nn.Module], batches: list[Batch]) -> tuple[str, ...]:
