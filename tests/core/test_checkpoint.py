@@ -137,6 +137,17 @@ def test_places_are_found_in_every_shard(tmp_path):
         assert torch.equal(whole, state[name].flatten())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_mapped_tensor_can_be_written_to_and_the_file_stays_as_it_was(tmp_path, dtype):
+    state = {"odd": torch.ones(3, dtype=torch.int8), "a": torch.arange(6).reshape(2, 3).to(dtype)}
+    stored = Checkpoint(write_checkpoint(state, tmp_path / "model")).stored()
+    mapped = stored["a"].map()
+    assert mapped.dtype == dtype
+    assert torch.equal(mapped, state["a"])
+    mapped.zero_()
+    assert torch.equal(stored["a"].map(), state["a"])
+
+
 def test_pieces_that_do_not_fill_the_layout_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must hold 8 bytes, as the layout says, got 4"):
         write_pieces(tmp_path / "short.safetensors", {"a": (torch.float32, (2,))}, [torch.ones(1)])

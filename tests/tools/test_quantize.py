@@ -3,17 +3,21 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError
+from weightsmith.quantize import Grid, round_to_nearest_
 from weightsmith.quantize.export import load_quantized
 from weightsmith.quantize.grid import quantized_weights
 from weightsmith.tools import quantize as tool
 from weightsmith.tools._perplexity import perplexity
+from weightsmith.tools._source import Source
 from weightsmith.tools.quantize import REPORT, quantize
 
 WORDS = [f"w{index}" for index in range(40)]
@@ -43,6 +47,7 @@ def folder(tmp_path_factory):
 
 
 QUIET = {"console": Console(quiet=True)}
+needs_maps = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 SMALL = {"samples": 4, "length": 16, "iterations": 3, **QUIET}
 
 
@@ -112,17 +117,17 @@ def test_the_command_writes_gptq_folders_with_the_same_weights(folder, tmp_path)
 def test_a_killed_run_goes_on_from_its_last_finished_block_and_ends_alike(folder, tmp_path, monkeypatch):
     out, arguments = tmp_path / "out", {"method": "flexround", "calibration": folder / "text.jsonl", **SMALL}
     quantize(folder / "llama", out=tmp_path / "unbroken", **arguments)
-    save = tool.Partial.save
-    saved = []
+    keep = tool.Partial.keep_
+    kept = []
 
-    def save_two(self, name, *rest):
-        if len(saved) == 2:
+    def keep_two(self, model, name, *rest):
+        if len(kept) == 2:
             raise KeyboardInterrupt
-        saved.append(name)
-        save(self, name, *rest)
+        kept.append(name)
+        keep(self, model, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tool.Partial, "save", save_two)
+        patch.setattr(tool.Partial, "keep_", keep_two)
         with pytest.raises(KeyboardInterrupt):
             quantize(folder / "llama", out=out, **arguments)
     assert not out.exists()
@@ -137,6 +142,48 @@ def test_a_killed_run_goes_on_from_its_last_finished_block_and_ends_alike(folder
     ]
     one, other = (quantized_weights(load_quantized(path)) for path in (out, tmp_path / "unbroken"))
     assert all(torch.equal(one[name].codes, other[name].codes) for name in other)
+
+
+@needs_maps
+def test_finished_blocks_are_read_from_files_and_leave_memory_to_the_next(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    partial, seen = tool.Partial(tmp_path / "out", {}), {}
+
+    def on_block(name, weights, block):
+        seen[name] = (model.get_parameter(f"{name}.weight").detach().clone(), weights[f"{name}.weight"])
+        partial.keep_(model, name, weights, block)
+
+    round_to_nearest_(model, None, Grid(4), on_block=on_block)
+    for name, quantized in quantized_weights(model).items():
+        value, codes = seen[name.removesuffix(".weight")]
+        assert torch.equal(model.get_parameter(name), value)
+        assert torch.equal(quantized.codes, codes.codes)
+        assert is_view_of_a_file(model.get_parameter(name), below=tmp_path)
+        assert is_view_of_a_file(quantized.codes, below=tmp_path)
+
+
+@needs_maps
+def test_weights_are_read_from_the_models_own_file_each_by_itself(folder):
+    model = Source(folder / "llama").load()
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert all(is_view_of_a_file(weight, below=folder) for weight in weights)
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+
+
+def is_view_of_a_file(tensor, below):
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return str(below) in line
+    return False
+
+
+def test_the_device_can_be_named(folder, tmp_path):
+    arguments = {"method": "flexround", "calibration": folder / "text.jsonl", **SMALL}
+    for device in (None, "cpu"):
+        quantize(folder / "llama", out=tmp_path / str(device), device=device, **arguments)
+    one, other = (load_quantized(tmp_path / device).state_dict() for device in ("None", "cpu"))
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
 def test_other_settings_do_not_take_finished_blocks_over(folder, tmp_path, monkeypatch):
@@ -168,6 +215,8 @@ BAD = [
     ({"granularity": "row"}, "granularity must be tensor, channel or group:N"),
     ({"granularity": "group:0"}, "group size"),
     ({"granularity": "group:7", "method": "rtn"}, "does not divide"),
+    ({"device": "meta"}, "device 'meta' is not there"),
+    ({"device": "gpu"}, "device 'gpu' is not there"),
     ({"format": "gguf"}, "format 'gguf' is not known"),
     ({"format": "gptq", "bits": 5}, "bits must be 2, 3, 4 or 8 for format='gptq', got 5"),
     ({"calibration": None}, "calibration is needed for method='flexround'"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -71,6 +72,11 @@ class Stored:
             file.seek(self.start + first * self.dtype.itemsize)
             if file.readinto(into.view(torch.uint8).numpy().data) != into.nbytes:
                 raise UsageError(f"{self.file} is damaged: it ends too early")
+
+    def map(self) -> Tensor:
+        """The whole tensor as a view of the file, in pages of its own that are copied when they are written to."""
+        data = numpy.memmap(self.file, mode="c", offset=self.start, shape=self.dtype.itemsize * math.prod(self.shape))
+        return torch.from_numpy(data).view(self.dtype).view(self.shape)
 
 
 class Checkpoint(Mapping[str, Tensor]):

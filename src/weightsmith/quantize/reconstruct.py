@@ -111,7 +111,7 @@ def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe:
         run = _Run(layers, grids, batches, walk, recipe, options)
         reports = tuple(run.block(index, name) for index, name in enumerate(walk.blocks))
     return Report(
-        recipe.name, grid, reports, time.perf_counter() - start, *count_bytes(model, run.quantized), unseen=unseen
+        recipe.name, grid, reports, time.perf_counter() - start, *count_bytes(model, run.nbytes), unseen=unseen
     )
 
 
@@ -150,7 +150,7 @@ def _check_done(done: Done, blocks: Mapping[str, nn.Module], layers: Mapping[str
 
 
 class _Run:
-    """One pass over a model: both streams, and what has been quantised."""
+    """One pass over a model: both streams, and what each quantised weight takes."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Run:
         self.full: list[dict[str, Any]] = [{} for _ in batches]  # outputs of the trained blocks, by batch and block
         self.rounded: list[dict[str, Any]] = [{} for _ in batches]
         self.lr = options.lr
-        self.quantized: dict[str, QuantizedWeight] = {}
+        self.nbytes: dict[str, int] = {}
 
     def block(self, index: int, name: str) -> BlockReport:
         start = time.perf_counter()
@@ -186,7 +186,7 @@ class _Run:
                 write_(layer, found.kept[key])
             self._advance(index, name, task.inputs)
         kept = {parameter_name(key): found.kept[key] for key in layers}
-        self.quantized |= kept
+        self.nbytes |= {key: quantized.nbytes for key, quantized in kept.items()}
         seconds = time.perf_counter() - start
         report = BlockReport(name, found.error_rtn, found.error, found.iterations, found.name, seconds, parts)
         if self.options.on_block is not None:

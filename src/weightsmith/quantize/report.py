@@ -91,10 +91,10 @@ def report_layer(name: str, weight: Tensor, rtn: QuantizedWeight, kept: Quantize
     return LayerReport(name, kept.bits, weight.numel(), errors[0], errors[1], moved)
 
 
-def count_bytes(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> tuple[int, int]:
-    """Bytes of all parameters before and after packing the quantised ones."""
+def count_bytes(model: nn.Module, packed: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of all parameters before and after packing those that ``packed`` gives the bytes of."""
     before = _bytes(model.parameters())
-    return before, before - _bytes(map(model.get_parameter, quantized)) + sum(q.nbytes for q in quantized.values())
+    return before, before - _bytes(map(model.get_parameter, packed)) + sum(packed.values())
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:

@@ -244,18 +244,19 @@ def round_to_nearest_(
     start = time.perf_counter()
     layers = choose_layers(model, options.get("where"))
     grids = choose_grids(layers, grid, options.get("overrides", {}))
-    found, blocks = {}, []
+    nbytes, blocks = {}, []
     for name, layer in layers.items():
         begun, key = time.perf_counter(), parameter_name(name)
         weight = weight_of(layer).detach()
-        found[key] = RoundToNearest(weight, grids[name], axis=output_axis(layer)).quantized(weight)
-        part = report_layer(key, weight.to(found[key].scale.dtype), found[key], found[key])
-        write_(layer, found[key])
+        found = RoundToNearest(weight, grids[name], axis=output_axis(layer)).quantized(weight)
+        part = report_layer(key, weight.to(found.scale.dtype), found, found)
+        write_(layer, found)
+        nbytes[key] = found.nbytes
         blocks.append(BlockReport(name, None, None, 0, "rtn", time.perf_counter() - begun, (part,)))
         if (on_block := options.get("on_block")) is not None:
-            on_block(name, {key: found[key]}, blocks[-1])
+            on_block(name, {key: found}, blocks[-1])
     seconds = time.perf_counter() - start
-    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, found))
+    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes))
 
 
 def _nearest(weight: Tensor, grid: Grid, axis: int, _: torch.Generator) -> RoundToNearest:

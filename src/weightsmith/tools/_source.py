@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from weightsmith.core.checkpoint import Checkpoint, Stored
 from weightsmith.core.errors import UsageError
 from weightsmith.tools import _calibration
 
@@ -90,8 +93,11 @@ class Source:
         return cut(self.tokenizer(), texts, samples=samples, length=min(length, self.longest))
 
     def load(self) -> Any:
-        """The model in the precision of its files, in evaluation mode."""
-        return self._class.from_pretrained(self.folder, dtype="auto").eval()
+        """The model in the precision of its files, in evaluation mode, its weights read when they are needed."""
+        model = self._class.from_pretrained(self.folder, dtype="auto").eval()
+        if any(self.folder.glob("*.safetensors")):
+            _map_one_by_one_(model, Checkpoint(self.folder).stored())
+        return model
 
     def copy_others(self, target: Path) -> None:
         """Copy what is neither weights nor in ``target`` yet: tokeniser, processor, licence."""
@@ -105,6 +111,17 @@ class Source:
         files = sorted(path for path in self.folder.iterdir() if path.suffix in _WEIGHT_FILES)
         facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         return [[json.loads((self.folder / "config.json").read_text())], *facts]
+
+
+@torch.no_grad()
+def _map_one_by_one_(model: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Let each parameter be a view of the file by itself: what is written to one is then freed together with it."""
+    for name, parameter in model.named_parameters():
+        place = stored.get(name)
+        if place and parameter.numel() and (place.dtype, place.shape) == (parameter.dtype, parameter.shape):
+            mapped = place.map()
+            if torch.equal(mapped, parameter):  # transformers may have rearranged what it has read
+                parameter.data = mapped
 
 
 def weight_bytes(folder: Path) -> int:

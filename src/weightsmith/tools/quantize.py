@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,6 +30,7 @@ from weightsmith.quantize.export import Format, save_quantized
 from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights
 from weightsmith.quantize.layers import choose_layers, is_quantisable
 from weightsmith.quantize.report import BlockReport, Report
+from weightsmith.quantize.states import moved
 from weightsmith.quantize.verbs import adaround_, flexround_, round_to_nearest_
 from weightsmith.tools._calibration import read_texts, tokenise
 from weightsmith.tools._partial import Partial
@@ -63,6 +65,7 @@ def quantize(
     seed: int = 0,
     blocks: str = "auto",
     quick: bool = False,
+    device: str | None = None,
     evaluate: Path | None = None,
     window: int = 2048,
     bos: bool = False,
@@ -71,10 +74,10 @@ def quantize(
 ) -> int:
     """Put a model's weights on a few bits, block by block; the result loads with transformers where the format allows.
 
-    Memory: the model in the precision of its files and a byte per quantised weight, the block at hand in float32 with
-    what its method learns (FlexRound: about 20 bytes per weight of the block), and two streams of activations (samples
-    x length x width); with --evaluate, the logits of one window. Finished blocks are kept in OUT.partial until the end:
-    the same command goes on after a kill.
+    Memory: the block at hand in float32 with what its method learns (FlexRound: about 20 bytes per weight of the
+    block), and two streams of activations (samples x length x width); at the end the packed weights; with --evaluate,
+    the logits of one window. Everything else is read from files: what is finished is kept in OUT.partial until the end
+    (the size of the model and a byte per quantised weight), and the same command goes on there after a kill.
 
     Args:
         model_dir: Folder with config.json and weights of a causal language model, a text encoder or an image model.
@@ -95,6 +98,7 @@ def quantize(
         seed: Of everything that is drawn.
         blocks: auto, layers, whole, or module names separated by commas.
         quick: Few iterations and samples: to see that it works.
+        device: Where the block at hand, and for the evaluation the model, is worked on: a CUDA device if there is one.
         evaluate: A .jsonl or .txt file: report perplexity on it before and after (causal language models).
         window: Tokens per window of the evaluation, at most what the model takes.
         bos: Begin every window of the evaluation with the BOS token.
@@ -127,7 +131,8 @@ def quantize(
     source = Source(model_dir)
     size, tokens_each = samples or (32 if quick else 512), length or (256 if quick else 1024)
     inputs = None if calibration is None else source.inputs(calibration, size, tokens_each)
-    judge = None if evaluate is None else _Judge(source, evaluate, window, bos)
+    place = _device(device)
+    judge = None if evaluate is None else _Judge(source, evaluate, window, bos, place)
     steps = (200 if quick and method != "rtn" else _ITERATIONS[method]) if iterations is None else iterations
     settings = {
         "method": method,
@@ -143,21 +148,21 @@ def quantize(
     }
     partial = Partial(out, {**settings, "model": source.fingerprint(), "data": _fingerprint(inputs)})
     options: dict[str, Any] = {"blocks": blocks.split(",") if "," in blocks else blocks, "batch_size": batch_size}
+    options["device"] = place
     if method != "rtn":
         options |= {"iterations": steps, "lr": lr, "seed": seed}
     verb: Any = {"flexround": flexround_, "adaround": adaround_, "rtn": round_to_nearest_}[method]
 
     with _quiet(), _bars(console) as bars:
+        before = judge and judge(source.load(), bars, "perplexity before")
         model = source.load()
-        before = judge and judge(model, bars, "perplexity before")
         done, finished = partial.load()
         chosen = choose_layers(model, None)
         total = len(chosen) if inputs is None else len(find_blocks(model, options["blocks"], chosen, keep_others=False))
         bar = bars.add_task(f"{method}, {bits} bits", total=total)
 
         def on_block(name: str, weights: dict[str, QuantizedWeight], block: BlockReport) -> None:
-            if inputs is not None and name not in done:  # rounding alone is quicker than reading it back
-                partial.save(name, weights, block)
+            partial.keep_(model, name, weights, block)
             bars.update(bar, advance=1, description=f"{method}, {bits} bits: {name}")
 
         if inputs is None:
@@ -165,10 +170,10 @@ def quantize(
         else:
             report = verb(model, inputs, grid, on_block=on_block, done=done, **options)
         report = dataclasses.replace(report, blocks=tuple(finished.get(b.name, b) for b in report.blocks))
-        after = judge and judge(model, bars, "perplexity after")
         with folder_atomically(out) as fresh:
             save_quantized(model, fresh, format)
             source.copy_others(fresh)
+            after = judge and judge(model, bars, "perplexity after")
             content = {
                 "model": model_dir.name,
                 "settings": settings,
@@ -196,6 +201,16 @@ def _granularity(text: str) -> Any:
     if kind in ("tensor", "channel") and not colon:
         return kind
     raise UsageError(f"granularity must be tensor, channel or group:N such as group:128, got {text!r}")
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    try:
+        torch.ones(1, device=name).cpu()
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise UsageError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
 
 
 def _check_out(out: Path, model_dir: Path) -> None:
@@ -232,7 +247,7 @@ def _left_out(model: Any) -> dict[str, str]:
 class _Judge:
     """Perplexity on a text; everything that can be wrong with it is found when it is made."""
 
-    def __init__(self, source: Source, path: Path, window: int, bos: bool) -> None:
+    def __init__(self, source: Source, path: Path, window: int, bos: bool, device: torch.device | None) -> None:
         if not source.is_causal:
             raise UsageError("evaluate measures perplexity, which only causal language models have: leave it out")
         if window < 2:
@@ -240,17 +255,15 @@ class _Judge:
         self.tokenizer = source.tokenizer()
         if bos and self.tokenizer.bos_token_id is None:
             raise UsageError("bos=True, but the tokeniser has no BOS token")
-        self.tokens, self.window, self.bos = (
-            tokenise(self.tokenizer, read_texts(path)),
-            min(window, source.longest),
-            bos,
-        )
+        self.tokens = tokenise(self.tokenizer, read_texts(path))
+        self.window, self.bos, self.device = min(window, source.longest), bos, device
         if len(self.tokens) < 2:
             raise UsageError(f"evaluate={path} holds fewer than 2 tokens")
 
     def __call__(self, model: Any, bars: Progress, title: str) -> Perplexity:
         step = functools.partial(bars.advance, bars.add_task(title, total=math.ceil(len(self.tokens) / self.window)))
-        return perplexity(model, self.tokenizer, self.tokens, window=self.window, bos=self.bos, after_window=step)
+        with moved(model, self.device):
+            return perplexity(model, self.tokenizer, self.tokens, window=self.window, bos=self.bos, after_window=step)
 
 
 def _bars(console: Console) -> Progress:
@@ -303,7 +316,7 @@ def _tables(content: dict[str, Any], report: Report) -> Iterator[Table | str]:
         yield f"as it was   {', '.join(left)}"
     if report.unseen:
         yield f"unseen      {len(report.unseen)} layers that no sample reached are rounded to nearest"
-    yield f"took        {content['seconds']:.0f} s, peak memory {content['peak_memory_bytes'] / 1e9:.2f} GB"
+    yield f"took        {content['seconds']:.0f} s, peak memory {content['peak_memory_bytes'] / 1e9:.2f} GB, mapped files included"
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
