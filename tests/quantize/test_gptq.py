@@ -52,7 +52,7 @@ def test_the_layout_is_that_of_the_reference_values():
     truth = {name.removeprefix("pack4."): tensor for name, tensor in GOLDEN.items() if name.startswith("pack4.")}
     codes, zero = truth["codes"].to(torch.uint8), truth["zero_point"].T.contiguous().to(torch.uint8)
     quantized = QuantizedWeight(codes, truth["scale"].T.contiguous(), zero, 4, False, 8)
-    parts = _gptq.pack(quantized)
+    parts = _gptq.pack(quantized, "gptq")
     assert torch.equal(parts["qweight"], truth["qweight"])
     assert torch.equal(parts["qzeros"], truth["qzeros_minus1"])
     assert torch.equal(parts["scales"], truth["scale"])
@@ -60,7 +60,7 @@ def test_the_layout_is_that_of_the_reference_values():
     assert {part: tensor.dtype for part, tensor in parts.items() if part != "scales"} == dict.fromkeys(
         ("qweight", "qzeros", "g_idx"), torch.int32
     )
-    assert torch.equal(_gptq.unpack(parts, 4, 8, symmetric=False).dequantize(), truth["dequant"])
+    assert torch.equal(_gptq.unpack(parts, "gptq", 4, 8, symmetric=False).dequantize(), truth["dequant"])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -68,7 +68,8 @@ def test_words_are_a_bit_stream_down_the_inputs_and_along_the_outputs(bits):
     """Python's unbounded integers are the peer: the stream of a column is one number, cut into 32-bit words."""
     generator = torch.Generator().manual_seed(bits)
     codes, zero = (torch.randint(2**bits, s, generator=generator, dtype=torch.uint8) for s in ((64, 32), (64, 2)))
-    parts = _gptq.pack(QuantizedWeight(codes, torch.ones(64, 2), zero, bits, False, 16))
+    quantized = QuantizedWeight(codes, torch.ones(64, 2), zero, bits, False, 16)
+    parts = _gptq.pack(quantized, "gptq")
 
     def words(values):
         number = sum(int(value) << bits * place for place, value in enumerate(values))
@@ -76,6 +77,7 @@ def test_words_are_a_bit_stream_down_the_inputs_and_along_the_outputs(bits):
 
     assert parts["qweight"].T.tolist() == [words(row) for row in codes]
     assert parts["qzeros"].tolist() == [words((zero[:, group].int() - 1) % 2**bits) for group in range(2)]
+    assert _gptq.pack(quantized, "gptq_v2")["qzeros"].tolist() == [words(zero[:, group]) for group in range(2)]
 
 
 @st.composite
@@ -95,11 +97,12 @@ def weights(draw):
     return QuantizedWeight(codes, scale, zero, bits, symmetric, granularity)
 
 
-@given(weights())
+@given(weights(), st.sampled_from(["gptq", "gptq_v2"]))
 @settings(max_examples=40, deadline=None)
-def test_packing_loses_nothing(quantized):
+def test_packing_loses_nothing(quantized, form):
     group_size = quantized.group_size or -1
-    back = _gptq.unpack(_gptq.pack(quantized), quantized.bits, group_size, symmetric=quantized.symmetric)
+    parts = _gptq.pack(quantized, form)
+    back = _gptq.unpack(parts, form, quantized.bits, group_size, symmetric=quantized.symmetric)
     assert_same(back, quantized)
 
 
@@ -112,14 +115,14 @@ def test_a_zero_point_of_0_wraps_to_the_largest_word():
         False,
         "channel",
     )
-    assert _gptq.pack(quantized)["qzeros"].tolist() == [[-1]]  # eight times 15
+    assert _gptq.pack(quantized, "gptq")["qzeros"].tolist() == [[-1]]  # eight times 15
 
 
 def test_codes_said_to_be_symmetric_stay_unsigned_where_the_zero_point_is_elsewhere():
     zero = torch.full((8, 1), 7, dtype=torch.uint8)
     codes = torch.arange(64, dtype=torch.uint8).view(8, 8) % 16
     quantized = QuantizedWeight(codes, torch.ones(8, 1), zero, 4, False, "channel")
-    assert_same(_gptq.unpack(_gptq.pack(quantized), 4, -1, symmetric=True), quantized)
+    assert_same(_gptq.unpack(_gptq.pack(quantized, "gptq"), "gptq", 4, -1, symmetric=True), quantized)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -170,7 +173,7 @@ def test_both_configurations_say_the_same(tmp_path, granularity, group_size, sym
     assert facts == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert facts == {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "bits": 4,
         "group_size": group_size,
         "desc_act": False,
@@ -241,7 +244,7 @@ def test_what_the_form_cannot_hold_is_refused_before_anything_is_written(tmp_pat
 
 
 WRONG = [
-    ({"checkpoint_format": "gptq_v2"}, "is of checkpoint_format 'gptq_v2'; this version of the library reads 'gptq'"),
+    ({"checkpoint_format": "marlin"}, "is of checkpoint_format 'marlin'; this version of the library reads 'gptq' and"),
     ({"bits": 5}, "is of 5 bits; the format has 2, 3, 4 and 8"),
     ({"bits": 8}, r"down_proj in .* does not fit its config\.json: 64 codes of 8 bits take 64 bytes per row, got 32"),
     ({"bits": None}, "quantization_config has no bits"),

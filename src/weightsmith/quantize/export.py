@@ -36,8 +36,7 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
         format: ``"compressed-tensors"``: transformers models whose linear layers are all on one kind of integer grid;
             ``"gptq"``: those among them of 2, 3, 4 or 8 bits whose sizes fill whole 32-bit words, with scales in the
             precision in which they were found (GPTQ files usually have float16, which would change the weights; one
-            scale per tensor is repeated for every channel); the layout is checked against reference values and by
-            loading it here, not with other readers; ``"weightsmith"``: everything; ``"auto"``:
+            scale per tensor is repeated for every channel); ``"weightsmith"``: everything; ``"auto"``:
             ``"compressed-tensors"`` where it can, else ``"weightsmith"``.
 
     Returns:

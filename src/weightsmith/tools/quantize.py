@@ -316,7 +316,8 @@ def _tables(content: dict[str, Any], report: Report) -> Iterator[Table | str]:
         yield f"as it was   {', '.join(left)}"
     if report.unseen:
         yield f"unseen      {len(report.unseen)} layers that no sample reached are rounded to nearest"
-    yield f"took        {content['seconds']:.0f} s, peak memory {content['peak_memory_bytes'] / 1e9:.2f} GB, mapped files included"
+    memory = f"peak memory {content['peak_memory_bytes'] / 1e9:.2f} GB, mapped files included"
+    yield f"took        {content['seconds']:.0f} s, {memory}"
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
