@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from weightsmith.core.errors import UsageError, require
 from weightsmith.experiments._source import PURPOSE, find_source
 
-SUMS = "arithmetic"
+_SUMS = "arithmetic"
 _COLUMNS = (("question", "answer"), ("query", "response"))  # the second pair is MetaMathQA's
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _IGNORED = -100
@@ -23,7 +23,7 @@ Row = tuple[str, str]
 
 def find_questions(name: str) -> str:
     """Find a data set of questions; see `find_source`. ``"arithmetic"`` is made here and needs none."""
-    return name if name == SUMS else find_source(name, "question and answer")
+    return name if name == _SUMS else find_source(name, "question and answer")
 
 
 def load_questions(name: str, split: str, most: int | None, subset: str = "") -> list[Row]:
@@ -38,7 +38,7 @@ def load_questions(name: str, split: str, most: int | None, subset: str = "") ->
     Raises:
         UsageError: The columns are not known.
     """
-    if name == SUMS:
+    if name == _SUMS:
         return _sums(split, most)
     datasets = require("datasets", extra="hf", purpose=PURPOSE)
     source = find_questions(name)
