@@ -35,7 +35,7 @@ METHOD = "weightsmith"
 
 _VERSION = 1
 _WEIGHTS = "weights"
-_FACTS = ("bits", "symmetric", "granularity", "axis", "offset")
+FACTS = ("bits", "symmetric", "granularity", "axis", "offset")
 
 
 def write(model: nn.Module, weights: dict[str, QuantizedWeight], folder: Path) -> None:
@@ -99,7 +99,7 @@ def pack(weights: Mapping[str, QuantizedWeight]) -> tuple[dict[str, Any], dict[s
     """Turn quantised weights into facts (for JSON) and tensors (for safetensors)."""
     facts, tensors = {}, {}
     for name, quantized in weights.items():
-        facts[name] = {fact: getattr(quantized, fact) for fact in _FACTS} | {"shape": list(quantized.shape)}
+        facts[name] = {fact: getattr(quantized, fact) for fact in FACTS} | {"shape": list(quantized.shape)}
         tensors[f"{name}.codes"] = pack_rows(quantized.codes.cpu(), quantized.bits, signed=quantized.symmetric)
         tensors[f"{name}.scale"] = quantized.scale
         if not quantized.symmetric:
@@ -117,7 +117,7 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
             zero = unpack_rows(tensors[f"{name}.zero_point"], bits, scale.shape[1], signed=False)
         shape = torch.Size(fact["shape"])
         codes = unpack_rows(tensors[f"{name}.codes"], bits, shape[1:].numel(), signed=symmetric).reshape(shape)
-        weights[name] = QuantizedWeight(codes, scale, zero, **{key: fact[key] for key in _FACTS})
+        weights[name] = QuantizedWeight(codes, scale, zero, **{key: fact[key] for key in FACTS})
     return weights
 
 

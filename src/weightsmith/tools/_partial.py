@@ -13,11 +13,11 @@ from safetensors.torch import save
 from torch import nn
 
 from weightsmith.core.files import write_atomically
+from weightsmith.quantize._native import FACTS
 from weightsmith.quantize.grid import QuantizedWeight, attach_
 from weightsmith.quantize.report import BlockReport, LayerReport
 
 _PARTS = ("codes", "scale", "zero_point")
-_FACTS = ("bits", "symmetric", "granularity", "axis", "offset")
 
 
 class Partial:
@@ -58,7 +58,7 @@ class Partial:
         """
         path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
         if not path.is_file():
-            facts = {weight: {fact: getattr(of, fact) for fact in _FACTS} for weight, of in weights.items()}
+            facts = {weight: {fact: getattr(of, fact) for fact in FACTS} for weight, of in weights.items()}
             tensors = {f"{weight}.{part}": getattr(of, part) for weight, of in weights.items() for part in _PARTS}
             tensors |= {weight: model.get_parameter(weight).detach() for weight in weights}
             metadata = {"block": json.dumps({"facts": facts, "report": asdict(report)})}

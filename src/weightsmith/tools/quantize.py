@@ -147,15 +147,15 @@ def quantize(
         "blocks": blocks,
     }
     partial = Partial(out, {**settings, "model": source.fingerprint(), "data": _fingerprint(inputs)})
-    options: dict[str, Any] = {"blocks": blocks.split(",") if "," in blocks else blocks, "batch_size": batch_size}
-    options["device"] = place
+    named = blocks.split(",") if "," in blocks else blocks
+    options: dict[str, Any] = {"blocks": named, "batch_size": batch_size, "device": place}
     if method != "rtn":
         options |= {"iterations": steps, "lr": lr, "seed": seed}
     verb: Any = {"flexround": flexround_, "adaround": adaround_, "rtn": round_to_nearest_}[method]
 
     with _quiet(), _bars(console) as bars:
         before = judge and judge(source.load(), bars, "perplexity before")
-        model = source.load()
+        model = source.load()  # anew: the evaluation may have copied the former from its files to a device and back
         done, finished = partial.load()
         chosen = choose_layers(model, None)
         total = len(chosen) if inputs is None else len(find_blocks(model, options["blocks"], chosen, keep_others=False))
