@@ -1,86 +1,128 @@
-"""Progress bars for a run: the whole on top, below it a line for every job at work."""
+"""A training run in flight: how far it is, saved now and then, so that a kill costs seconds."""
 
-import contextlib
-import json
-import threading
-from collections.abc import Callable, Iterator
+import random
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+import numpy as np
+import torch
 
-from weightsmith.lab.run import Run
+from weightsmith.core.errors import UsageError
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SHARE = 20  # a checkpoint is written at most every twenty times what writing the last one took
 
 
-@contextlib.contextmanager
-def watching(console: Console, run: Run, live: Path | None, total: int) -> Iterator[Callable[[], None]]:
-    """Show how far a run is.
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch on every device.
 
     Args:
-        console: Where to draw.
-        run: The run as it fills.
-        live: Folder of the rows of the jobs at work, or ``None`` when they cannot be seen from here.
-        total: How many jobs the run has, with those done before.
-
-    Yields:
-        A function to call after every job.
+        seed: At least 0.
     """
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    ended = threading.Event()
-    with Progress(*columns, console=console) as bars:
-        whole = bars.add_task("jobs", total=total, completed=len(run.skipped))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
-        def step() -> None:
-            bars.update(whole, completed=len(run.skipped) + len(run.finished) + len(run.failures))
 
-        watcher = threading.Thread(target=_follow, args=(bars, live, ended), daemon=True)
-        if live is not None:
-            watcher.start()
+class Progress:
+    """What changes while a model trains, and its file.
+
+    Args:
+        folder: Holds ``fit.pt``; ``None``: nothing is saved.
+        asked: The settings of the run, compared when it resumes.
+        parts: What has a state beside the generators; ``None`` values are left out.
+        seconds: Least time between two checkpoints.
+        writes: Whether this process writes.
+
+    Attributes:
+        step: Steps taken.
+        rows: What was recorded.
+        diverged: The loss was not finite.
+
+    Raises:
+        UsageError: The folder holds the checkpoint of another run.
+    """
+
+    def __init__(
+        self, folder: Path | None, asked: Mapping[str, Any], parts: Mapping[str, Any], *, seconds: float, writes: bool
+    ) -> None:
+        self._file = None if folder is None else folder / "fit.pt"
+        self._asked, self._parts = dict(asked), {name: part for name, part in parts.items() if part is not None}
+        self._seconds, self._writes = seconds, writes
+        self._last, self._took = time.monotonic(), 0.0
+        self.step, self.diverged = 0, False
+        self.rows: list[dict[str, float]] = []
+        self._loss_sum, self._since = 0.0, 0
+        if self._file is not None and self._file.is_file():
+            self._resume(self._file)
+
+    def count(self, loss: float) -> None:
+        """One more step, and its loss."""
+        self.step += 1
+        self._loss_sum += loss
+        self._since += 1
+
+    def mean_loss(self) -> float:
+        """Mean loss since this was last asked."""
+        mean = self._loss_sum / self._since
+        self._loss_sum, self._since = 0.0, 0
+        return mean
+
+    def save_if_due(self) -> None:
+        """Save when it is time to."""
+        if self._file is not None and time.monotonic() - self._last >= max(self._seconds, _SHARE * self._took):
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint; it appears whole."""
+        if self._file is None or not self._writes:
+            return
+        start = time.monotonic()
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        half = self._file.with_suffix(".tmp")
+        names = ("step", "diverged", "rows", "_loss_sum", "_since")
+        own = {name: getattr(self, name) for name in names}
+        states = {name: part.state_dict() for name, part in self._parts.items()}
+        torch.save({"asked": self._asked, "own": own, "states": states, "random": _generators()}, half)
+        half.replace(self._file)
+        self._last = time.monotonic()
+        self._took = self._last - start
+
+    def _resume(self, file: Path) -> None:
         try:
-            yield step
-        finally:
-            ended.set()
-            if live is not None:
-                watcher.join()
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # cut off or foreign: what it held is trained again
+            file.unlink()
+            return
+        if saved["asked"] != self._asked:
+            raise UsageError(
+                f"folder {file.parent} holds another training run ({saved['asked']}, this one is {self._asked}): "
+                "give each call of fit a folder of its own"
+            )
+        for name, value in saved["own"].items():
+            setattr(self, name, value)
+        for name, part in self._parts.items():
+            part.load_state_dict(saved["states"][name])
+        _restore(saved["random"])
 
 
-def _follow(bars: Progress, live: Path, ended: threading.Event) -> None:
-    lines: dict[str, TaskID] = {}
-    while not ended.wait(_SECONDS_BETWEEN_LOOKS):
-        running = {path.stem: path for path in sorted(live.glob("*.jsonl"))}
-        for job in lines.keys() - running.keys():
-            bars.remove_task(lines.pop(job))
-        for job, path in running.items():
-            if job not in lines:
-                lines[job] = bars.add_task(job, total=None)
-            bars.update(lines[job], description=f"  {job}: {_last(path)}")
-    for line in lines.values():
-        bars.remove_task(line)
+def _generators() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    version, words, after = random.getstate()
+    return {
+        "python": [version, list(words), after],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
-def _last(path: Path) -> str:
-    try:
-        row = json.loads(path.read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):  # just ended, or a row half written
-        return "..."
-    known = ("rate", "epoch", "train_loss", "validation_accuracy")
-    shown = {key.replace("validation_", ""): row[key] for key in known if key in row}
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
-    )
+def _restore(states: Mapping[str, Any]) -> None:
+    version, words, after = states["python"]
+    random.setstate((version, tuple(words), after))
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,26 +1,31 @@
-"""One job's record: its metrics, the rows it wrote while it ran, and where it ran; plain files on disk."""
+"""What a job leaves on disk: its metrics, the rows it recorded, its scores per test example; plain files.
 
-import hashlib
+::
+
+    <out>/<slug>/<key>/run.json                      what was asked, and all that a report needs beside the jobs
+    <out>/<slug>/<key>/<arm>/seed-<k>/result.json    appears when the job has finished, as a whole folder
+                                      metrics.jsonl
+                                      scores.safetensors
+    <out>/<slug>/<key>/start/seed-<k>.pt             what the arms of a seed share
+    <out>/<slug>/<key>/work/<arm>-seed-<k>/          the job in flight: rows so far, checkpoints
+"""
+
 import json
 import math
-import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import folder_atomically, write_atomically
 
 Row = dict[str, float | int | str]
-_LIBRARIES = ("weightsmith", "torch", "numpy", "accelerate", "transformers", "datasets")
 
 
 @dataclass(slots=True)
@@ -55,8 +60,10 @@ class JobResult:
     Attributes:
         arm: The arm's name.
         seed: The seed.
-        metrics: The experiment's metrics.
+        metrics: What was measured; a metric that this arm does not have is left out, one that is not finite is ``nan``.
+        diverged: Training did not stay finite.
         rows: Everything recorded on the way.
+        scores: Per metric that is a mean over test examples, one score per example ``(N,)``.
         started: Unix time.
         wall_seconds: Duration.
         peak_memory: Largest resident memory while it ran, bytes; on CUDA the largest allocated device memory.
@@ -68,7 +75,9 @@ class JobResult:
     arm: str
     seed: int
     metrics: Mapping[str, float]
+    diverged: bool
     rows: list[Row]
+    scores: Mapping[str, Tensor]
     started: float
     wall_seconds: float
     peak_memory: int
@@ -77,75 +86,26 @@ class JobResult:
     hardware: str
 
 
-def config_hash(config: Any) -> str:
-    """Twelve hexadecimal digits that change when any field of a configuration does."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> str:
-    """The device that torch would use here, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
-
-
-class Stopwatch:
-    """Wall time and peak memory of a block of code."""
-
-    def __enter__(self) -> "Stopwatch":
-        self.started, self._begin = time.time(), time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            _reset_peak()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._begin
-        self.peak_memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak()
-
-
-def _reset_peak() -> None:
-    # a worker process runs several jobs; without this each would report its predecessors' peak (Linux only)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+_IN_OTHER_FILES = {"rows", "scores"}
 
 
 def job_folder(run_folder: Path, arm: str, seed: int) -> Path:
-    """Where one job's files are."""
+    """Where the files of one finished job are."""
     return run_folder / arm / f"seed-{seed}"
 
 
+def work_folder(run_folder: Path, arm: str, seed: int) -> Path:
+    """Where one job works until it has finished."""
+    return run_folder / "work" / f"{arm}-seed-{seed}"
+
+
 def write_job(run_folder: Path, result: JobResult) -> None:
-    """Write ``result.json`` and ``metrics.jsonl`` as one folder that appears whole."""
-    content = asdict(result)
-    rows = content.pop("rows")
+    """Write the files of one job as one folder that appears whole."""
+    content = {item.name: getattr(result, item.name) for item in fields(result) if item.name not in _IN_OTHER_FILES}
     with folder_atomically(job_folder(run_folder, result.arm, result.seed)) as folder:
-        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in result.rows))
+        if result.scores:
+            write_atomically(folder / "scores.safetensors", save({k: v.contiguous() for k, v in result.scores.items()}))
         write_atomically(folder / "result.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -153,35 +113,48 @@ def read_job(folder: Path) -> JobResult:
     """Read one job's files back.
 
     Raises:
-        UsageError: A file is missing, cut off or not what it should be; the message names it and the mend.
+        UsageError: A file is missing, cut off or not what it should be; the message names it and what to do.
     """
     path = folder / "result.json"
     try:
         content = json.loads(path.read_text())
-        known = {item.name for item in fields(JobResult)} - {"rows"}
-        result = JobResult(rows=[], **{name: content[name] for name in known})
-        if not all(isinstance(value, int | float) for value in result.metrics.values()):
+        if job_folder(folder.parents[1], content["arm"], content["seed"]) != folder:
+            raise ValueError(f"it belongs to {content['arm']}, seed {content['seed']}")
+        known = {item.name for item in fields(JobResult)} - _IN_OTHER_FILES
+        values = {name: content[name] for name in known}
+        if not all(isinstance(value, int | float) for value in values["metrics"].values()):
             raise TypeError("a metric is not a number")
         path = folder / "metrics.jsonl"
-        result.rows.extend(json.loads(line) for line in path.read_text().splitlines())
-        if not all(isinstance(row, dict) for row in result.rows):
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+        if not all(isinstance(row, dict) for row in rows):
             raise TypeError("a row is not an object")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        path = folder / "scores.safetensors"
+        scores = load(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UsageError(
-            f"{path} is damaged ({type(error).__name__}: {error}); "
-            f"delete {folder} and run again: only that job is repeated"
+            f"{path} is damaged ({type(error).__name__}: {error}); run the same command again: only that job is repeated"
         ) from error
-    return result
+    return JobResult(rows=rows, scores=scores, **values)
 
 
-def read_jobs(run_folder: Path) -> Iterator[JobResult]:
-    """Read every finished job of a run, by arm and seed."""
+def read_jobs(run_folder: Path) -> Iterator[JobResult | UsageError]:
+    """Read every finished job of a run, by arm and seed; in place of a damaged one comes the error that names it."""
     for path in sorted(run_folder.glob("*/seed-*/result.json")):
-        yield read_job(path.parent)
+        try:
+            yield read_job(path.parent)
+        except UsageError as error:
+            yield error
+
+
+def put_aside(folder: Path) -> Path:
+    """Rename a folder that holds something else than it should, so that its place is free; give the new name."""
+    aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
+    folder.rename(aside)
+    return aside
 
 
 def write_run(run_folder: Path, description: Mapping[str, Any]) -> None:
-    """Write ``run.json``: what was asked for, and all a report needs besides the jobs."""
+    """Write ``run.json``: what was asked for, and all that a report needs beside the jobs."""
     write_atomically(run_folder / "run.json", json.dumps(description, indent=2, default=str) + "\n")
 
 
@@ -198,16 +171,23 @@ def read_run(run_folder: Path) -> dict[str, Any]:
         raise UsageError(f"{run_folder} is not a run folder: it has no run.json{hint}")
     try:
         run = json.loads(path.read_text())
-        missing = {"slug", "title", "arms", "metrics", "claims", "charts", "config", "seeds"} - run.keys()
-    except (ValueError, AttributeError) as error:
+        missing = {"slug", "title", "arms", "metrics", "claims", "charts", "config", "seeds", "plan"} - run.keys()
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UsageError(
-            f"{path} is damaged ({error}); run the experiment again with the same settings to mend it"
+            f"{path} is damaged ({error}); run the experiment again with the same settings to replace it"
         ) from error
     if missing:
         raise UsageError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return run
 
 
-def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Turn whatever a job returned into plain floats; what is not finite becomes ``nan``."""
-    return {name: float(value) if math.isfinite(float(value)) else math.nan for name, value in metrics.items()}
+def plain_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Separate what a job returned into numbers and scores per example; a number that is not finite becomes ``nan``."""
+    scores = {
+        name: value.detach().float().cpu()
+        for name, value in metrics.items()
+        if isinstance(value, Tensor) and value.dim()
+    }
+    numbers = {name: float(value.double().mean()) for name, value in scores.items()}
+    numbers |= {n: float(v) for n, v in metrics.items() if v is not None and n not in scores}
+    return {name: value if math.isfinite(value) else math.nan for name, value in numbers.items()}, scores

@@ -1,40 +1,28 @@
 """Run an experiment: every (arm, seed) is one job, done once, in parallel, and never again.
 
-A job is a pure function of (config, arm, seed). Its files appear as a whole when it ends, so killing a run loses the
-jobs in flight at most, and a second run with the same configuration does only what is missing.
+A job is a function of configuration, arm, seed and fingerprint. Its files appear as a whole when it ends, so killing a
+run loses what its jobs have trained since their last checkpoints, and the same command does only what is missing. Seeds
+come in looks: after each the claims are judged, and the run stops when the primary ones are decided.
 """
 
 import contextlib
-import os
 import shutil
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from weightsmith.core.errors import UsageError, unknown
+from weightsmith.lab import fingerprint, machine, record
+from weightsmith.lab.engines import Failure, Work, engine_named
+from weightsmith.lab.engines.base import finished
+from weightsmith.lab.engines.distributed import is_leader
+from weightsmith.lab.experiment import Experiment
+from weightsmith.lab.record import JobResult
+from weightsmith.lab.stats import Plan, decided, judge
 
-from weightsmith.core.errors import UsageError, require, unknown
-from weightsmith.lab import record
-from weightsmith.lab.claim import Experiment
-from weightsmith.lab.record import JobResult, Recorder, Stopwatch
-
-Engine = Literal["local", "ray"]
-Job = tuple[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A job that raised: the others go on, and its traceback is kept beside the results."""
-
-    arm: str
-    seed: int
-    error: str
-    trace: str
+JobName = tuple[str, int]
+Watch = Callable[["Run", int], contextlib.AbstractContextManager[Callable[[], None]]]
 
 
 @dataclass(slots=True)
@@ -42,16 +30,18 @@ class Run:
     """What :func:`run` did.
 
     Attributes:
-        folder: The run folder, ``<out>/<slug>/<config hash>``.
+        folder: The run folder, ``<out>/<slug>/<key>``.
         skipped: Jobs that were finished before.
         finished: Jobs that this call finished.
-        failures: Jobs that raised.
+        failures: Jobs that raised, were killed or took too long.
+        news: What the user should know, a line each: why nothing is reused, which files were put aside.
     """
 
     folder: Path
-    skipped: list[Job] = field(default_factory=list)
-    finished: list[Job] = field(default_factory=list)
+    skipped: list[JobName] = field(default_factory=list)
+    finished: list[JobName] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    news: list[str] = field(default_factory=list)
 
 
 def run(
@@ -59,13 +49,15 @@ def run(
     config: Any,
     *,
     preset: str = "laptop",
-    seeds: int | Sequence[int] = 3,
+    seeds: Literal["auto"] | int | Sequence[int] = "auto",
     arms: Sequence[str] = (),
     out: Path = Path("runs"),
-    engine: Engine = "local",
+    engine: str = "local",
     address: str | None = None,
     workers: int | None = None,
-    watch: Callable[[Run, Path | None, int], contextlib.AbstractContextManager[Callable[[], None]]] | None = None,
+    time_limit: float | None = None,
+    fresh: bool = False,
+    watch: Watch | None = None,
 ) -> Run:
     """Do every job of an experiment that is not done yet.
 
@@ -73,217 +65,141 @@ def run(
         experiment: What to compare.
         config: A complete configuration, usually one of ``experiment.presets`` with fields replaced.
         preset: The name of the preset that ``config`` started from, for the report.
-        seeds: How many (``0 .. seeds - 1``), or which.
-        arms: Names of the arms to run; all of them when empty. Claims about arms that never ran are left out.
+        seeds: ``"auto"``: 3, then 5, 10 and 20 seeds, until the primary claims are decided; or how many
+            (``0 .. seeds - 1``), or which.
+        arms: Names of the arms to run; all of them when empty. The declared claims stay the family that is judged.
         out: Parent of the run folders.
-        engine: ``"local"``: a pool of processes, one torch thread each when there are several; ``"ray"``: a Ray
-            cluster, one CPU (and one GPU where there are any) per job.
+        engine: ``"local"``: a pool of processes; ``"ray"``: a Ray cluster. Under ``torchrun`` or ``accelerate launch``
+            every job is done by all processes together.
         address: Address of a Ray cluster; ``None``: start one on this machine.
         workers: Jobs at a time; ``None``: one per CPU core, or one per GPU.
-        watch: ``watch(run, live, total)`` gives a context manager around the work, whose value is called after every
-            job; ``live`` is the folder where running jobs write their rows as they go, if they can.
+        time_limit: Seconds that a job may take; ``None``: any.
+        fresh: Remove what earlier runs with the same key have left, and start over.
+        watch: ``watch(run, total)`` gives a context manager around the work, whose value is called after every job.
 
     Returns:
-        What was done and where. Jobs that raised are listed, not raised.
+        What was done and where. Jobs that failed are listed, not raised.
 
     Raises:
         UsageError: The configuration cannot run; nothing has been written.
         OSError: ``out`` cannot be written.
     """
-    if engine not in ("local", "ray"):
-        raise unknown("engine", engine, ("local", "ray"))
-    wanted = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not wanted or min(wanted) < 0 or len(set(wanted)) < len(wanted):
-        raise UsageError(f"seeds must be a positive number or different numbers of at least 0, got {seeds!r}")
+    plan, batches = _plan(seeds)
     if workers is not None and workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
-    experiment.check(config)
+    if time_limit is not None and not time_limit > 0:
+        raise UsageError(f"time_limit must be above 0 seconds, got {time_limit}")
+    do_all = engine_named(
+        engine, address=address, workers=workers, time_limit=time_limit, resources=experiment.resources
+    )
     description = experiment.describe(config)
     names = [arm["name"] for arm in description["arms"]]
     for name in arms:
         if name not in names:
             raise unknown("arm", name, names)
-    jobs = [(name, seed) for seed in wanted for name in names if not arms or name in arms]
+    wanted = [name for name in names if not arms or name in arms]
+    task = check(experiment, config)
+    identity = fingerprint.identity(experiment, config, task.fingerprint if task is not None else "")
+    result = Run(out / experiment.slug / fingerprint.digest(*identity.values()))
+    if fresh and is_leader() and result.folder.exists():
+        shutil.rmtree(result.folder)
+    result.news += _why_new(result.folder, identity)
+    description |= {
+        "preset": preset,
+        "config": asdict(config),
+        "fingerprint": dict(identity),
+        "plan": asdict(plan),
+        "left_out": [name for name in names if name not in wanted],
+        "task": {"name": task.name, "rows": dict(task.rows), "facts": dict(task.facts)} if task is not None else None,
+        "versions": machine.versions(),
+        "hardware": machine.hardware(),
+    }
 
-    result = Run(out / experiment.slug / record.config_hash(config))
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    leader = int(os.environ.get("RANK", "0")) == 0
-    done = _finished(result.folder)
-    result.skipped = [job for job in jobs if job in done]
-    pending = [job for job in jobs if job not in result.skipped]
-    if leader:
-        _remove_leftovers(result.folder)
-        record.write_run(
-            result.folder,
-            {
-                **_only(description, {*arms, *(arm for arm, _ in done)} if arms else set(names)),
-                "preset": preset,
-                "config": asdict(config),
-                "config_hash": record.config_hash(config),
-                "seeds": sorted({*wanted, *(seed for _, seed in done)}),
-                "versions": record.versions(),
-                "hardware": record.hardware(),
-            },
-        )
-    call = partial(_job, experiment, config)
-    with tempfile.TemporaryDirectory(prefix="weightsmith-live-") as live:
-        if distributed:
-            outcomes = _in_this_process(call, pending)
-        elif engine == "ray":
-            outcomes = _on_ray(call, pending, address, workers)
-        else:
-            outcomes = _in_processes(partial(call, live=Path(live)), pending, workers)
-        watching = watch(result, Path(live) if engine == "local" else None, len(jobs)) if watch and leader else None
-        with watching or contextlib.nullcontext(lambda: None) as step:
-            for outcome in outcomes:
-                if leader:
-                    _keep(result, outcome)
+    total = len(wanted) * max(len(batch) for batch in batches)
+    with watch(result, total) if watch and is_leader() else contextlib.nullcontext(lambda: None) as step:
+        for batch in batches:
+            works = [Work(experiment, config, result.folder, name, seed) for seed in batch for name in wanted]
+            if is_leader():
+                record.write_run(result.folder, {**description, "seeds": sorted({*batch, *_seeds(result.folder)})})
+            done = _finished(works, result)
+            for outcome in do_all([work for work in works if (work.arm, work.seed) not in done]):
+                if isinstance(outcome, Failure):
+                    result.failures.append(outcome)
+                else:
+                    result.finished.append((outcome.arm, outcome.seed))
                 step()
+            if result.failures or (len(batches) > 1 and _decided(experiment, config, result.folder, plan, batch)):
+                break
     return result
 
 
-def _job(
-    experiment: Experiment[Any], config: Any, arm: str, seed: int, threads: int | None = None, live: Path | None = None
-) -> JobResult | Failure:
-    before = torch.get_num_threads()
-    recorder = Recorder(live=live / f"{arm} seed {seed}.jsonl" if live else None)
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        with Stopwatch() as watch:
-            metrics = record.finite(experiment.job(config, arm, seed, recorder))
-        missing = {metric.name for metric in experiment.metrics} - metrics.keys()
-        if missing:
-            raise ValueError(f"the job did not return {', '.join(sorted(missing))}")
-        return JobResult(
-            arm=arm,
-            seed=seed,
-            metrics=metrics,
-            rows=recorder.rows,
-            started=watch.started,
-            wall_seconds=watch.seconds,
-            peak_memory=watch.peak_memory,
-            threads=torch.get_num_threads(),
-            versions=record.versions(),
-            hardware=record.hardware(),
+def check(experiment: Experiment[Any], config: Any) -> Any:
+    """Refuse a configuration that cannot run, and put one real batch through the model.
+
+    Returns:
+        The task, or ``None`` when the experiment has none.
+
+    Raises:
+        UsageError: What is wrong and what to do.
+    """
+    experiment.check(config)
+    if experiment.task is None:
+        return None
+    from weightsmith.lab.probe import probe
+
+    task = experiment.task(config)
+    probe(task)
+    return task
+
+
+def _plan(seeds: Literal["auto"] | int | Sequence[int]) -> tuple[Plan, list[list[int]]]:
+    """The rule by which the run stops, and the seeds of each look."""
+    if seeds == "auto":
+        plan = Plan()
+        return plan, [list(range(look)) for look in plan.looks]
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if isinstance(seeds, str) or not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+        raise UsageError(
+            f"seeds must be 'auto', a number of at least 1, or different numbers of at least 0, got {seeds!r}"
         )
-    except Exception as error:  # one job's error must not take the others down
-        return Failure(arm, seed, f"{type(error).__name__}: {error}", traceback.format_exc())
-    finally:
-        torch.set_num_threads(before)
-        if recorder.live is not None:
-            recorder.live.unlink(missing_ok=True)
+    return Plan(looks=(len(chosen),)), [chosen]
 
 
-def _in_this_process(call: Callable[..., JobResult | Failure], jobs: Sequence[Job]) -> Iterator[JobResult | Failure]:
-    for arm, seed in jobs:
-        yield call(arm, seed)
+def _decided(experiment: Experiment[Any], config: Any, folder: Path, plan: Plan, seeds: Sequence[int]) -> bool:
+    jobs = [job for job in record.read_jobs(folder) if isinstance(job, JobResult) and job.seed in seeds]
+    return decided(judge(experiment.claims(config), experiment.metrics, jobs, plan=plan))
 
 
-def _in_processes(
-    call: Callable[..., JobResult | Failure], jobs: Sequence[Job], workers: int | None
-) -> Iterator[JobResult | Failure]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = workers or (1 if torch.cuda.is_available() else cores)
-    count = min(most, len(jobs))
-    if count <= 1:
-        return _in_this_process(call, jobs)
-    import joblib
-
-    pool = joblib.Parallel(n_jobs=count, backend="loky", return_as="generator_unordered", batch_size=1)
-    return pool(joblib.delayed(_orphan_ends)(call, os.getpid(), arm, seed) for arm, seed in jobs)
+def _finished(works: Sequence[Work], result: Run) -> set[JobName]:
+    done = set()
+    for work in works:
+        name = (work.arm, work.seed)
+        if name in result.finished or name in result.skipped:
+            done.add(name)
+        elif finished(work) is not None:
+            result.skipped.append(name)
+            done.add(name)
+    return done
 
 
-def _orphan_ends(call: Callable[..., JobResult | Failure], parent: int, arm: str, seed: int) -> JobResult | Failure:
-    _end_with(parent)
-    return call(arm, seed, threads=1)
-
-
-def _end_with(parent: int) -> None:
-    # a pool's workers outlive a parent that was killed with -9, and would go on computing for nobody
-    import threading
-
-    name = f"end with {parent}"
-    if any(thread.name == name for thread in threading.enumerate()):
-        return
-
-    def watch() -> None:
-        while True:
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                os._exit(1)
-            time.sleep(1.0)
-
-    threading.Thread(target=watch, name=name, daemon=True).start()
-
-
-def _call(call: Callable[..., JobResult | Failure], arm: str, seed: int) -> JobResult | Failure:
-    return call(arm, seed)
-
-
-def _on_ray(
-    call: Callable[..., JobResult | Failure], jobs: Sequence[Job], address: str | None, workers: int | None
-) -> Iterator[JobResult | Failure]:
-    ray = require("ray", extra="search", purpose="--engine ray")
-    own = not ray.is_initialized()
-    if own:
-        passed_on = {name: value for name, value in os.environ.items() if name.startswith(("WEIGHTSMITH_", "HF_"))}
-        options: Mapping[str, Any] = {"num_cpus": workers} if address is None else {}
-        try:
-            ray.init(
-                address=address,
-                include_dashboard=False,
-                log_to_driver=False,
-                runtime_env={"env_vars": passed_on},
-                logging_level="ERROR",
-                **options,
-            )
-        except ConnectionError as error:
-            raise UsageError(f"address {address!r} does not answer as a Ray cluster: {error}") from error
-    try:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_call)
-        shared = ray.put(partial(call, threads=None if gpus else 1))
-        waiting = {remote.remote(shared, arm, seed): (arm, seed) for arm, seed in jobs}
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            arm, seed = waiting.pop(done)
-            try:
-                yield ray.get(done)
-            except ray.exceptions.RayError as error:
-                yield Failure(arm, seed, f"{type(error).__name__}: {error}", traceback.format_exc())
-    finally:
-        if own:
-            ray.shutdown()
-
-
-def _keep(result: Run, outcome: JobResult | Failure) -> None:
-    trace = result.folder / outcome.arm / f"seed-{outcome.seed}.error.txt"
-    if isinstance(outcome, Failure):
-        record.write_atomically(trace, outcome.trace)
-        result.failures.append(outcome)
-        return
-    record.write_job(result.folder, outcome)
-    trace.unlink(missing_ok=True)
-    result.finished.append((outcome.arm, outcome.seed))
-
-
-def _remove_leftovers(folder: Path) -> None:
-    # what a killed run left half written; an hour's grace, as another process may be writing now
-    for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        if time.time() - path.stat().st_mtime > 3600:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _only(description: Mapping[str, Any], arms: set[str]) -> dict[str, Any]:
+def _seeds(folder: Path) -> set[int]:
     return {
-        **description,
-        "arms": [arm for arm in description["arms"] if arm["name"] in arms],
-        "claims": [claim for claim in description["claims"] if {claim["winner"], claim["loser"]} <= arms],
+        int(path.parent.name.removeprefix("seed-"))
+        for path in folder.glob("*/seed-*/result.json")
+        if path.parent.name[5:].isdigit()
     }
 
 
-def _finished(folder: Path) -> set[Job]:
-    jobs = [path.parent for path in folder.glob("*/seed-*/result.json")]
-    return {(job.parent.name, int(job.name.removeprefix("seed-"))) for job in jobs}
+def _why_new(folder: Path, identity: dict[str, str]) -> list[str]:
+    """When the same configuration has been run before: what has changed since, in one line."""
+    if folder.exists():
+        return []
+    for other in sorted(folder.parent.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            before = record.read_run(other.parent).get("fingerprint", {})
+        except UsageError:
+            continue
+        if before.get("configuration") == identity["configuration"]:
+            parts = " and ".join(fingerprint.changed(before, identity))
+            return [f"{parts} changed since {other.parent}: nothing of it is reused"]
+    return []

@@ -1,26 +1,88 @@
-"""Choose a hyper-parameter on the validation split, fairly: the same values for every arm, the test split untouched."""
+"""Choose a hyperparameter on the validation split, with the same number of trials for every arm."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-Trial = TypeVar("Trial")
+from weightsmith.lab.experiment import Better
+
+Result = TypeVar("Result")
 
 
-def best_of(values: Sequence[float], attempt: Callable[[float], tuple[float, Trial]]) -> tuple[float, Trial]:
-    """Try every value and keep the one with the highest validation score; ties go to the earlier value.
+@dataclass(frozen=True, slots=True)
+class Trial(Generic[Result]):
+    """One value that was tried.
+
+    Attributes:
+        value: The hyperparameter.
+        score: On the validation split; ``nan`` when training diverged.
+        result: What else came out, for example the trained model.
+    """
+
+    value: float
+    score: float
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Swept(Generic[Result]):
+    """The outcome of a sweep.
+
+    Attributes:
+        best: The trial with the best score; its result is the only one that is kept.
+        at_edge: The best value is the smallest or the largest that was tried: a better one may lie beyond.
+        trials: How many values were tried.
+    """
+
+    best: Trial[Result]
+    at_edge: bool
+    trials: int
+
+
+def sweep(
+    values: Sequence[float],
+    attempt: Callable[[float, int], tuple[float, Result]],
+    *,
+    more: int = 0,
+    better: Better = "higher",
+) -> Swept[Result]:
+    """Try every value, then ``more`` around the best one; every arm of an experiment gets the same number of trials.
+
+    While the best value is the smallest or the largest so far, the next trial lies beyond it, at the ratio of the two
+    outermost values; otherwise it is the geometric mean of the best value and its better neighbor.
 
     Args:
-        values: What to try, for example learning rates.
-        attempt: ``value -> (validation score, trial)``; a score that is not finite loses to every other.
+        values: What to try first, all above 0, for example learning rates.
+        attempt: ``(value, number of the trial from 0) -> (validation score, result)``; a score that is not finite loses
+            to every other.
+        more: Trials after those.
+        better: Which scores are good.
 
     Returns:
-        The chosen value and its trial. Only the best trial so far is held in memory.
+        The best trial; ties go to the earlier one.
     """
-    chosen, best, score = values[0], None, -math.inf
-    for value in values:
-        new_score, trial = attempt(value)
-        if best is None or new_score > score:
-            chosen, best, score = value, trial, new_score if math.isfinite(new_score) else -math.inf
+    sign = 1.0 if better == "higher" else -1.0
+    scores: dict[float, float] = {}
+    best: Trial[Result] | None = None
+    for number in range(len(values) + more):
+        value = values[number] if number < len(values) else _next(scores)
+        score, result = attempt(value, number)
+        scores[value] = sign * score if math.isfinite(score) else -math.inf
+        if best is None or scores[value] > scores[best.value]:
+            best = Trial(value, score, result)
     assert best is not None
-    return chosen, best
+    return Swept(best, len(scores) > 1 and best.value in (min(scores), max(scores)), len(scores))
+
+
+def _next(scores: dict[float, float]) -> float:
+    tried = sorted(scores)
+    at = tried.index(max(scores, key=lambda value: scores[value]))
+    if len(tried) == 1:
+        return tried[0] * math.sqrt(10)
+    if at == 0:
+        return tried[0] ** 2 / tried[1]
+    if at == len(tried) - 1:
+        return tried[-1] ** 2 / tried[-2]
+    neighbor = max(tried[at - 1], tried[at + 1], key=lambda value: scores[value])
+    return math.sqrt(tried[at] * neighbor)

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from torch import Tensor
 
 from weightsmith.core.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from weightsmith.lab.record import Recorder
+    from weightsmith.lab.job import Job
+    from weightsmith.lab.task import Task
 
 Better = Literal["higher", "lower"]
 Config = TypeVar("Config")
+Value = float | Tensor | None
+"""A metric of one job: a number; a score per test example ``(N,)``, whose mean is the number; ``None``: not measured."""
+
+MOST_PRIMARY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,21 +28,30 @@ class Arm:
     Attributes:
         name: Folder-safe identifier, for example ``"sgdp"``.
         text: What it is, in a few words.
+        title: How plots, tables and sentences name it, for example ``"SGDP"``; ``""``: the name.
     """
 
     name: str
     text: str
+    title: str = ""
+
+    @property
+    def label(self) -> str:
+        """What a reader sees."""
+        return self.title or self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number that every job returns.
+    """One number that every job returns; it alone says which direction is good.
 
     Attributes:
         name: Key in a job's result.
         label: Heading in tables and plots.
-        better: Which way is good, or ``None`` when neither is.
+        better: Which direction is good, or ``None`` when neither is.
         format: Python format specification for one value.
+        resolution: Smallest difference between two values of one job, in the metric's unit: one example of a test set.
+            ``None``: continuous, or given by the number of scores per example.
         help: One sentence that says what is measured.
     """
 
@@ -42,43 +59,49 @@ class Metric:
     label: str
     better: Better | None = None
     format: str = ".3f"
+    resolution: float | None = None
     help: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """A sentence that the runs can support or refute, paired by seed.
 
-    With ``s = 1`` when higher is better and ``-1`` otherwise, the claim says that
+    With ``s = 1`` when higher values of the metric are better and ``-1`` otherwise, the claim says that
     ``s * (winner - loser) > margin`` on average over seeds.
 
     Attributes:
-        text: The claim in one sentence.
+        text: The claim as a statement.
         metric: The metric that decides.
         winner: The arm that should come out ahead.
         loser: The arm it is compared with.
-        better: Which way the metric is good.
+        primary: One of the at most two claims that the experiment exists for; the others are about the mechanism.
         margin: By how much at least, in the metric's unit; negative for "not worse by more than".
-        relative: The margin is a fraction of the loser's absolute value, seed by seed.
-        paper: The paper's own figure, for the reader to compare.
+        relative: ``margin`` and ``worth`` are fractions of the loser's absolute value, seed by seed.
+        worth: Smallest effect worth having, in the unit of ``margin`` and measured from it, decided before any run;
+            ``None``: any.
+        paper: What the paper says, for the reader to compare.
+        paper_gain: The paper's own gain ``s * (winner - loser)`` in the unit of ``margin``, where it gives a number.
     """
 
     text: str
     metric: str
     winner: str
     loser: str
-    better: Better = "higher"
+    primary: bool = False
     margin: float = 0.0
     relative: bool = False
+    worth: float | None = None
     paper: str = ""
+    paper_gain: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A picture drawn from the rows that jobs record while they run.
+    """A picture drawn from the rows that jobs record.
 
     Attributes:
-        title: What the picture shows, as a statement or a question.
+        title: What is drawn.
         x: Row key on the horizontal axis.
         y: Row key on the vertical axis.
         kind: ``"line"``: mean over seeds with a band of one standard deviation; ``"scatter"``: one dot per row.
@@ -103,21 +126,44 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class Resources:
+    """What one job occupies.
+
+    Attributes:
+        cpus: Torch threads, and CPUs on a Ray cluster.
+        gpus: Share of a GPU, where there are any; ``0.0``: a whole one.
+    """
+
+    cpus: int = 1
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment(Generic[Config]):
-    """Arms x seeds -> metrics -> claims.
+    """Arms x seeds -> metrics -> claims -> verdicts.
 
     Attributes:
         slug: The technique's slug; names the run folder.
         title: Heading of the report.
-        question: What a reader learns, in one or two sentences.
+        question: What a reader learns, as a question of one or two sentences.
         presets: Complete configurations by name; ``"laptop"`` is the default.
         arms: The arms that a configuration compares.
-        claims: The claims that a configuration can decide.
+        claims: The claims that a configuration can decide; the declared family, whatever arms are run.
         metrics: What every job returns, in the order of the tables.
+        job: ``(config, job) -> metrics``: a function of config, arm and seed alone; it may be run in any process.
+        start: ``(config, seed, folder) -> data``: done once per seed, stored, and shared by the arms as ``job.start``,
+            for example the state of a pretrained network. It returns tensors, numbers and strings in dicts and lists;
+            ``folder`` is for checkpoints, as a job's.
+        task: ``config -> Task`` that the jobs train; checked by one real batch before the first job, and described in
+            the report.
+        steps: ``(config, arm) -> training steps of a job``, from which ``--dry-run`` estimates the time.
         charts: Pictures for the report.
-        job: ``(config, arm name, seed, recorder) -> metrics``: a pure function; it may be run in any process.
         check: Called once before any job starts; raises :class:`UsageError` for a configuration that cannot run.
         reading: How to read the result honestly; a paragraph for the report.
+        resources: What one job occupies.
+        revision: Raise it when results of an earlier version are no longer comparable.
+        source: Where the experiment can be loaded from again, ``module:name`` or ``file.py:name``; ``""``: it is sent
+            to other processes by value.
     """
 
     slug: str
@@ -127,10 +173,16 @@ class Experiment(Generic[Config]):
     arms: Callable[[Config], Sequence[Arm]]
     claims: Callable[[Config], Sequence[Claim]]
     metrics: tuple[Metric, ...]
-    job: Callable[[Config, str, int, "Recorder"], Mapping[str, float]]
+    job: Callable[[Config, "Job"], Mapping[str, Value]]
+    start: Callable[[Config, int, Path], Any] | None = None
+    task: Callable[[Config], "Task"] | None = None
+    steps: Callable[[Config, str], int] | None = None
     charts: tuple[Chart, ...] = ()
     check: Callable[[Config], None] = lambda config: None
     reading: str = ""
+    resources: Resources = Resources()
+    revision: int = 1
+    source: str = ""
 
     def preset(self, name: str) -> Config:
         """Look up a preset by name, or say which there are."""
@@ -142,13 +194,21 @@ class Experiment(Generic[Config]):
         """Everything a report needs, as plain data: written beside the results, so that they can be read without code.
 
         Raises:
-            UsageError: The experiment contradicts itself, for example a claim about an arm that is not run.
+            UsageError: The experiment contradicts itself, for example a claim about an arm that it does not have.
         """
         arms, claims = self.arms(config), self.claims(config)
-        names, metrics = {arm.name for arm in arms}, {metric.name for metric in self.metrics}
+        names, metrics = {arm.name for arm in arms}, {metric.name: metric for metric in self.metrics}
         for claim in claims:
             if not {claim.winner, claim.loser} <= names or claim.metric not in metrics:
                 raise UsageError(f"claim {claim.text!r} names an arm or a metric that this experiment does not have")
+            if metrics[claim.metric].better is None:
+                raise UsageError(f"claim {claim.text!r} needs a metric with a direction; {claim.metric} has none")
+            if claim.worth is not None and claim.worth <= 0:
+                raise UsageError(f"worth must be above 0, got {claim.worth} in claim {claim.text!r}")
+        if sum(claim.primary for claim in claims) > MOST_PRIMARY:
+            raise UsageError(
+                f"{self.slug} has more than {MOST_PRIMARY} primary claims; the others are mechanism claims"
+            )
         return {
             "slug": self.slug,
             "title": self.title,

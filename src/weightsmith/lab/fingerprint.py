@@ -1,0 +1,89 @@
+"""The identity of a question: a result is never reused for a question that has changed.
+
+A run folder is named after the digest of configuration, experiment source, package, data and the user's own code.
+"""
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import weightsmith
+from weightsmith.lab.experiment import Experiment
+
+_CONTENT_BYTES = 2**30  # beyond that, files are told apart by name, size and time of change
+_NO_RESULT_DEPENDS_ON = ("cards", "cli.py", "lab/report", "lab/watching.py", "lab/track.py", "tools")
+
+
+def digest(*parts: str | bytes) -> str:
+    """Twelve hexadecimal digits of some parts, in order."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()[:12]
+
+
+def config_digest(config: Any) -> str:
+    """Changes when any field of a configuration does."""
+    return digest(json.dumps(asdict(config), sort_keys=True, default=str))
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Changes when the files do: by content, or by size and time of change where they are larger than 1 GiB together."""
+    paths = sorted(set(files))
+    by_content = sum(path.stat().st_size for path in paths) <= _CONTENT_BYTES
+    parts: list[str | bytes] = []
+    for path in paths:
+        stat = path.stat()
+        parts += [path.name, path.read_bytes() if by_content else f"{stat.st_size} {stat.st_mtime_ns}"]
+    return digest(*parts)
+
+
+def code_digest(module: ModuleType) -> str:
+    """Changes when a module's source does, or that of a module beside it that has been imported."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return ""
+    root = Path(file).resolve().parent
+    files = {Path(file).resolve()}
+    for other in list(sys.modules.values()):
+        path = getattr(other, "__file__", None)
+        if path and path.endswith(".py") and Path(path).resolve().is_relative_to(root) and "site-packages" not in path:
+            files.add(Path(path).resolve())
+    return digest(*(path.read_bytes() for path in sorted(files)))
+
+
+def package_digest() -> str:
+    """Changes with the version of this package, and with its source for those who work on it."""
+    root = Path(weightsmith.__file__).parent
+    files = [path for path in root.rglob("*.py") if not str(path.relative_to(root)).startswith(_NO_RESULT_DEPENDS_ON)]
+    return f"{weightsmith.__version__} {digest(*(path.read_bytes() for path in sorted(files)))}"
+
+
+def identity(experiment: Experiment[Any], config: Any, data: str) -> Mapping[str, str]:
+    """What a run is identified by, part by part.
+
+    Args:
+        experiment: The experiment.
+        config: The configuration.
+        data: Fingerprint of the task: its data and the user's own code.
+    """
+    module = inspect.getmodule(experiment.job)
+    ours = module is not None and module.__name__.startswith("weightsmith.")
+    return {
+        "configuration": config_digest(config),
+        "experiment": f"{experiment.revision} {'' if ours or module is None else code_digest(module)}",
+        "package": package_digest(),
+        "data and model code": data,
+    }
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names of the parts that differ."""
+    return [name for name in now if before.get(name) != now[name]]

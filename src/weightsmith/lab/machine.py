@@ -1,0 +1,66 @@
+"""What a job ran on, how long it took and how much memory it needed."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_LIBRARIES = ("weightsmith", "torch", "numpy", "accelerate", "transformers", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    """The device that torch would use here, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+class Stopwatch:
+    """Wall time and peak memory of a block of code."""
+
+    def __enter__(self) -> "Stopwatch":
+        self.started, self._begin = time.time(), time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _reset_peak()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._begin
+        self.peak_memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak()
+
+
+def _reset_peak() -> None:
+    # a worker process runs several jobs; without this each would report its predecessors' peak (Linux only)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

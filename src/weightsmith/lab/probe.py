@@ -1,0 +1,66 @@
+"""One real batch through the model before the first job: what cannot run says so once, and at once."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from weightsmith.core.errors import UsageError
+from weightsmith.lab.machine import Stopwatch
+from weightsmith.lab.progress import seed_everything
+from weightsmith.lab.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one training step costs.
+
+    Attributes:
+        seconds: Wall time of a step, forward and backward.
+        memory: Peak memory of this process or of the GPU, bytes.
+        parameters: How many numbers the model has.
+    """
+
+    seconds: float
+    memory: int
+    parameters: int
+
+
+def probe(task: Task) -> Probe:
+    """Build the model and put a batch through it, forward and backward.
+
+    Args:
+        task: What is to be trained.
+
+    Returns:
+        What a step costs.
+
+    Raises:
+        UsageError: The data are empty, the model does not take them, the loss is not one finite number per example.
+    """
+    if not len(task.train):
+        raise UsageError(f"task {task.name!r} has no training examples")
+    seed_everything(0)
+    model = task.build()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batch = task.example().to(device)
+    with Stopwatch() as watch:
+        for _ in range(2):  # the first step allocates
+            begin = time.perf_counter()
+            try:
+                losses = task.losses(model, batch)
+            except Exception as error:
+                raise UsageError(
+                    f"the model of task {task.name!r} does not take a batch of its data: {type(error).__name__}: {error}"
+                ) from error
+            if tuple(losses.shape) != (len(batch),):
+                raise UsageError(
+                    f"the losses of task {task.name!r} must be one per example, ({len(batch)},), got {tuple(losses.shape)}"
+                )
+            if not losses.isfinite().all():
+                raise UsageError(f"the loss of task {task.name!r} is not finite before training")
+            if losses.requires_grad:
+                losses.mean().backward()
+            seconds = time.perf_counter() - begin
+    return Probe(seconds, watch.peak_memory, sum(parameter.numel() for parameter in model.parameters()))

@@ -1,0 +1,124 @@
+"""What is trained and how it is scored, separated from what is compared.
+
+An experiment varies the technique; a task says what is trained. Neither knows the other, so that every technique can be
+tried on every task, the user's own included. Ready-made tasks are in :mod:`weightsmith.lab.tasks`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.lab.experiment import Metric
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some examples, as a model takes them.
+
+    Attributes:
+        inputs: What the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
+        targets: What the losses compare with, ``(B, ...)``; ``None`` where the inputs hold it.
+        indices: ``(B,)``, which examples of the split these are.
+    """
+
+    inputs: Any
+    targets: Tensor | None
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, inputs=_moved(self.inputs, device), targets=targets)
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Call ``model`` with the inputs of a batch."""
+    if isinstance(batch.inputs, Mapping):
+        return model(**batch.inputs)
+    if isinstance(batch.inputs, tuple | list):
+        return model(*batch.inputs)
+    return model(batch.inputs)
+
+
+class Batches(Protocol):
+    """Examples of one split, read as whole batches.
+
+    Everything random about a batch follows from ``seed`` and the indices, so that all arms see the same.
+
+    Attributes:
+        seed: What augmentation draws from; set anew before each epoch.
+        slow: Reading is worth worker processes: images that are decoded on the way.
+    """
+
+    seed: int
+    slow: bool
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitems__(self, indices: Any) -> Batch:
+        """Read the examples at ``indices``, ``(B,)``, a tensor or a list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How well a model does on one split.
+
+    Attributes:
+        metrics: Numbers by name; one of them is the task's metric.
+        scores: For metrics that are means over examples, one score per example ``(N,)`` in the order of the split.
+    """
+
+    metrics: Mapping[str, float]
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def value(self, name: str, scale: float = 1.0) -> float | Tensor:
+        """The scores per example of a metric where there are any, else its number; times ``scale``."""
+        return scale * (self.scores[name] if name in self.scores else self.metrics[name])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is trained, on what, and how it is scored.
+
+    Attributes:
+        name: In words, for the report: ``"digits"``.
+        build: Makes the model; its weights follow from torch's global generator alone.
+        train: What is trained on.
+        losses: ``(model, batch) -> (B,)``: one loss per example; training minimizes their mean.
+        evaluate: ``(model, split) -> Outcome``; leaves every module in the mode it was in.
+        example: A small batch, for tracing, calibration and checks.
+        metric: What decides: the name of a metric of ``evaluate`` and which direction is good.
+        rows: Number of examples by split.
+        fingerprint: Changes when the data or the user's code does; part of a run's identity.
+        facts: What a reader wants to know, in words, for example ``{"model": "convnet, 24,234 parameters"}``.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: Batches
+    losses: Callable[[nn.Module, Batch], Tensor]
+    evaluate: Callable[[nn.Module, Split], Outcome]
+    example: Callable[[], Batch]
+    metric: Metric
+    rows: Mapping[str, int]
+    fingerprint: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(item, device) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
