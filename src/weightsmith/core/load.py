@@ -1,0 +1,81 @@
+"""Load what a user names: ``module:name``, or ``file.py:name`` from anywhere."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from weightsmith.core.errors import UsageError, near
+
+
+def load_module(name: str, argument: str) -> ModuleType:
+    """Import a module by name, from the current folder too, or a Python file by path.
+
+    Args:
+        name: ``"package.module"`` or ``"path/to/file.py"``; what the file imports from its own folder is found.
+        argument: What the name was given for; begins the error.
+
+    Raises:
+        UsageError: There is no such module or file.
+    """
+    if name.endswith(".py"):
+        return _load_file(Path(name), argument)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except (ModuleNotFoundError, ValueError) as error:
+        missing = getattr(error, "name", None)
+        if missing and not f"{name}.".startswith(f"{missing}."):
+            raise  # the module is there, but something that it needs is not
+        raise UsageError(
+            f"{argument}: there is no module {name!r}; give a module that Python can import from here, or file.py:name"
+        ) from error
+
+
+def load_object(name: str, argument: str) -> Any:
+    """Load what ``module:name`` or ``file.py:name`` stands for.
+
+    Args:
+        name: Of the object.
+        argument: What it was given for; begins the error.
+
+    Raises:
+        UsageError: The name has another form, or there is no such module, file or object.
+    """
+    where, colon, attribute = name.rpartition(":")
+    if not (colon and where and attribute):
+        raise UsageError(f"{argument} must be module:name or file.py:name, got {name!r}")
+    module = load_module(where, argument)
+    if not hasattr(module, attribute):
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise UsageError(f"{argument}: {where} has no {attribute!r}; {near(attribute, public)}")
+    return getattr(module, attribute)
+
+
+def _load_file(path: Path, argument: str) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise UsageError(f"{argument}: there is no file {str(path)!r}")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    # a file named like a module that is loaded already gets a name of its own
+    name = path.stem if loaded is None and path.stem.isidentifier() else f"_{path.stem}_{abs(hash(folder))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
