@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.load import load_object
 from weightsmith.lab.models.convnet import convnet
-from weightsmith.lab.models.external import find_function, from_function, from_hugging_face, hugging_face_config
+from weightsmith.lab.models.external import from_function, from_hugging_face, hugging_face_config
 from weightsmith.lab.models.mlp import mlp
 from weightsmith.lab.models.resnet import resnet
 from weightsmith.lab.models.vgg import vgg
@@ -33,7 +34,7 @@ def build_model(name: str, *, channels: int, size: int, classes: int, pretrained
     """Build an image classifier, drawing its weights from torch's global generator.
 
     Args:
-        name: One of ``MODELS``; ``"module:function"``, called with those of ``channels``, ``size`` and ``classes``
+        name: One of ``MODELS``; ``"module:function"`` or ``"file.py:function"``, called with those of ``channels``, ``size`` and ``classes``
             that it takes; a Hugging Face id ``"owner/name"``; or a folder that holds ``config.json``.
         channels: Of the images.
         size: Height and width of the images, in pixels.
@@ -44,7 +45,7 @@ def build_model(name: str, *, channels: int, size: int, classes: int, pretrained
         A module that maps ``(B, channels, size, size)`` to logits ``(B, classes)``.
 
     Raises:
-        UsageError: The name is unknown, or what it names cannot be had.
+        UsageError: The name is unknown, or what it names is unavailable.
         MissingExtra: ``transformers`` is needed and not installed.
     """
     shape = {"channels": channels, "size": size, "classes": classes}
@@ -62,19 +63,19 @@ def build_model(name: str, *, channels: int, size: int, classes: int, pretrained
 
 
 def check_model(name: str) -> None:
-    """Say at once, before anything expensive starts, that a model cannot be had.
+    """Fail early if a model is unavailable.
 
     Args:
         name: As in :func:`build_model`.
 
     Raises:
-        UsageError: The name is unknown, or what it names cannot be had.
+        UsageError: The name is unknown, or what it names is unavailable.
         MissingExtra: ``transformers`` is needed and not installed.
     """
     if _is_hugging_face(name):
         hugging_face_config(name)
     elif ":" in name:
-        find_function(name)
+        load_object(name, "model")
     elif name not in MODELS:
         raise unknown("model", name, MODELS)
 

@@ -14,10 +14,12 @@ class Attention(nn.Module):
     Args:
         width: Of the tokens.
         heads: Divides ``width``.
+        causal: A token sees those before it and itself only.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
+        self.causal = causal
         self.num_heads, self.head_dim = heads, width // heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -26,7 +28,7 @@ class Attention(nn.Module):
         """Map ``(B, T, width)`` to the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -53,12 +55,13 @@ class Block(nn.Module):
     Args:
         width: Of the tokens.
         heads: Of the attention.
+        causal: See :class:`Attention`.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width)
 

@@ -1,6 +1,6 @@
-"""Labelled images as experiments see them: three splits of normalised batches, decoded once or on the way.
+"""Labeled images as experiments see them: three splits of normalized batches, decoded once or on the way.
 
-A split keeps bytes (uint8) and normalises whole batches, so that small data costs nearly nothing per step. Everything
+A split keeps bytes (uint8) and normalizes whole batches, so that small data costs nearly nothing per step. Everything
 random about a training batch follows from the split's ``seed`` and the batch's indices alone: it is the same for every
 arm, whatever else draws random numbers, and for any number of loader workers.
 """
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+
+from weightsmith.lab.task import Batch
 
 Reader = Callable[[Tensor, torch.Generator | None], Tensor]
 """``(rows (B,), generator) -> uint8 (B, C, H, W)``; with a generator augmented, with ``None`` as for evaluation."""
@@ -42,7 +44,7 @@ class OnDisk:
 
     Args:
         table: A ``datasets.Dataset`` whose only column holds images.
-        channels: 1 (grey) or 3 (RGB); images are converted.
+        channels: 1 (gray) or 3 (RGB); images are converted.
         size: Side of the square that is cut out, in pixels.
     """
 
@@ -60,8 +62,8 @@ class OnDisk:
         return torch.stack(crops)
 
 
-class Split(Dataset[tuple[Tensor, Tensor]]):
-    """One part of a data set: batches of normalised images with their labels.
+class Split(Dataset[Batch]):
+    """One part of a data set: batches of normalized images with their labels; see :class:`weightsmith.lab.task.Batches`.
 
     Args:
         read: Where the bytes come from.
@@ -85,30 +87,31 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        x, y = self.__getitems__([index])
-        return x[0], y[0]
+    @property
+    def slow(self) -> bool:
+        """Whether reading decodes files."""
+        return isinstance(self.read, OnDisk)
 
-    def __getitems__(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         """Read a whole batch.
 
         Args:
             indices: ``(B,)``, positions within the split.
 
         Returns:
-            Images ``(B, C, H, W)``, float32, normalised; labels ``(B,)``, int64.
+            Images ``(B, C, H, W)``, float32, normalized; labels ``(B,)``, int64.
         """
         at = torch.as_tensor(indices, dtype=torch.int64)
         generator = None
         if self.augment and len(at):
             generator = torch.Generator().manual_seed((self.seed + int(at[0])) % 2**63)
         x = self.read(self.rows[at], generator)
-        return x.float().sub_(self._offset).div_(self._scale), self.labels[at]
+        return Batch(x.float().sub_(self._offset).div_(self._scale), self.labels[at], at)
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """A data set of labelled images.
+    """A data set of labeled images.
 
     Attributes:
         name: What it was asked for by.
@@ -120,6 +123,7 @@ class Images:
         class_names: One name per label.
         mean: Per channel, of train pixels in [0, 1].
         std: Per channel, likewise.
+        fingerprint: Changes when the rows or their form do.
     """
 
     name: str
@@ -131,6 +135,7 @@ class Images:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fingerprint: str = ""
 
     @property
     def classes(self) -> int:

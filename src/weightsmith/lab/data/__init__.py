@@ -1,0 +1,1 @@
+"""Data for tasks: images with labels, sentences with labels, running text, questions with answers."""

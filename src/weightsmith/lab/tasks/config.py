@@ -1,0 +1,145 @@
+"""The settings of a task and of its training; the configuration of an experiment adds its own."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.load import load_object
+from weightsmith.lab.data.labels import check_counts
+from weightsmith.lab.progress import seed_everything
+from weightsmith.lab.task import Task
+from weightsmith.lab.train import Fitted, Schedule, fit
+
+TASKS = ("images", "sentences", "language", "questions")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskConfig:
+    """What is trained, on what."""
+
+    DEFAULT_DATA: ClassVar[Mapping[str, str]] = {"images": "digits", "questions": "arithmetic"}
+    DEFAULT_MODELS: ClassVar[Mapping[str, str]] = {
+        "images": "convnet",
+        "sentences": "bag",
+        "language": "transformer",
+        "questions": "transformer",
+    }
+
+    task: str = "images"
+    """What to train on: images, sentences, language, questions, or your own as module:function or file.py:function."""
+    data: str = ""
+    """Data: a name (digits, mnist, cifar10 ...), a file, a folder or a hub id. Empty: the task's bundled data."""
+    model: str = ""
+    """Model: a name (mlp, convnet, resnet18, vit_tiny ...), module:function, file.py:function, or a Hugging Face id or
+    folder. Empty: a small one that fits the task."""
+    pretrained: bool = False
+    """Start from the trained weights of the Hugging Face model."""
+    checkpoint: str = ""
+    """Start from this state dict, .safetensors or .pt."""
+    train_examples: int | None = None
+    """Use this many training rows, validation included, in the share of each class; all by default."""
+    test_examples: int | None = None
+    """Use this many test rows; all by default."""
+    validation_fraction: float = 0.2
+    """Share of the training rows that is held out, to choose by."""
+    columns: tuple[str, ...] = ()
+    """Names of the input column and of the column of labels or answers; usual names are found."""
+    subset: str = ""
+    """Configuration of a hub data set."""
+    size: int | None = None
+    """Images: side in pixels to resize to."""
+    augment: bool = False
+    """Images: random crops and flips."""
+    length: int = 128
+    """Texts: most tokens of a row."""
+    new_tokens: int = 0
+    """Questions: tokens to generate per answer, to count exact matches; 0 counts predicted answer tokens instead."""
+    loss: str = ""
+    """Your own loss, module:function: (outputs, targets) -> one number per example."""
+    metric: str = ""
+    """Your own metric, module:function: (outputs, targets) -> one number per example, higher is better."""
+
+    @property
+    def data_name(self) -> str:
+        """The data, or those of the task by default."""
+        name = self.data or self.DEFAULT_DATA.get(self.task, "")
+        if not name:
+            raise UsageError(f"task {self.task} needs data: give --data a file, a folder or a hub id")
+        return name
+
+    @property
+    def model_name(self) -> str:
+        """The model, or that of the task by default."""
+        return self.model or self.DEFAULT_MODELS.get(self.task, "")
+
+
+def make_task(config: TaskConfig) -> Task:
+    """Load the data and make the task that a configuration names.
+
+    Raises:
+        UsageError: The task, the data or the model is not known or does not fit.
+    """
+    check_counts(
+        train_examples=config.train_examples, test_examples=config.test_examples, size=config.size, length=config.length
+    )
+    if ":" in config.task:
+        made = load_object(config.task, "task")
+        task = made() if callable(made) else made
+        if not isinstance(task, Task):
+            raise UsageError(f"task {config.task!r} must return a weightsmith.lab.task.Task, got {type(task).__name__}")
+        return task
+    if config.task not in TASKS:
+        raise unknown("task", config.task, [*TASKS, "module:function"])
+    return importlib.import_module(f"weightsmith.lab.tasks.{config.task}").make(config)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig(TaskConfig):
+    """What is trained, on what, and for how long."""
+
+    epochs: float = 10
+    """Passes over the training data."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: int = 64
+    """Examples per step."""
+    schedule: Schedule = "cosine"
+    """Learning-rate schedule, per step."""
+    mixed_precision: str | None = None
+    """no, fp16 or bf16."""
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            UsageError: Names the field.
+        """
+        for name in ("epochs", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be above 0, got {value}")
+
+    def total_steps(self, task: Task) -> int:
+        """Optimizer steps of one training."""
+        return self.steps or max(1, round(self.epochs * (len(task.train) // min(self.batch_size, len(task.train)))))
+
+    def fit(self, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, seed: int, **more: Any) -> Fitted:
+        """Train with these settings; ``more`` goes to :func:`weightsmith.lab.train.fit` and takes precedence."""
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "schedule": self.schedule,
+            "mixed_precision": self.mixed_precision,
+        }
+        if not {"epochs", "steps"} & more.keys():
+            options |= {"steps": self.steps} if self.steps is not None else {"epochs": self.epochs}
+        return fit(model, optimizer, task, seed=seed, **(options | more))
+
+    def network(self, task: Task, seed: int) -> nn.Module:
+        """Build the model; its first weights follow from the seed alone."""
+        seed_everything(seed)
+        return task.build()

@@ -1,0 +1,90 @@
+"""Predict the next token of running text, in windows."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError
+from weightsmith.lab.data.labels import hold_out, subset
+from weightsmith.lab.data.sources import source_digest
+from weightsmith.lab.data.text_sets import load_text
+from weightsmith.lab.experiment import Metric
+from weightsmith.lab.fingerprint import digest
+from weightsmith.lab.task import Batch, Outcome, Split, Task, forward
+from weightsmith.lab.tasks.code import code_of
+from weightsmith.lab.tasks.config import TaskConfig
+from weightsmith.lab.tasks.scoring import logits_of
+from weightsmith.lab.tasks.tokenized import IGNORED, Rows, build_text_model, tokenizer_of
+from weightsmith.lab.train import evaluate
+
+_BATCH = 16
+_FEWEST = 3  # windows: one of them may be held out
+
+
+def make(config: TaskConfig) -> Task:
+    """Load a text and make the task."""
+    if config.loss or config.metric:
+        raise UsageError("loss and metric of your own go with task images or sentences, or with a task of your own")
+    name = config.data_name
+    tokenizer = tokenizer_of(config)
+    train, test = (
+        _windows(name, part, tokenizer, text, config.length)
+        for part, text in zip(
+            ("training", "test"), load_text(name, columns=config.columns, subset_name=config.subset), strict=True
+        )
+    )
+    train, test = train[subset(len(train), config.train_examples)], test[subset(len(test), config.test_examples)]
+    kept, held = hold_out(len(train), config.validation_fraction)
+    splits = {"train": _rows(train[kept]), "validation": _rows(train[held]), "test": _rows(test)}
+    return Task(
+        name=name,
+        build=partial(build_text_model, config, length=config.length, classes=None),
+        example=partial(splits["train"].__getitems__, list(range(min(2, len(kept))))),
+        fingerprint=digest(source_digest(name), code_of(config.model, config.checkpoint)),
+        facts={"data": f"{name}, windows of {config.length} tokens", "model": config.model_name},
+        **next_token(splits, Metric("loss", "test loss per token", "lower", ".4f")),
+    )
+
+
+def next_token(splits: dict[str, Rows], metric: Metric, batch_size: int = _BATCH) -> dict[str, Any]:
+    """The parts of a task that predicts tokens; every row's targets are its own inputs, or ``IGNORED``."""
+
+    def measure(model: nn.Module, split: Split) -> Outcome:
+        return evaluate(model, splits[split], token_scores, batch_size)
+
+    return {
+        "train": splits["train"],
+        "losses": lambda model, batch: token_scores(model, batch)["loss"],
+        "evaluate": measure,
+        "metric": metric,
+        "rows": {split: len(rows) for split, rows in splits.items()},
+    }
+
+
+def token_scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Mean over a row's targets of ``-log p(token | those before it)``, and the share of tokens that are predicted."""
+    assert batch.targets is not None
+    logits = logits_of(forward(model, batch))[:, :-1].float()
+    targets = batch.targets[:, 1:]
+    counted = targets != IGNORED
+    loss = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    right = (logits.argmax(-1) == targets) & counted
+    count = counted.sum(1).clamp_min(1)
+    return {"loss": loss.sum(1) / count, "accuracy": right.sum(1) / count}
+
+
+def _windows(name: str, part: str, tokenizer: Any, text: str, length: int) -> Tensor:
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    count = len(ids) // length
+    if count < _FEWEST:
+        raise UsageError(
+            f"the {part} text of {name!r} has {len(ids)} tokens, and at least {_FEWEST} windows of length={length} are "
+            "needed: give more text or a smaller length"
+        )
+    return ids[: count * length].view(count, length)
+
+
+def _rows(windows: Tensor) -> Rows:
+    return Rows(windows, windows, torch.full((len(windows),), windows.shape[1]), mask=False)

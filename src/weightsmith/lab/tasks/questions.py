@@ -1,0 +1,98 @@
+"""Answer questions: trained on the tokens of answers alone."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError
+from weightsmith.lab.data.labels import hold_out
+from weightsmith.lab.data.sources import source_digest
+from weightsmith.lab.data.text_sets import SUMS, Row, final_number, load_questions, prompt
+from weightsmith.lab.data.tokens import padded
+from weightsmith.lab.experiment import Metric
+from weightsmith.lab.fingerprint import digest
+from weightsmith.lab.task import Outcome, Split, Task
+from weightsmith.lab.tasks.code import code_of
+from weightsmith.lab.tasks.config import TaskConfig
+from weightsmith.lab.tasks.language import next_token
+from weightsmith.lab.tasks.tokenized import IGNORED, Rows, build_text_model, is_hugging_face, tokenizer_of
+
+
+def make(config: TaskConfig) -> Task:
+    """Load questions with answers and make the task."""
+    if config.loss or config.metric:
+        raise UsageError("loss and metric of your own go with task images or sentences, or with a task of your own")
+    if config.new_tokens and not is_hugging_face(config.model_name):
+        raise UsageError(f"new_tokens must be 0 for model {config.model_name!r}, which cannot generate")
+    name, tokenizer = config.data_name, tokenizer_of(config)
+    load = partial(load_questions, name, columns=config.columns, subset_name=config.subset)
+    train, test = load("train", config.train_examples), load("test", config.test_examples)
+    kept, held = hold_out(len(train), config.validation_fraction)
+    parts = {"train": [train[i] for i in kept.tolist()], "validation": [train[i] for i in held.tolist()], "test": test}
+    mask = is_hugging_face(config.model_name)
+    splits = {split: _encode(tokenizer, rows, config.length, mask) for split, rows in parts.items()}
+    made = next_token(splits, Metric("accuracy", "answer tokens predicted", "higher", ".4f"))
+    if config.new_tokens:
+        measure = made["evaluate"]
+
+        def evaluate(model: nn.Module, split: Split) -> Outcome:
+            found = measure(model, split)
+            exact = exact_matches(model, tokenizer, parts[split], new_tokens=config.new_tokens)
+            scores = {**found.scores, "exact": exact}
+            return Outcome({**found.metrics, "exact": exact.mean().item()}, scores)
+
+        made |= {"evaluate": evaluate, "metric": Metric("exact", "exact answers", "higher", ".4f", 1 / len(test))}
+    source = "" if name == SUMS else source_digest(name)
+    return Task(
+        name=name,
+        build=partial(build_text_model, config, length=config.length, classes=None),
+        example=partial(splits["train"].__getitems__, list(range(min(2, len(splits["train"]))))),
+        fingerprint=digest(source, code_of(config.model, config.checkpoint)),
+        facts={"data": f"{name}, questions with answers", "model": config.model_name},
+        **made,
+    )
+
+
+def _encode(tokenizer: Any, rows: Sequence[Row], length: int, mask: bool) -> Rows:
+    """Tokens of questions and answers, cut at ``length``; rows whose answer is cut off whole are left out."""
+    end = tokenizer.eos_token_id or 0
+    inputs, targets = [], []
+    for question, answer in rows:
+        asked = tokenizer(prompt(question))["input_ids"]
+        ids = [*asked, *tokenizer(" " + answer, add_special_tokens=False)["input_ids"]][: length - 1] + [end]
+        if len(ids) > len(asked) + 1:
+            inputs.append(ids)
+            targets.append([IGNORED] * len(asked) + ids[len(asked) :])
+    if rows and not inputs:
+        raise UsageError(f"length must leave room for answers, got {length}")
+    return Rows(padded(inputs, end), padded(targets, IGNORED), torch.tensor([len(row) for row in inputs]), mask=mask)
+
+
+@torch.no_grad()
+def exact_matches(model: Any, tokenizer: Any, rows: Sequence[Row], *, new_tokens: int, batch_size: int = 16) -> Tensor:
+    """Whether each generated answer ends in the right number, ``(N,)``."""
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    found = []
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for first in range(0, len(rows), batch_size):
+            some = rows[first : first + batch_size]
+            asked = tokenizer([prompt(question) for question, _ in some], return_tensors="pt", padding=True).to(device)
+            answers = model.generate(
+                input_ids=asked["input_ids"],
+                attention_mask=asked["attention_mask"],
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts = tokenizer.batch_decode(answers[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+            found += [final_number(text) == final_number(answer) for text, (_, answer) in zip(texts, some, strict=True)]
+    finally:
+        model.train(training)
+    return torch.tensor(found, dtype=torch.float32)
