@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
-from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
+from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def check(config):
         raise UsageError(f"data {config.data!r} is not known")
 
 
-def job(config, arm, seed, record):
+def job(config, job):
+    arm, seed = job.arm, job.seed
     time.sleep(config.seconds)
     if config.counter:
         (Path(config.counter) / f"{arm}-{seed}-{time.monotonic_ns()}").touch()
@@ -44,7 +45,7 @@ def job(config, arm, seed, record):
     if seed == config.kill:
         os.kill(os.getpid(), signal.SIGKILL)
     for step in range(config.steps):
-        record({"step": step, "loss": 1.0 / (step + 1)}, phase="train")
+        job.record({"step": step, "loss": 1.0 / (step + 1)}, phase="train")
     noise = ((seed * 7919) % 13) / 100
     return {"score": noise + (config.gain if arm == "better" else 0.0), "cost": 1.0}
 
@@ -55,9 +56,11 @@ EXPERIMENT = Experiment(
     question="Does the engine work?",
     presets={"smoke": Config(steps=1), "laptop": Config(), "paper": Config(steps=100)},
     arms=lambda config: (Arm("better", "ahead by the gain"), Arm("plain", "the baseline")),
-    claims=lambda config: (Claim("better beats plain", "score", "better", "plain", paper="+1"),),
-    metrics=(Metric("score", "score", "higher"), Metric("cost", "cost", "lower")),
-    charts=(Chart("Loss", "step", "loss", phase="train"),),
+    claims=lambda config: (
+        Claim(text="better beats plain", metric="score", winner="better", loser="plain", primary=True, paper="+1"),
+    ),
+    metrics=lambda config: (Metric("score", "score", "higher"), Metric("cost", "cost", "lower")),
+    charts=(Chart(title="Loss", x="step", y="loss", phase="train"),),
     job=job,
     check=check,
 )

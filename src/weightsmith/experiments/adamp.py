@@ -1,45 +1,43 @@
-"""Do AdamP and SGDP keep weight norms from growing, and does that help?
+"""Do AdamP and SGDP keep weight norms from growing, and are the models better for it?
 
-Two measurements per job. A problem in two dimensions whose loss depends on the direction of ``w`` alone, where the
-mechanism is visible to the eye; and a network on real images, trained at every learning rate of a sweep. The norm is
-compared at one reference learning rate, the accuracy at the rate that the validation split prefers.
+Two measurements per job: the norm of the kernels at one reference learning rate, and the score at the rate that the
+validation split prefers. Beside them a problem in two dimensions whose loss depends on the direction of ``w`` alone, where
+the mechanism is visible to the eye; it needs neither data nor a model, and is no claim.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments._images import ImageTask
-from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
-from weightsmith.lab.images import Images
-from weightsmith.lab.record import Recorder
-from weightsmith.lab.sweep import best_of
-from weightsmith.lab.train import evaluate, fit
+from weightsmith.experiments.matrices import MatricesAndRest
+from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
+from weightsmith.lab.job import Job
+from weightsmith.lab.sweep import tune
+from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.train import Fitted, Hook
 from weightsmith.optim import SGDP, AdamP
 
-_TOY_STEPS = 400
-_TOY_LR = 0.1
-_ALIGNED = 0.999
+_PLANE_STEPS, _PLANE_LR, _PLANE_STARTS, _ALIGNED = 200, 0.1, 8, 0.999
 
 
 @dataclass(frozen=True, slots=True)
-class Config(ImageTask):
+class Config(TrainConfig):
     """What the AdamP experiment compares, and how."""
 
-    sgd_lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """Learning rates that SGD and SGDP are tried at."""
-    adam_lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
-    """Learning rates that AdamW and AdamP are tried at."""
-    sgd_reference_lr: float = 0.1
-    """The one of sgd_lrs at which norms are compared."""
-    adam_reference_lr: float = 0.001
-    """The one of adam_lrs at which norms are compared."""
+    epochs: float = 8
+    """Passes over the training data."""
+    sgd_lrs: tuple[float, ...] = (0.1, 0.3, 0.03)
+    """Learning rates that SGD and SGDP are tried at; norms are compared at the first."""
+    adam_lrs: tuple[float, ...] = (0.003, 0.01, 0.001)
+    """Learning rates that AdamW, AdamP and Muon are tried at; norms are compared at the first."""
+    more_lrs: int = 1
+    """Further learning rates, around or beyond the best one, for every arm."""
     sgd_weight_decay: float = 5e-4
     """Weight decay of the SGD arms that have one."""
     adam_weight_decay: float = 1e-2
@@ -50,205 +48,159 @@ class Config(ImageTask):
     """Threshold of the scale-invariance test."""
     wd_ratio: float = 0.1
     """Share of the decay that scale-invariant weights keep."""
-    without_decay: bool = True
-    """Also compare every optimiser without weight decay, where the paper's small contrast is strongest."""
+    without_decay: bool = False
+    """Also compare every optimizer without weight decay, where the paper's small contrast is strongest."""
+
+    def rates(self, arm: str) -> tuple[float, ...]:
+        """The learning rates of an arm."""
+        return self.sgd_lrs if arm.startswith("sgd") else self.adam_lrs
+
+
+_TITLES = {"sgd": "SGD", "sgdp": "SGDP", "adamw": "AdamW", "adamp": "AdamP"}
 
 
 def arms(config: Config) -> list[Arm]:
-    """Four optimisers, with and without weight decay."""
-    names = {"sgd": "SGD", "sgdp": "SGDP", "adamw": "AdamW", "adamp": "AdamP"}
-    with_decay = [Arm(name, f"{title}, with weight decay") for name, title in names.items()]
-    without = [Arm(f"{name}-wd0", f"{title}, without weight decay") for name, title in names.items()]
-    return with_decay + (without if config.without_decay else [])
+    """Four optimizers, with and without weight decay, and what people would use today."""
+    found = [Arm(name, "with weight decay", title) for name, title in _TITLES.items()]
+    found.append(Arm("muon", "Muon (torch) on matrices, AdamW on the rest", "Muon"))
+    if config.without_decay:
+        found += [Arm(f"{name}-wd0", "without weight decay", f"{title}, no decay") for name, title in _TITLES.items()]
+    return found
 
 
 def claims(config: Config) -> list[Claim]:
-    """Norm growth at least halved; accuracy better; the plane problem solved in fewer steps."""
-    small = "-wd0" if config.without_decay else ""
+    """Better, each at its own best rate; and the growth of the norm at least halved."""
+    scores = [
+        ("adamp", "adamw", "ImageNet top-1: ResNet-18 70.41 → 70.81, ResNet-50 76.65 → 76.94", 0.40),
+        ("sgdp", "sgd", "ImageNet top-1: ResNet-18 70.28 → 70.73, ResNet-50 76.64 → 76.71", 0.45),
+    ]
     found = [
         Claim(
-            "SGDP at least halves the growth of the weight norm",
-            "norm_growth", f"sgdp{small}", f"sgd{small}", "lower", 0.5, relative=True,
-            paper="2-D problem: norm 1 → 2.93 with momentum 0.9, 1 → 27.87 with 0.99",
-        ),
+            text=f"{_TITLES[winner]} beats {_TITLES[loser]}, each at its best learning rate",
+            metric="score", winner=winner, loser=loser, primary=True, worth=config.least,
+            paper=paper, paper_gain=config.paper_gain(gain),
+        )
+        for winner, loser, paper, gain in scores
+    ]  # fmt: skip
+    small = "-wd0" if config.without_decay else ""
+    found += [
         Claim(
-            "AdamP at least halves the growth of the weight norm",
-            "norm_growth", f"adamp{small}", f"adamw{small}", "lower", 0.5, relative=True,
-        ),
-        Claim(
-            "SGDP reaches the optimum of the plane problem in fewer steps",
-            "plane_steps", "sgdp", "sgd", "lower",
-        ),
-        Claim(
-            "SGDP is more accurate than SGD, each at its best rate",
-            "accuracy", "sgdp", "sgd", paper="ImageNet top-1: ResNet-18 70.28 → 70.73, ResNet-50 76.64 → 76.71",
-        ),
-        Claim(
-            "AdamP is more accurate than AdamW, each at its best rate",
-            "accuracy", "adamp", "adamw", paper="ImageNet top-1: ResNet-18 70.41 → 70.81, ResNet-50 76.65 → 76.94",
-        ),
+            text=f"{_TITLES[winner]} at least halves the growth of the weight norm",
+            metric="norm_growth", winner=winner + small, loser=loser + small, margin=0.5, relative=True,
+            paper="in the plane: norm 1 → 2.93 with momentum 0.9, 1 → 27.87 with 0.99",
+        )
+        for winner, loser in (("sgdp", "sgd"), ("adamp", "adamw"))
     ]  # fmt: skip
     if config.without_decay:
         found.append(
             Claim(
-                "Without weight decay SGDP is more accurate than SGD",
-                "accuracy", "sgdp-wd0", "sgd-wd0", paper="ImageNet top-1: ResNet-18 67.94 → 70.21",
+                text="Without weight decay SGDP beats SGD",
+                metric="score", winner="sgdp-wd0", loser="sgd-wd0", worth=config.least,
+                paper="ImageNet top-1: ResNet-18 67.94 → 70.21", paper_gain=config.paper_gain(2.27),
             )
         )  # fmt: skip
     return found
 
 
-METRICS = (
-    Metric("accuracy", "test accuracy %", "higher", ".2f", "On the test split, at the rate chosen on validation."),
-    Metric("best_lr", "chosen rate", None, ".3g", "Learning rate with the best validation accuracy."),
-    Metric("norm_start", "norm at start", None, ".2f", "Mean L2 norm of the kernels before training."),
-    Metric("norm_growth", "norm growth", "lower", ".3f", "How much that norm grew at the reference rate."),
-    Metric("projected", "projected %", None, ".0f", "Share of tensors projected at the last step, reference rate."),
-    Metric("plane_norm", "plane: norm", "lower", ".2f", "Final norm in the two-dimensional problem; it starts at 1."),
-    Metric("plane_steps", "plane: steps", "lower", ".0f", f"Steps until the cosine first exceeds {_ALIGNED}."),
-)
+def metrics(config: Config) -> list[Metric]:
+    """The score, and what the mechanism is about."""
+    return [
+        config.score_metric(),
+        Metric("best_lr", "chosen learning rate", None, ".3g", help="The rate with the best validation score."),
+        Metric("norm_start", "norm at start", None, ".2f", help="Mean L2 norm of the kernels before training."),
+        Metric("norm_growth", "norm growth", "lower", ".3f", help="How much that norm grew at the reference rate."),
+        Metric("projected", "projected %", None, ".0f", help="Share of tensors projected at the last step."),
+        Metric("plane_norm", "plane: norm", "lower", ".2f", help="Final norm in two dimensions; it starts at 1."),
+        Metric("plane_steps", "plane: steps", "lower", ".0f", help=f"Steps until the cosine exceeds {_ALIGNED}."),
+    ]
+
 
 CHARTS = (
-    Chart("How the norm of the kernels grows", "epoch", "norm", phase="reference", y_label="mean norm"),
+    Chart(title="Mean norm of the kernels", x="epoch", y="norm", phase="reference", y_label="mean norm"),
     Chart(
-        "What is left of the step size",
-        "epoch",
-        "effective_step",
-        phase="reference",
-        y_label="effective step",
+        title="Effective step size", x="epoch", y="effective_step", phase="reference", y_label="effective step",
         log_y=True,
     ),
-    Chart("Validation accuracy", "epoch", "validation_accuracy", phase="reference", y_label="validation accuracy"),
+    Chart(title="Validation loss", x="epoch", y="validation_loss", phase="reference", y_label="validation loss"),
     Chart(
-        "Accuracy against the effective step size, one dot per rate and seed",
-        "effective_step",
-        "validation_accuracy",
-        "scatter",
-        phase="sweep",
-        x_label="effective step after training at constant rate",
-        y_label="validation accuracy",
-        log_x=True,
+        title="Validation score against the learning rate", x="rate", y="score", kind="scatter", phase="sweep",
+        x_label="learning rate", y_label="validation score", log_x=True,
     ),
-    Chart("The plane problem: norm", "step", "norm", phase="plane", y_label="norm of w", log_y=True),
-    Chart("The plane problem: cosine to the optimum", "step", "cosine", phase="plane", y_label="cosine"),
-)
+    Chart(title="The plane problem: norm", x="step", y="norm", phase="plane", y_label="norm of w", log_y=True),
+    Chart(title="The plane problem: cosine to the optimum", x="step", y="cosine", phase="plane", y_label="cosine"),
+)  # fmt: skip
 
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    for family in ("sgd", "adam"):
-        rates, reference = getattr(config, f"{family}_lrs"), getattr(config, f"{family}_reference_lr")
-        if reference not in rates:
-            raise UsageError(f"{family}_reference_lr must be one of {family}_lrs {rates}, got {reference}")
     config.check()
+    for name in ("sgd_lrs", "adam_lrs"):
+        if not getattr(config, name) or min(getattr(config, name)) <= 0:
+            raise UsageError(f"{name} must hold learning rates above 0, got {getattr(config, name)}")
 
 
-def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, float]:
+def job(config: Config, job: Job) -> Mapping[str, Value]:
     """Train one arm with one seed at every rate of its sweep, and solve the plane problem."""
-    name, _, suffix = arm.partition("-")
-    optimizer = partial(_optimizer, config, name, decay=not suffix)
-    plane_norm, plane_steps = _plane(optimizer, seed, record)
+    task = shared_task(config)
+    reference = config.rates(job.arm)[0]
+    measured: dict[str, float] = {}
 
-    data = config.images()
-    family = "sgd" if name.startswith("sgd") else "adam"
-    reference: dict[str, float] = {}
+    def train(lr: float, folder: Path) -> Fitted:
+        model = config.network(task, job.seed)
+        kernels = _kernels(model)
+        start = _mean_norm(kernels)
+        optimizer = _optimizer(config, job.arm, list(model.parameters()), lr)
+        look = Hook(after_row=lambda _: {"norm": _mean_norm(kernels), "effective_step": _step(kernels, lr, job.arm)})
+        phase = "reference" if lr == reference else "other rates"
+        record = partial(job.record, phase=phase, rate=lr)
+        fitted = config.fit(model, optimizer, task, job.seed, hooks=[look], record=record, folder=folder)
+        if lr == reference:
+            measured.update(norm_start=start, norm_growth=_mean_norm(kernels) - start, projected=_projected(optimizer))
+        return fitted
 
-    def attempt(lr: float) -> tuple[float, nn.Module]:
-        is_reference = lr == getattr(config, f"{family}_reference_lr")
-        score, model, numbers = _train(config, data, optimizer, family, lr, seed, record, is_reference)
-        if is_reference:
-            reference.update(numbers)
-        return score, model
-
-    best_lr, model = best_of(getattr(config, f"{family}_lrs"), attempt)
-    return {
-        "accuracy": 100 * evaluate(model, data.test)["accuracy"],
-        "best_lr": best_lr,
-        "plane_norm": plane_norm,
-        "plane_steps": plane_steps,
-        **reference,
-    }
+    tuned = tune(config, task, job, config.rates(job.arm), train, more=config.more_lrs)
+    return {"score": tuned.score, "best_lr": tuned.value, **measured, **_plane(config, job)}
 
 
-MakeOptimizer = Callable[[list[Tensor], float], torch.optim.Optimizer]
-
-
-def _train(
-    config: Config,
-    data: Images,
-    optimizer: MakeOptimizer,
-    family: str,
-    lr: float,
-    seed: int,
-    record: Recorder,
-    is_reference: bool,
-) -> tuple[float, nn.Module, dict[str, float]]:
-    model = config.network(data, seed)
-    kernels = _kernels(model)
-    start = _mean_norm(kernels)
-    opt = optimizer(list(model.parameters()), lr)
-    rows: list[Mapping[str, float]] = []
-
-    def numbers(_: nn.Module) -> dict[str, float]:
-        return {"norm": _mean_norm(kernels), "effective_step": _effective_step(kernels, lr, family)}
-
-    def keep(row: Mapping[str, float]) -> None:
-        rows.append(row)
-        record(row, phase="reference" if is_reference else "other rates", rate=lr)
-
-    fitted = fit(
-        model,
-        opt,
-        data,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        seed=seed,
-        schedule=config.schedule,
-        mixed_precision=config.mixed_precision,
-        after_epoch=numbers,
-        record=keep,
-    )
-    score = math.nan if fitted.diverged else evaluate(model, data.validation)["accuracy"]
-    record({"rate": lr, "validation_accuracy": score, **numbers(model)}, phase="sweep")
-    results = {"norm_start": start, "norm_growth": _mean_norm(kernels) - start, "projected": _projected(opt)}
-    return score, fitted.model, results
-
-
-def _optimizer(config: Config, name: str, params: list[Tensor], lr: float, *, decay: bool) -> torch.optim.Optimizer:
-    sgd: dict[str, Any] = {"lr": lr, "momentum": config.momentum, "nesterov": config.momentum > 0}
-    sgd["weight_decay"] = config.sgd_weight_decay if decay else 0.0
-    adam: dict[str, Any] = {"lr": lr, "weight_decay": config.adam_weight_decay if decay else 0.0}
+def _optimizer(config: Config, arm: str, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    name, _, without = arm.partition("-")
+    decay = {"sgd": config.sgd_weight_decay}.get(name[:3], config.adam_weight_decay) * (not without)
     projection: dict[str, Any] = {"delta": config.delta, "wd_ratio": config.wd_ratio}
+    sgd: dict[str, Any] = {"lr": lr, "weight_decay": decay, "momentum": config.momentum, "nesterov": config.momentum > 0}
     if name == "sgd":
         return torch.optim.SGD(params, **sgd)
     if name == "sgdp":
         return SGDP(params, **sgd, **projection)
     if name == "adamw":
-        return torch.optim.AdamW(params, **adam)
-    return AdamP(params, **adam, **projection)
+        return torch.optim.AdamW(params, lr=lr, weight_decay=decay)
+    if name == "muon":
+        return MatricesAndRest(params, lr=lr, weight_decay=decay)
+    return AdamP(params, lr=lr, weight_decay=decay, **projection)
 
 
-def _plane(optimizer: MakeOptimizer, seed: int, record: Recorder) -> tuple[float, float]:
-    """Minimise ``-cos(w, (1, 0))`` from a point of the unit circle that the seed chooses, far from the optimum."""
-    angle = 2.0 + torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    w = torch.stack([angle.cos(), angle.sin()])[None].requires_grad_()
-    opt = optimizer([w], _TOY_LR)
-    for group in opt.param_groups:
+def _plane(config: Config, job: Job) -> dict[str, float]:
+    """Minimize ``-cos(w, (1, 0))`` from several points of the unit circle, far from the optimum; means over them."""
+    generator = torch.Generator().manual_seed(job.seed)
+    angles = 2.0 + torch.rand(_PLANE_STARTS, generator=generator, dtype=torch.float64)
+    points = [torch.stack([angle.cos(), angle.sin()])[None].requires_grad_() for angle in angles]
+    optimizer = _optimizer(config, job.arm, list(points), _PLANE_LR)
+    for group in optimizer.param_groups:
         group["weight_decay"] = 0.0  # the problem is about the norm that momentum adds
-    steps = math.nan
-    for step in range(_TOY_STEPS + 1):
-        cosine = w[0, 0] / w.norm()
-        record({"step": step, "norm": w.norm().item(), "cosine": cosine.item()}, phase="plane")
-        if cosine > _ALIGNED and math.isnan(steps):
-            steps = float(step)
-        opt.zero_grad()
-        (-cosine).backward()
-        opt.step()
-    return w.norm().item(), steps if math.isfinite(steps) else float(_TOY_STEPS)
+    steps = torch.full((_PLANE_STARTS,), float(_PLANE_STEPS))
+    for step in range(_PLANE_STEPS + 1):
+        w = torch.cat(points)
+        cosine = w[:, 0] / w.norm(dim=1)
+        norm = w.norm(dim=1).mean().item()
+        job.record({"step": step, "norm": norm, "cosine": cosine.mean().item()}, phase="plane")
+        steps = torch.where((cosine > _ALIGNED) & (steps == _PLANE_STEPS), float(step), steps)
+        optimizer.zero_grad()
+        (-cosine).sum().backward()
+        optimizer.step()
+    return {"plane_norm": norm, "plane_steps": steps.mean().item()}
 
 
 def _kernels(model: nn.Module) -> list[Tensor]:
-    """The weights that normalisation usually follows: convolutions where there are any, else every matrix."""
+    """The weights that normalization usually follows: convolutions where there are any, else every matrix."""
     convolutions = [
         module.weight for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     ]
@@ -259,10 +211,10 @@ def _mean_norm(kernels: list[Tensor]) -> float:
     return torch.stack([kernel.detach().norm() for kernel in kernels]).mean().item()
 
 
-def _effective_step(kernels: list[Tensor], lr: float, family: str) -> float:
+def _step(kernels: list[Tensor], lr: float, arm: str) -> float:
     # section 2 of the paper: the step on the unit sphere is lr / |w|^2 for gradient descent; Adam's update does not
     # scale with the gradient, which falls as 1 / |w|, so one power is left
-    power = 2 if family == "sgd" else 1
+    power = 2 if arm.startswith("sgd") else 1
     return torch.stack([lr / kernel.detach().norm() ** power for kernel in kernels]).mean().item()
 
 
@@ -274,38 +226,41 @@ def _projected(optimizer: torch.optim.Optimizer) -> float:
     return 100 * fired / max(1, fired + sum(group.none for group in stats))
 
 
+def steps(config: Config, _: str) -> int:
+    """Training steps of a job."""
+    return (len(config.sgd_lrs) + config.more_lrs) * config.total_steps(shared_task(config))
+
+
 EXPERIMENT = Experiment(
     slug="adamp",
     title="AdamP and SGDP against AdamW and SGD",
     question=(
-        "Weights in front of a normalisation layer do not change the loss when they grow, but their steps get smaller. "
-        "Do the projected optimisers stop that growth, and are the networks better for it?"
+        "Weights in front of a normalization layer do not change the loss when they grow, but their steps get smaller. "
+        "Do the projected optimizers stop that growth, and are the models better for it?"
     ),
     presets={
-        "smoke": Config(train_examples=400, epochs=2, sgd_lrs=(0.1,), adam_lrs=(0.001,), without_decay=False),
+        "smoke": Config(train_examples=400, epochs=2, sgd_lrs=(0.1,), adam_lrs=(0.003,), more_lrs=0),
         "laptop": Config(),
         "paper": Config(
-            data="imagenet",
-            model="resnet18",
-            epochs=100,
-            batch_size=256,
-            augment=True,
-            sgd_weight_decay=1e-4,
-            mixed_precision="bf16",
+            data="imagenet", model="resnet18", epochs=100, batch_size=256, augment=True, sgd_weight_decay=1e-4,
+            mixed_precision="bf16", without_decay=True,
         ),
     },
     arms=arms,
     claims=claims,
-    metrics=METRICS,
+    metrics=metrics,
     charts=CHARTS,
     job=job,
+    task=make_task,
+    steps=steps,
     check=check,
     reading=(
-        "The norm is measured at one reference learning rate per family, the accuracy at the rate that each arm's "
-        "validation accuracy prefers, seed by seed; the test split is used once, for the chosen rate. A smaller norm "
-        "means a larger effective step late in training, so an arm without projection can make up for it with another "
-        "rate or with weight decay: a gain in accuracy is not to be expected on every model. The share of projected "
-        "tensors tells whether the method does anything on this model at all: without normalisation layers it only "
-        "fires by chance."
+        "The norm is measured at one reference learning rate per family, the score at the rate that each arm's "
+        "validation score prefers, seed by seed; every arm gets the same number of rates. A smaller norm means a larger "
+        "effective step late in training, so an arm without projection can make up for it with another rate or with "
+        "weight decay: a gain in accuracy is not to be expected on every model. The share of projected tensors tells "
+        "whether the method does anything on this model at all: without normalization layers it only fires by chance."
     ),
-)
+)  # fmt: skip
+
+

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 Better = Literal["higher", "lower"]
 Config = TypeVar("Config")
 Value = float | Tensor | None
-"""A metric of one job: a number; a score per test example ``(N,)``, whose mean is the number; ``None``: not measured."""
-
-MOST_PRIMARY = 2
+"""A metric of one job: a number; scores per test example ``(N,)``, whose mean counts; ``None``: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class Claim:
         metric: The metric that decides.
         winner: The arm that should come out ahead.
         loser: The arm it is compared with.
-        primary: One of the at most two claims that the experiment exists for; the others are about the mechanism.
+        primary: One of the claims that the experiment exists for, two at most; the others are about the mechanism.
         margin: By how much at least, in the metric's unit; negative for "not worse by more than".
         relative: ``margin`` and ``worth`` are fractions of the loser's absolute value, seed by seed.
         worth: Smallest effect worth having, in the unit of ``margin`` and measured from it, decided before any run;
@@ -149,7 +147,7 @@ class Experiment(Generic[Config]):
         presets: Complete configurations by name; ``"laptop"`` is the default.
         arms: The arms that a configuration compares.
         claims: The claims that a configuration can decide; the declared family, whatever arms are run.
-        metrics: What every job returns, in the order of the tables.
+        metrics: What every job returns, in the order of the tables; the task may decide.
         job: ``(config, job) -> metrics``: a function of config, arm and seed alone; it may be run in any process.
         start: ``(config, seed, folder) -> data``: done once per seed, stored, and shared by the arms as ``job.start``,
             for example the state of a pretrained network. It returns tensors, numbers and strings in dicts and lists;
@@ -162,8 +160,7 @@ class Experiment(Generic[Config]):
         reading: How to read the result honestly; a paragraph for the report.
         resources: What one job occupies.
         revision: Raise it when results of an earlier version are no longer comparable.
-        source: Where the experiment can be loaded from again, ``module:name`` or ``file.py:name``; ``""``: it is sent
-            to other processes by value.
+        code: Fingerprint of the user's own code that the jobs call, beside that of the task.
     """
 
     slug: str
@@ -172,7 +169,7 @@ class Experiment(Generic[Config]):
     presets: Mapping[str, Config]
     arms: Callable[[Config], Sequence[Arm]]
     claims: Callable[[Config], Sequence[Claim]]
-    metrics: tuple[Metric, ...]
+    metrics: Callable[[Config], Sequence[Metric]]
     job: Callable[[Config, "Job"], Mapping[str, Value]]
     start: Callable[[Config, int, Path], Any] | None = None
     task: Callable[[Config], "Task"] | None = None
@@ -182,7 +179,7 @@ class Experiment(Generic[Config]):
     reading: str = ""
     resources: Resources = Resources()
     revision: int = 1
-    source: str = ""
+    code: str = ""
 
     def preset(self, name: str) -> Config:
         """Look up a preset by name, or say which there are."""
@@ -196,8 +193,8 @@ class Experiment(Generic[Config]):
         Raises:
             UsageError: The experiment contradicts itself, for example a claim about an arm that it does not have.
         """
-        arms, claims = self.arms(config), self.claims(config)
-        names, metrics = {arm.name for arm in arms}, {metric.name: metric for metric in self.metrics}
+        arms, claims, declared = self.arms(config), self.claims(config), self.metrics(config)
+        names, metrics = {arm.name for arm in arms}, {metric.name: metric for metric in declared}
         for claim in claims:
             if not {claim.winner, claim.loser} <= names or claim.metric not in metrics:
                 raise UsageError(f"claim {claim.text!r} names an arm or a metric that this experiment does not have")
@@ -205,17 +202,13 @@ class Experiment(Generic[Config]):
                 raise UsageError(f"claim {claim.text!r} needs a metric with a direction; {claim.metric} has none")
             if claim.worth is not None and claim.worth <= 0:
                 raise UsageError(f"worth must be above 0, got {claim.worth} in claim {claim.text!r}")
-        if sum(claim.primary for claim in claims) > MOST_PRIMARY:
-            raise UsageError(
-                f"{self.slug} has more than {MOST_PRIMARY} primary claims; the others are mechanism claims"
-            )
         return {
             "slug": self.slug,
             "title": self.title,
             "question": self.question,
             "reading": self.reading,
             "arms": [asdict(arm) for arm in arms],
-            "metrics": [asdict(metric) for metric in self.metrics],
+            "metrics": [asdict(metric) for metric in declared],
             "claims": [asdict(claim) for claim in claims],
             "charts": [asdict(chart) for chart in self.charts],
         }

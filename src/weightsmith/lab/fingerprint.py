@@ -35,7 +35,7 @@ def config_digest(config: Any) -> str:
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """Changes when the files do: by content, or by size and time of change where they are larger than 1 GiB together."""
+    """Changes when the files do: by content, or by size and time of change where all are larger than 1 GiB."""
     paths = sorted(set(files))
     by_content = sum(path.stat().st_size for path in paths) <= _CONTENT_BYTES
     parts: list[str | bytes] = []
@@ -80,7 +80,7 @@ def identity(experiment: Experiment[Any], config: Any, data: str) -> Mapping[str
         "configuration": config_digest(config),
         "experiment": f"{experiment.revision} {'' if ours or module is None else code_digest(module)}",
         "package": package_digest(),
-        "data and model code": data,
+        "data and model code": digest(data, experiment.code),
     }
 
 

@@ -89,7 +89,7 @@ def run(
         raise UsageError(f"workers must be at least 1, got {workers}")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"time_limit must be above 0 seconds, got {time_limit}")
-    do_all = engine_named(
+    chosen = engine_named(
         engine, address=address, workers=workers, time_limit=time_limit, resources=experiment.resources
     )
     description = experiment.describe(config)
@@ -116,7 +116,8 @@ def run(
     }
 
     total = len(wanted) * max(len(batch) for batch in batches)
-    with watch(result, total) if watch and is_leader() else contextlib.nullcontext(lambda: None) as step:
+    watching = watch(result, total) if watch and is_leader() else contextlib.nullcontext(lambda: None)
+    with watching as step, chosen as do_all:
         for batch in batches:
             works = [Work(experiment, config, result.folder, name, seed) for seed in batch for name in wanted]
             if is_leader():
@@ -167,7 +168,7 @@ def _plan(seeds: Literal["auto"] | int | Sequence[int]) -> tuple[Plan, list[list
 
 def _decided(experiment: Experiment[Any], config: Any, folder: Path, plan: Plan, seeds: Sequence[int]) -> bool:
     jobs = [job for job in record.read_jobs(folder) if isinstance(job, JobResult) and job.seed in seeds]
-    return decided(judge(experiment.claims(config), experiment.metrics, jobs, plan=plan))
+    return decided(judge(experiment.claims(config), experiment.metrics(config), jobs, plan=plan))
 
 
 def _finished(works: Sequence[Work], result: Run) -> set[JobName]:
@@ -176,7 +177,7 @@ def _finished(works: Sequence[Work], result: Run) -> set[JobName]:
         name = (work.arm, work.seed)
         if name in result.finished or name in result.skipped:
             done.add(name)
-        elif finished(work) is not None:
+        elif finished(work):
             result.skipped.append(name)
             done.add(name)
     return done

@@ -3,9 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
+from torch import Tensor, nn
+
 from weightsmith.lab.experiment import Better
+from weightsmith.lab.job import Job
+from weightsmith.lab.task import Task
+from weightsmith.lab.tasks import TaskConfig
+from weightsmith.lab.train import Fitted
 
 Result = TypeVar("Result")
 
@@ -86,3 +93,67 @@ def _next(scores: dict[float, float]) -> float:
         return tried[-1] ** 2 / tried[-2]
     neighbor = max(tried[at - 1], tried[at + 1], key=lambda value: scores[value])
     return math.sqrt(tried[at] * neighbor)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A model at the hyperparameter that the validation split prefers.
+
+    Attributes:
+        value: That hyperparameter.
+        model: The model, trained with it.
+        score: On the test split, per example where there is a score for each.
+        at_edge: See :class:`Swept`.
+    """
+
+    value: float
+    model: nn.Module
+    score: float | Tensor
+    at_edge: bool
+
+
+def tune(
+    config: TaskConfig,
+    task: Task,
+    job: Job,
+    values: Sequence[float],
+    train: Callable[[float, Path], Fitted],
+    *,
+    more: int = 0,
+    metric: str = "score",
+) -> Tuned:
+    """Train at several values, choose on the validation split, and read the test split for the best so far only.
+
+    Each trial is recorded as a row of the phase ``sweep``. The job counts as diverged when every trial has.
+
+    Args:
+        config: Says how models are scored.
+        task: What is trained.
+        job: Whose folder and record are used.
+        values: Of the hyperparameter, tried first; every arm should get the same number.
+        train: ``(value, folder) -> Fitted``; the folder is the trial's own.
+        more: Trials around the best value after those.
+        metric: Key of the test score in the rows.
+    """
+    better = task.metric.better or "higher"
+    sign = 1.0 if better == "higher" else -1.0
+    best = -math.inf
+    test: float | Tensor = math.nan
+
+    def attempt(value: float, number: int) -> tuple[float, nn.Module]:
+        nonlocal best, test
+        fitted = train(value, job.folder / f"trial-{number}")
+        score = math.nan if fitted.diverged else _mean(config.score(task, fitted.model, "validation"))
+        if math.isfinite(score) and sign * score > best:
+            best, test = sign * score, config.score(task, fitted.model)
+        job.record({"trial": number + 1, "rate": value, "score": score, metric: _mean(test)}, phase="sweep")
+        return score, fitted.model
+
+    swept = sweep(values, attempt, more=more, better=better)
+    job.diverged = job.diverged or not math.isfinite(best)
+    job.record({"at_edge": float(swept.at_edge)}, phase="swept")
+    return Tuned(swept.best.value, swept.best.result, test, swept.at_edge)
+
+
+def _mean(score: float | Tensor) -> float:
+    return float(score.double().mean()) if isinstance(score, Tensor) else score

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
 from weightsmith.lab import machine, record
 from weightsmith.lab.experiment import Experiment
@@ -52,7 +53,22 @@ class Failure:
     trace: str = ""
 
 
-Engine = Callable[[Sequence[Work]], Iterator[JobResult | Failure]]
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A job whose result is on disk."""
+
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """A job that another process is doing now."""
+
+    work: Work
+
+
+Engine = Callable[[Sequence[Work]], Iterator[Done | Failure]]
 """Does jobs in any order and gives each outcome as it comes; finished jobs are on disk by then."""
 
 
@@ -77,57 +93,75 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def finished(work: Work) -> JobResult | None:
-    """The result of a job that is done; what is damaged is put aside, and the job counts as not done."""
+def finished(work: Work) -> bool:
+    """Whether a job is done; what is damaged or foreign in its place is put aside, and the job counts as not done."""
     folder = record.job_folder(work.folder, work.arm, work.seed)
     if not folder.exists():
-        return None
+        return False
     try:
-        return record.read_job(folder)
-    except ValueError:
+        record.read_job(folder)
+    except UsageError:
         record.put_aside(folder)
-        return None
+        return False
+    return True
 
 
-def do(work: Work, threads: int | None = None) -> JobResult | Failure:
+def do(work: Work, *, threads: int | None = None, wait: bool = True) -> Done | Failure | Busy:
     """Do one job here and write its result, unless another process has done so by now.
 
     Args:
         work: The job.
         threads: torch threads to compute with; ``None``: as many as there are.
+        wait: When another process is doing the job: wait for it, or give up at once.
     """
-    folder = record.work_folder(work.folder, work.arm, work.seed)
+    with locked(record.work_folder(work.folder, work.arm, work.seed).with_suffix(".lock"), wait=wait) as held:
+        if not held:
+            return Busy(work)
+        if finished(work):
+            return Done(work.arm, work.seed)
+        outcome = compute(work, threads)
+        keep(work, outcome)
+        return outcome if isinstance(outcome, Failure) else Done(work.arm, work.seed)
+
+
+def keep(work: Work, outcome: JobResult | Failure) -> None:
+    """Write a result, or the traceback of a failure.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
+    if isinstance(outcome, Failure):
+        write_atomically(work.trace, outcome.trace or outcome.error)
+        return
+    record.write_job(work.folder, outcome)
+    work.trace.unlink(missing_ok=True)
+    shutil.rmtree(record.work_folder(work.folder, work.arm, work.seed), ignore_errors=True)
+
+
+def compute(work: Work, threads: int | None = None) -> JobResult | Failure:
+    """Compute one job; whatever it raises becomes a failure, so that it does not take the others down."""
     before = torch.get_num_threads()
-    with locked(folder.with_suffix(".lock"), wait=True):
-        done = finished(work)
-        if done is not None:
-            return done
-        try:
-            if threads is not None:
-                torch.set_num_threads(threads)
-            result = _compute(work, folder)
-        except Exception as error:  # one job's error must not take the others down
-            failure = Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
-            write_atomically(work.trace, failure.trace)
-            return failure
-        finally:
-            torch.set_num_threads(before)
-        record.write_job(work.folder, result)
-        work.trace.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        return result
+    try:
+        torch.set_num_threads(threads or before)
+        return _compute(work)
+    except Exception as error:
+        return Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
+    finally:
+        torch.set_num_threads(before)
 
 
-def _compute(work: Work, folder: Path) -> JobResult:
+def _compute(work: Work) -> JobResult:
     experiment = work.experiment
+    folder = record.work_folder(work.folder, work.arm, work.seed)
     folder.mkdir(parents=True, exist_ok=True)
     live = folder / "rows.jsonl"
     live.unlink(missing_ok=True)  # a job that resumes records its rows again
     with machine.Stopwatch() as watch:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         job = Job(work.arm, work.seed, Recorder(live=live), folder, device, start=_start(work))
-        metrics, scores = record.plain_metrics(returned := experiment.job(work.config, job))
-    missing = {metric.name for metric in experiment.metrics} - returned.keys()
+        returned = experiment.job(work.config, job)
+        metrics, scores = record.plain_metrics(returned)
+    missing = {metric.name for metric in experiment.metrics(work.config)} - returned.keys()
     if missing:
         raise ValueError(f"the job did not return {', '.join(sorted(missing))}; None says that it was not measured")
     return JobResult(
@@ -153,12 +187,17 @@ def _start(work: Work) -> Any:
     file = work.folder / "start" / f"seed-{work.seed}.pt"
     folder = record.work_folder(work.folder, "start", work.seed)
     with locked(folder.with_suffix(".lock"), wait=True):
-        if not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            data = work.experiment.start(work.config, work.seed, folder)
-            file.parent.mkdir(exist_ok=True)
-            half = file.with_suffix(".tmp")
-            torch.save(data, half)
-            half.replace(file)
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            pass
+        except Exception:  # cut off or foreign: made again
+            file.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        data = work.experiment.start(work.config, work.seed, folder)
+        file.parent.mkdir(exist_ok=True)
+        half = file.with_suffix(".tmp")
+        torch.save(data, half)
+        half.replace(file)
+        shutil.rmtree(folder, ignore_errors=True)
     return torch.load(file, map_location="cpu", weights_only=True)

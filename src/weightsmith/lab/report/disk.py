@@ -4,12 +4,12 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
-from weightsmith.lab.claim import Arm, Chart, Claim, Metric
-from weightsmith.lab.record import read_jobs, read_run
+from weightsmith.lab.experiment import Arm, Chart, Claim, Metric
+from weightsmith.lab.record import JobResult, read_jobs, read_run
 from weightsmith.lab.report.html import to_html
 from weightsmith.lab.report.markdown import to_markdown
 from weightsmith.lab.report.model import Report
-from weightsmith.lab.stats import judge, summarise
+from weightsmith.lab.stats import Plan, judge, summarize
 
 
 def load(run_folder: Path) -> Report:
@@ -19,7 +19,7 @@ def load(run_folder: Path) -> Report:
         run_folder: A folder with ``run.json`` and finished jobs under ``<arm>/seed-<k>/``.
 
     Raises:
-        UsageError: The folder is no run, or one of its files is damaged.
+        UsageError: The folder is no run, or ``run.json`` is damaged; damaged jobs are listed in the report instead.
     """
     run = read_run(run_folder)
     try:
@@ -28,25 +28,30 @@ def load(run_folder: Path) -> Report:
         claims = tuple(Claim(**item) for item in run["claims"])
         charts = tuple(Chart(**item) for item in run["charts"])
         seeds = tuple(int(seed) for seed in run["seeds"])
+        plan = Plan(looks=tuple(int(look) for look in run["plan"]["looks"]))
         if not {claim.metric for claim in claims} <= {metric.name for metric in metrics}:
             raise ValueError("a claim names a metric that is not there")
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{run_folder / 'run.json'} is damaged ({type(error).__name__}: {error}); "
-            "run the experiment again with the same settings to mend it"
+            "run the experiment again with the same settings to replace it"
         ) from error
 
-    found = {(job.arm, job.seed): job for job in read_jobs(run_folder)}
+    read = list(read_jobs(run_folder))
+    found = {(job.arm, job.seed): job for job in read if isinstance(job, JobResult)}
     jobs = tuple(found[key] for arm in arms for seed in seeds if (key := (arm.name, seed)) in found)
-    scores = {arm.name: {job.seed: job.metrics for job in jobs if job.arm == arm.name} for arm in arms}
     table = {
-        arm: {
-            metric.name: summarise([row[metric.name] for row in rows.values() if metric.name in row])
+        arm.name: {
+            metric.name: summarize(
+                [job.metrics[metric.name] for job in jobs if job.arm == arm.name and metric.name in job.metrics]
+            )
             for metric in metrics
         }
-        for arm, rows in scores.items()
+        for arm in arms
     }
-    return Report(run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, tuple(judge(claims, scores)))
+    judgements = tuple(judge(claims, metrics, jobs, plan=plan))
+    damaged = tuple(str(item) for item in read if not isinstance(item, JobResult))
+    return Report(run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, judgements, plan, damaged)
 
 
 def write(run_folder: Path) -> Path:

@@ -26,12 +26,14 @@ def to_html(report: Report) -> str:
         report=report,
         run=report.run,
         words=words,
-        colours=charts.COLOURS,
+        colors=charts.COLORS,
         dash=charts.dash,
-        best={metric.name: report.best(metric) for metric in report.metrics},
+        best={metric.name: report.best(metric) for metric in report.shown},
         claims=[(judgement, charts.claim_figure(report, judgement)) for judgement in report.judgements],
-        panels=[(metric, charts.seeds_figure(report, metric)) for metric in report.metrics],
-        pictures=[charts.chart_figure(report, chart) for chart in report.charts],
+        panels=[(metric, charts.seeds_figure(report, metric)) for metric in report.shown],
+        pictures=[figure for chart in report.charts if (figure := charts.chart_figure(report, chart)).spec],
+        tuning=charts.tuning_figures(report),
+        static=charts.static_svg,
         script=_script(),
     )
 

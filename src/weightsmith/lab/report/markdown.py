@@ -1,9 +1,10 @@
-"""The report as GitHub-flavoured Markdown."""
+"""The report as GitHub-flavored Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from weightsmith.lab.report import words
 from weightsmith.lab.report.model import Report
+from weightsmith.lab.stats import Judgement
 
 
 def to_markdown(report: Report) -> str:
@@ -16,13 +17,13 @@ def to_markdown(report: Report) -> str:
         The text, ending in a newline.
     """
     run = report.run
-    parts = [
-        f"# {_text(run['title'])}",
-        _text(run.get("question", "")),
-        f"**{report.headline}.** {_text(report.progress)}.",
-    ]
+    parts = [f"# {_text(run['title'])}", _text(run.get("question", "")), *map(_text, words.answer(report))]
+    parts += [f"> {_text(notice)}" for notice in words.notices(report)]
     if report.judgements:
-        parts += ["## Claims", _claims(report)]
+        parts.append(f"**{report.headline}.**")
+    for title, judgements in (("Primary claims", report.primary), ("Mechanism claims", report.mechanism)):
+        if judgements:
+            parts += [f"## {title}", _claims(report, judgements)]
     parts += ["## Results", _results(report), words.TABLE_NOTE]
     if run.get("reading"):
         parts += ["## How to read it", _text(run["reading"])]
@@ -33,34 +34,52 @@ def to_markdown(report: Report) -> str:
     ]
     parts += [_pairs("Version of", words.versions(report))]
     if report.judgements:
-        parts += ["## How the verdicts come about", *words.METHOD]
+        parts += ["## How verdicts are reached", *words.METHOD]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _claims(report: Report) -> str:
-    rows = [
-        {
-            "Verdict": f"{words.SYMBOLS[judgement.verdict]} **{judgement.verdict}**",
-            "Claim": _text(judgement.claim.text) + (f" ({_text(judgement.reason)})" if judgement.reason else ""),
-            **{name: _text(value) for name, value in words.evidence(report, judgement).items()},
-        }
-        for judgement in report.judgements
+def _claims(report: Report, judgements: Sequence[Judgement]) -> str:
+    rows = []
+    for judgement in judgements:
+        found = words.evidence(report, judgement)
+        interval = next((value for name, value in found.items() if name.endswith("interval")), words.NONE)
+        reason = f" ({_text(judgement.reason)})" if judgement.reason else ""
+        rows.append(
+            [
+                f"{words.SYMBOLS[judgement.verdict]} **{judgement.verdict}**",
+                _text(judgement.claim.text) + reason,
+                *(_text(found[name]) for name in ("Compared", "Difference")),
+                _text(interval),
+                _text(found.get("Needed", found.get("Worth having", words.NONE))),
+                found["Paired seeds"],
+                _text(found.get("In the paper", words.NONE)),
+            ]
+        )
+    heads = [
+        "Verdict",
+        "Claim",
+        "Compared",
+        "Difference",
+        "Interval",
+        "Needed or worth having",
+        "Seeds",
+        "In the paper",
     ]
-    return _table(list(rows[0]), (row.values() for row in rows))
+    return _table(heads, rows)
 
 
 def _results(report: Report) -> str:
-    best = {metric.name: report.best(metric) for metric in report.metrics}
+    best = {metric.name: report.best(metric) for metric in report.shown}
     rows = []
-    for arm in report.arms:
-        row = [f"**{_text(arm.name)}** {_text(arm.text)}".strip(), words.seeds_of(report, arm.name)]
-        for metric in report.metrics:
+    for arm in report.planned_arms:
+        row = [f"**{_text(arm.label)}** {_text(arm.text)}".strip(), words.seeds_of(report, arm.name)]
+        for metric in report.shown:
             mean, sd = words.mean_and_sd(report.table[arm.name][metric.name], metric.format)
             mean = f"**{mean}**" if arm.name in best[metric.name] else mean
             few = words.fewer(report, arm.name, metric)
             row.append(" ".join(part for part in (mean, sd, few and f"({few})") if part))
         rows.append(row)
-    heads = [_text(metric.label) + words.ARROWS[metric.better] for metric in report.metrics]
+    heads = [_text(metric.label) + words.ARROWS[metric.better] for metric in report.shown]
     return _table(["Arm", "Seeds", *heads], rows, right=len(heads) + 1)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.lab.claim import Chart
+from weightsmith.lab.experiment import Chart
 from weightsmith.lab.report.model import Report
 
 MOST_POINTS = 200
@@ -64,10 +64,10 @@ def curve(seeds: Seeds, *, log_x: bool) -> list[Row]:
     Returns:
         Rows with ``x``, ``y`` (the mean), ``low`` and ``high`` (one standard deviation away), ``sd``, ``n`` (seeds).
     """
-    centres = places(seeds)
-    if len(centres) > room(seeds):
-        centres = (np.geomspace if log_x else np.linspace)(centres[0], centres[-1], room(seeds))
-    borders = np.sqrt(centres[1:] * centres[:-1]) if log_x else (centres[1:] + centres[:-1]) / 2
+    centers = places(seeds)
+    if len(centers) > room(seeds):
+        centers = (np.geomspace if log_x else np.linspace)(centers[0], centers[-1], room(seeds))
+    borders = np.sqrt(centers[1:] * centers[:-1]) if log_x else (centers[1:] + centers[:-1]) / 2
     means: dict[int, list[float]] = {}
     for points in seeds.values():
         bins = np.searchsorted(borders, points[:, 0])
@@ -78,7 +78,7 @@ def curve(seeds: Seeds, *, log_x: bool) -> list[Row]:
         values = np.array(means[index])
         mean, sd = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
         rows.append(
-            {"x": float(centres[index]), "y": mean, "low": mean - sd, "high": mean + sd, "sd": sd, "n": len(values)}
+            {"x": float(centers[index]), "y": mean, "low": mean - sd, "high": mean + sd, "sd": sd, "n": len(values)}
         )
     return rows
 
@@ -102,3 +102,32 @@ def frame(rows: list[Row]) -> list[float] | None:
         return None
     values = [row["y"] for row in rows]
     return [max(min(values), -3 * usual), min(max(values), 3 * usual)]
+
+
+def late(rows: list[Row]) -> list[float] | None:
+    """Limits for y that show what moves after the first fifth of x, where that is a small part of the whole range."""
+    ends = min(row["x"] for row in rows), max(row["x"] for row in rows)
+    rest = [row for row in rows if row["x"] >= ends[0] + 0.2 * (ends[1] - ends[0])]
+    if len(rest) < 4:
+        return None
+    low, high = min(row["low"] for row in rest), max(row["high"] for row in rest)
+    whole = max(row["high"] for row in rows) - min(row["low"] for row in rows)
+    room = 0.05 * (high - low)
+    return [low - room, high + room] if 0 < high - low < whole / 3 else None
+
+
+def trials_of(report: Report, arm: str, metric: str) -> dict[int, dict[int, float]]:
+    """By number of trials, then seed: the metric of the best trial so far, from the rows that sweeps record."""
+    found: dict[int, dict[int, float]] = {}
+    for job in report.jobs:
+        if job.arm == arm:
+            for row in job.rows:
+                if row.get("phase") == "sweep" and isinstance(row.get(metric), int | float) and "trial" in row:
+                    found.setdefault(int(row["trial"]), {})[job.seed] = float(row[metric])
+    return found
+
+
+def at_edge(report: Report, arm: str) -> bool:
+    """Whether an arm's best value was the smallest or largest that was tried, for most seeds."""
+    flags = [row["at_edge"] for job in report.jobs if job.arm == arm for row in job.rows if "at_edge" in row]
+    return bool(flags) and sum(map(bool, flags)) > len(flags) / 2

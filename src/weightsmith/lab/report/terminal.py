@@ -10,12 +10,18 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from weightsmith.lab.claim import Metric
+from weightsmith.lab.experiment import Metric
 from weightsmith.lab.report import words
 from weightsmith.lab.report.model import Report
 
 _GAP = 3
-_STYLES = {"supported": "bold green", "refuted": "bold red", "inconclusive": "bold yellow"}
+_STYLES = {
+    "supported": "bold green",
+    "refuted": "bold red",
+    "no relevant effect": "bold blue",
+    "undecided": "bold yellow",
+    "not run": "dim",
+}
 
 
 def to_terminal(report: Report) -> RenderableType:
@@ -27,30 +33,27 @@ def to_terminal(report: Report) -> RenderableType:
     Returns:
         Something that :meth:`rich.console.Console.print` shows.
     """
-    parts: list[RenderableType] = [Text(report.run["title"], "bold"), Text(report.headline + ".")]
-    if not report.complete or report.strays:
-        parts.append(Text(report.progress + ".", "yellow"))
+    first, *findings, advice = words.answer(report)
+    parts: list[RenderableType] = [Text(report.run["title"], "bold"), Text(first, "dim")]
+    parts += [Text(sentence) for sentence in findings] + [Text(advice, "bold")]
+    parts += [Text(notice, "yellow") for notice in words.notices(report)]
     if report.judgements:
         parts += [Text(), _claims(report)]
-    note = "Mean ± standard deviation over seeds; * best mean"
-    return Group(*parts, _Results(report), Text(f"{note}; {words.NONE} no finite value.", "dim"))
+    note = "Mean ± standard deviation over seeds; * ahead by a supported claim"
+    return Group(*parts, _Results(report), Text(f"{note}; {words.NONE} not measured or not finite.", "dim"))
 
 
 def _claims(report: Report) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column()
-    for judgement in report.judgements:
+    for judgement in (*report.primary, *report.mechanism):
         if grid.row_count:
             grid.add_row()
         verdict = Text(f"{words.SYMBOLS[judgement.verdict]} {judgement.verdict}", _STYLES[judgement.verdict])
         found = words.evidence(report, judgement)
-        figures = f"{found['Compared']} = {found['Difference']}"
-        if judgement.n > 1:
-            figures += f" (95 % interval {found['95 % interval']})"
-        figures += f"; needed: {found['Needed']}; paired seeds: {judgement.n}; adjusted p: {found['Adjusted p']}"
-        lines = [figures]
-        lines += [f"Paper: {judgement.claim.paper}"] if judgement.claim.paper else []
+        compared, difference = found.pop("Compared"), found.pop("Difference")
+        lines = [f"{compared} = {difference}; " + "; ".join(f"{k[:1].lower()}{k[1:]}: {v}" for k, v in found.items())]
         lines += [f"Why: {judgement.reason}"] if judgement.reason else []
         grid.add_row(verdict, Text.assemble(judgement.claim.text, ("\n" + "\n".join(lines), "dim")))
     return grid
@@ -78,8 +81,8 @@ class _Results:
     report: Report
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns = [self._column(metric) for metric in self.report.metrics]
-        names = max([*(len(arm.name) for arm in self.report.arms), 3])
+        columns = [self._column(metric) for metric in self.report.shown]
+        names = max([*(len(arm.label) for arm in self.report.planned_arms), 3])
         room = options.max_width - min(names, 24) - 14  # names, seeds, and the gaps around both
         stacked = sum(column.width(False) + _GAP for column in columns) > room
         while columns:
@@ -91,12 +94,12 @@ class _Results:
     def _column(self, metric: Metric) -> _Column:
         best = self.report.best(metric)
         cells: list[tuple[str, ...]] = []
-        for arm in self.report.arms:
+        for arm in self.report.planned_arms:
             mean, sd = words.mean_and_sd(self.report.table[arm.name][metric.name], metric.format)
             few = words.fewer(self.report, arm.name, metric)
             cells.append(("*" * (arm.name in best) + mean, sd, few and f"({few})"))
         return _Column(
-            metric.label + words.ARROWS[metric.better], cells, [arm.name in best for arm in self.report.arms]
+            metric.label + words.ARROWS[metric.better], cells, [arm.name in best for arm in self.report.planned_arms]
         )
 
     def _table(self, columns: list[_Column], stacked: bool) -> Table:
@@ -107,10 +110,10 @@ class _Results:
             head = textwrap.fill(column.head, column.width(stacked), break_long_words=False)
             table.add_column(Text(head), justify="right", no_wrap=True)
         cells = [column.text(stacked) for column in columns]
-        for row, arm in enumerate(self.report.arms):
+        for row, arm in enumerate(self.report.planned_arms):
             values = [
                 Text(texts[row], "bold" if column.best[row] else "")
                 for texts, column in zip(cells, columns, strict=True)
             ]
-            table.add_row(Text(arm.name), words.seeds_of(self.report, arm.name), *values)
+            table.add_row(Text(arm.label), words.seeds_of(self.report, arm.name), *values)
         return table

@@ -1,32 +1,38 @@
-"""Numbers and facts put into words, alike in every output."""
+"""Numbers and facts put into words, the same in every output."""
 
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from weightsmith.lab.claim import Metric
+from weightsmith.lab.experiment import Metric
 from weightsmith.lab.report.model import Report
-from weightsmith.lab.stats import FEWEST_SEEDS, LEVEL, Judgement, Summary
+from weightsmith.lab.stats import ALPHA, FEWEST_SEEDS, Judgement, Summary, Verdict
 
 NONE = "—"
-SYMBOLS = {"supported": "✓", "refuted": "✗", "inconclusive": "○"}
+SYMBOLS: Mapping[Verdict, str] = {
+    "supported": "✓",
+    "refuted": "✗",
+    "no relevant effect": "≈",
+    "undecided": "○",
+    "not run": "–",
+}
 ARROWS = {"higher": "\u00a0↑", "lower": "\u00a0↓", None: ""}
 TABLE_NOTE = (
-    "Mean ± sample standard deviation over seeds. ↑ higher is better, ↓ lower is better. Marked: the best mean, which "
-    f"is no finding by itself. {NONE}: no finite value (diverged, or not defined for that arm)."
+    "Mean ± sample standard deviation over seeds. ↑ higher is better, ↓ lower is better. Marked: ahead by a supported "
+    f"claim. {NONE}: not measured in that arm, or not finite."
 )
 METHOD = (
-    "Two arms are compared seed by seed: both start from the same seed, so their difference is free of what the seed "
-    "alone decides. Each difference is counted so that positive is in the claim's favour. "
-    f"From the mean and the spread of these differences comes the {100 * LEVEL:.0f} % interval (Student's t). "
-    "The p-value tests the difference against what the claim needs, two-sided, and is adjusted over all claims of the "
-    "run (Holm's step-down correction); the interval is not, so where the two seem to disagree the p-value decides.",
-    f"Supported: adjusted p below {1 - LEVEL:.2f} and the mean beyond what is needed. Refuted: adjusted p as small, "
-    "and the mean on the other side. Anything else is inconclusive: the seeds do not tell, which does not mean that "
-    "there is no difference. "
-    f"Fewer than {FEWEST_SEEDS} paired seeds are always inconclusive. A seed in which either arm has no finite value "
-    "cannot be paired and is left out.",
+    "Two arms are compared seed by seed: both start from the same seed, so what the seed alone decides cancels. "
+    "Positive differences are in the claim's favor. The interval comes from the mean and the spread of the differences "
+    "(Student's t); where the jobs kept a score per test example, it covers other seeds and other test examples.",
+    f"Primary claims and mechanism claims are two families. Each shows any false verdict with a probability of at most "
+    f"{ALPHA:.0%}: Holm's rule corrects for several claims, and levels found by simulation allow to look at 3, 5, 10 and "
+    "20 seeds and to stop early. The interval of a claim is as wide as that correction asks for.",
+    "Supported: the interval lies beyond what the claim needs. Refuted: it lies on the other side. No relevant effect: "
+    "it lies within the smallest effect worth having, which was set beforehand. Undecided: none of these; which does not "
+    f"mean that there is no difference. Fewer than {FEWEST_SEEDS} paired seeds decide nothing. A winner that diverged "
+    "with any seed supports nothing.",
 )
 
 
@@ -64,24 +70,110 @@ def fewer(report: Report, arm: str, metric: Metric) -> str:
     return f"n={n}" if 0 < n < len(report.finished(arm)) else ""
 
 
+def answer(report: Report) -> list[str]:
+    """The first screen: on what, what was found and how large it is, and what to do; a sentence or two each."""
+    leading = report.primary or report.judgements
+    sentences = [_on_what(report)]
+    sentences += [finding(report, judgement) for judgement in leading]
+    return [*sentences, advice(report)]
+
+
+def advice(report: Report) -> str:
+    """Whether to use it: one part per primary claim, or per claim where none is primary."""
+    leading = report.primary or report.judgements
+    if not leading:
+        return "Nothing was claimed, so there is nothing to decide."
+    parts = [_advice(report.label(judgement.claim.winner), judgement) for judgement in leading]
+    text = "; ".join(dict.fromkeys(parts))
+    return text[0].upper() + text[1:] + "."
+
+
+def _advice(name: str, judgement: Judgement) -> str:
+    if judgement.verdict == "supported":
+        return f"use {name} here"
+    if judgement.verdict == "refuted":
+        return f"do not use {name} here"
+    if judgement.verdict == "no relevant effect":
+        return f"{name} makes no relevant difference here"
+    if judgement.verdict == "not run":
+        return f"{name} was not compared"
+    if judgement.limit == "examples":
+        return f"{name} is not decided, and more seeds would not decide it: the test set is too small"
+    more = (judgement.seeds_needed or 0) - judgement.n
+    return f"{name} is not decided: {f'about {more} more seeds' if more > 0 else 'it takes more seeds'}"
+
+
+def _on_what(report: Report) -> str:
+    task = report.run.get("task") or {}
+    facts, rows = task.get("facts", {}), task.get("rows", {})
+    parts = []
+    if facts.get("data") or task.get("name"):
+        parts.append(f"on {facts.get('data') or task['name']}")
+    if rows:
+        parts.append(", ".join(f"{count:,} {split} rows" for split, count in rows.items() if count))
+    if facts.get("model"):
+        parts.append(f"model {facts['model']}")
+    done = max((len(report.finished(arm.name)) for arm in report.arms), default=0)
+    parts.append(f"{done} seed{'s' if done != 1 else ''} per arm")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def finding(report: Report, judgement: Judgement) -> str:
+    """One claim's outcome as a plain sentence with its size."""
+    claim, metric = judgement.claim, report.metric(judgement.claim)
+    winner, loser = report.label(claim.winner), report.label(claim.loser)
+    if judgement.verdict == "not run":
+        return f"{claim.text}: not run."
+    if not math.isfinite(judgement.difference):
+        return f"{claim.text}: not decided, {judgement.reason}."
+    direction = 1 if metric.better == "higher" else -1
+    raw = direction * judgement.difference
+    size = f"{metric.label}: {winner} {signed(raw, metric.format)} against {loser}"
+    if math.isfinite(judgement.low):
+        low, high = sorted((direction * judgement.low, direction * judgement.high))
+        size += f", interval {signed(low, metric.format)} to {signed(high, metric.format)}"
+    words = {
+        "supported": "holds here",
+        "refuted": "does not hold here",
+        "no relevant effect": "no relevant effect",
+        "undecided": "not decided",
+    }[judgement.verdict]
+    return f"{claim.text}: {words} ({size})."
+
+
 def evidence(report: Report, judgement: Judgement) -> dict[str, str]:
-    """What a verdict rests on, by heading; the same headings for every claim."""
+    """What a verdict rests on, by heading."""
     claim = judgement.claim
     metric = report.metric(claim)
-    first, second = (claim.winner, claim.loser) if claim.better == "higher" else (claim.loser, claim.winner)
+    spec = metric.format
+    names = report.label(claim.winner), report.label(claim.loser)
+    first, second = names if metric.better == "higher" else names[::-1]
+    share = f" ({number(100 * claim.margin, 'g')} % of {names[1]})" if claim.relative and claim.margin else ""
     needed = judgement.threshold if claim.relative else claim.margin
-    share = f" ({number(100 * claim.margin, 'g')} % of {claim.loser})" if claim.relative and claim.margin else ""
-    return {
-        "Compared": f"{metric.label}: {first} − {second}",
-        "Difference": signed(judgement.difference, metric.format),
-        "95 % interval": f"{signed(judgement.low, metric.format)} to {signed(judgement.high, metric.format)}"
-        if judgement.n > 1
-        else NONE,
-        "Needed": f"more than {signed(needed, metric.format) if claim.margin else 0}{share}",
-        "Paired seeds": str(judgement.n),
-        "Adjusted p": p_value(judgement.p),
-        "In the paper": claim.paper or NONE,
-    }
+    found = {"Compared": f"{metric.label}: {first} − {second}", "Difference": signed(judgement.difference, spec)}
+    if math.isfinite(judgement.low):
+        found[f"{100 * (1 - judgement.level):.4g} % interval"] = (
+            f"{signed(judgement.low, spec)} to {signed(judgement.high, spec)}"
+        )
+    if claim.margin:
+        found["Needed"] = f"more than {signed(needed, spec)}{share}"
+    if judgement.worth is not None:
+        found["Worth having"] = f"{signed(judgement.worth, spec)} or more"
+    found["Paired seeds"] = str(judgement.n)
+    if math.isfinite(judgement.p):
+        found["p-value"] = f"{p_value(judgement.p)} (decides below {judgement.level:.2g})"
+    if judgement.verdict == "undecided" and math.isfinite(judgement.detectable):
+        found["These runs could show"] = f"{signed(judgement.detectable, spec)} or more"
+        if judgement.limit == "examples":
+            found["Too few"] = "test examples; more seeds would not decide it"
+        elif judgement.seeds_needed is not None:
+            found["Seeds to show what is worth having"] = str(judgement.seeds_needed)
+    if claim.paper:
+        found["In the paper"] = claim.paper
+    if judgement.paper_excluded is not None:
+        found["The paper's gain"] = "outside the interval" if judgement.paper_excluded else "within the interval"
+    return found
 
 
 def p_value(p: float) -> str:
@@ -101,25 +193,49 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def notices(report: Report) -> list[str]:
+    """What a reader must know before believing anything: missing jobs, arms left out, damaged files, divergence."""
+    found = []
+    if not report.complete or report.strays:
+        found.append(f"{report.progress}.")
+    left_out = [arm.label for arm in report.arms if arm not in report.planned_arms]
+    if left_out:
+        found.append(f"Left out: {', '.join(left_out)}; claims about them still count in the correction.")
+    diverged: dict[str, list[int]] = {}
+    for job in report.jobs:
+        if job.diverged:
+            diverged.setdefault(report.label(job.arm), []).append(job.seed)
+    if diverged:
+        found.append("Diverged: " + ", ".join(f"{arm} (seed {', '.join(map(str, s))})" for arm, s in diverged.items()))
+    return found + list(report.damaged)
+
+
 def facts(report: Report) -> dict[str, str]:
     """What was run, where, and what it took."""
+    looks = ", ".join(map(str, report.plan.looks))
     found = {
         "Experiment": str(report.run["slug"]),
         "Preset": str(report.run.get("preset", NONE)),
-        "Configuration": str(report.run.get("config_hash", NONE)),
         "Seeds": ", ".join(map(str, report.seeds)),
+        "Looks planned at": f"{looks} seeds",
         "Jobs": report.progress,
     }
+    task = report.run.get("task") or {}
+    found |= {f"Task: {name}": str(value) for name, value in task.get("facts", {}).items()}
     if not report.jobs:
         return found | {"Hardware": str(report.run.get("hardware", NONE))}
     seconds = [job.wall_seconds for job in report.jobs]
-    return found | {
-        "Started": f"{datetime.fromtimestamp(min(job.started for job in report.jobs), UTC):%Y-%m-%d %H:%M} UTC",
-        "Time": f"{duration(sum(seconds) / len(seconds))} per job on average, {duration(sum(seconds))} in total",
-        "Peak memory": f"{max(job.peak_memory for job in report.jobs) / 2**20:,.0f} MiB in the largest job",
-        "Hardware": _distinct(job.hardware for job in report.jobs),
-        "Threads": _distinct(job.threads for job in report.jobs) + " per job",
-    }
+    return (
+        found
+        | {
+            "Started": f"{datetime.fromtimestamp(min(job.started for job in report.jobs), UTC):%Y-%m-%d %H:%M} UTC",
+            "Time": f"{duration(sum(seconds) / len(seconds))} per job on average, {duration(sum(seconds))} in total",
+            "Peak memory": f"{max(job.peak_memory for job in report.jobs) / 2**20:,.0f} MiB in the largest job",
+            "Hardware": _distinct(job.hardware for job in report.jobs),
+            "Threads": _distinct(job.threads for job in report.jobs) + " per job",
+        }
+        | {label: number(value, ".4g") for label, value in report.constants.items()}
+    )
 
 
 def versions(report: Report) -> dict[str, str]:
@@ -137,7 +253,7 @@ def settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= settings(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = str(value)
+            flat[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return flat
 
 

@@ -9,7 +9,7 @@
 ========================= ============================================================================
 """
 
-from weightsmith.lab.tasks.config import TaskConfig, TrainConfig, make_task
+from weightsmith.lab.tasks.config import TaskConfig, TrainConfig, make_task, shared_task
 from weightsmith.lab.tasks.own import from_datasets
 
-__all__ = ["TaskConfig", "TrainConfig", "from_datasets", "make_task"]
+__all__ = ["TaskConfig", "TrainConfig", "from_datasets", "make_task", "shared_task"]

@@ -2,17 +2,19 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.load import load_object
 from weightsmith.lab.data.labels import check_counts
+from weightsmith.lab.experiment import Metric
 from weightsmith.lab.progress import seed_everything
-from weightsmith.lab.task import Task
+from weightsmith.lab.task import Split, Task
 from weightsmith.lab.train import Fitted, Schedule, fit
 
 TASKS = ("images", "sentences", "language", "questions")
@@ -63,6 +65,8 @@ class TaskConfig:
     """Your own loss, module:function: (outputs, targets) -> one number per example."""
     metric: str = ""
     """Your own metric, module:function: (outputs, targets) -> one number per example, higher is better."""
+    worth: float | None = None
+    """Smallest gain worth having, in the unit of the score; by default half a point of accuracy, or 0.01 of loss."""
 
     @property
     def data_name(self) -> str:
@@ -76,6 +80,44 @@ class TaskConfig:
     def model_name(self) -> str:
         """The model, or that of the task by default."""
         return self.model or self.DEFAULT_MODELS.get(self.task, "")
+
+    @property
+    def in_points(self) -> bool:
+        """Whether the score is a share that is shown in percent."""
+        return ":" not in self.task and self.task != "language" and not self.metric
+
+    def score_metric(self) -> Metric:
+        """The metric named ``score`` by which arms are compared on this task."""
+        if ":" in self.task:
+            found = shared_task(self).metric
+        elif self.task == "language":
+            found = Metric("loss", "test loss per token", "lower", ".4f")
+        elif self.metric:
+            found = Metric("metric", self.metric.rpartition(":")[2], "higher")
+        else:
+            label = "test accuracy %" if self.task != "questions" else "answer tokens predicted %"
+            label = "exact answers %" if self.new_tokens else label
+            found = Metric("accuracy", label, "higher", ".2f")
+        return replace(found, name="score", resolution=None, help="On the test split.")
+
+    @property
+    def least(self) -> float:
+        """The smallest gain worth having."""
+        return self.worth if self.worth is not None else (0.5 if self.in_points else 0.01)
+
+    def paper_gain(self, points: float) -> float | None:
+        """The paper's gain in points of accuracy, where the score is one."""
+        return points if self.in_points else None
+
+    def score(self, task: Task, model: nn.Module, split: Split = "test") -> float | Tensor:
+        """The score of a model: per example where there is one for each, else a number."""
+        return task.evaluate(model, split).value(task.metric.name, 100.0 if self.in_points else 1.0)
+
+
+@lru_cache(maxsize=2)
+def shared_task(config: TaskConfig) -> Task:
+    """:func:`make_task`, done once per process and configuration: the jobs of a worker share their data."""
+    return make_task(config)
 
 
 def make_task(config: TaskConfig) -> Task:
