@@ -166,7 +166,12 @@ def _optimizer(config: Config, arm: str, params: list[Tensor], lr: float) -> tor
     name, _, without = arm.partition("-")
     decay = {"sgd": config.sgd_weight_decay}.get(name[:3], config.adam_weight_decay) * (not without)
     projection: dict[str, Any] = {"delta": config.delta, "wd_ratio": config.wd_ratio}
-    sgd: dict[str, Any] = {"lr": lr, "weight_decay": decay, "momentum": config.momentum, "nesterov": config.momentum > 0}
+    sgd: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": decay,
+        "momentum": config.momentum,
+        "nesterov": config.momentum > 0,
+    }
     if name == "sgd":
         return torch.optim.SGD(params, **sgd)
     if name == "sgdp":
@@ -262,5 +267,3 @@ EXPERIMENT = Experiment(
         "whether the method does anything on this model at all: without normalization layers it only fires by chance."
     ),
 )  # fmt: skip
-
-

@@ -1,63 +1,44 @@
 """Do block-affine adapters start faster than LoRA and PiSSA, and do they end better?
 
 A trained network is adapted to a task that has changed. Every method trains as many numbers as the others, as nearly as
-its form allows. Panel A gives all of them one learning rate, as the paper does; panel B gives each the rate that its
-own validation score prefers. A shared block collects the gradients of many blocks, so that one rate for all favours it.
+its form allows. Panel A gives all of them one learning rate, as the paper does; panel B gives each the rate that its own
+validation score prefers. A shared block collects the gradients of many blocks, so that one rate for all favors it.
 """
 
-import copy
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from weightsmith.adapt import BoneConfig, apply_bone_, trainable_parameters
 from weightsmith.core.errors import UsageError, require
-from weightsmith.experiments._questions import encode, exact_matches, find_questions, load_questions
-from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
-from weightsmith.lab.data import check_data, load_images
-from weightsmith.lab.images import Split
-from weightsmith.lab.models import build_model, check_model
-from weightsmith.lab.record import Recorder
-from weightsmith.lab.sweep import best_of
-from weightsmith.lab.train import evaluate, fit, seed_everything
+from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
+from weightsmith.lab.job import Job
+from weightsmith.lab.progress import seed_everything
+from weightsmith.lab.sweep import tune
+from weightsmith.lab.task import Batch, Task
+from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.train import Fitted
 
-_VALIDATION = 0.1  # share of the training questions that is held out
+_TITLES = {"miss": "MiSS", "col": "Bone (col)", "row": "Bone (row)", "lora": "LoRA", "pissa": "PiSSA"}
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(TrainConfig):
     """What the experiment on adapters compares, and how."""
 
-    task: Literal["images", "language"] = "images"
-    """images: adapt a classifier to inverted, transposed images; language: train a model on questions and answers."""
-    data: str = "digits"
-    """Images: name, hub id or folder. Language: arithmetic, a folder with train.jsonl and test.jsonl, or a hub id."""
-    model: str = "mlp"
-    """Images: mlp, vit_tiny, ... Language: folder or hub id of a causal language model."""
-    subset: str = ""
-    """Language: configuration of the hub data set."""
-    test_data: str = ""
-    """Language: where the test questions come from; the data itself by default."""
-    test_subset: str = ""
-    """Language: configuration of that hub data set."""
-    train_examples: int | None = None
-    """Use the first so many training rows, validation included; all by default."""
-    test_examples: int | None = None
-    """Use the first so many test rows; all by default."""
-    pretrain_epochs: int = 10
-    """Images: passes over the upright images before adapting."""
-    steps: int = 300
-    """Optimiser steps of adapting."""
+    DEFAULT_MODELS: ClassVar[Mapping[str, str]] = {**TrainConfig.DEFAULT_MODELS, "images": "mlp"}
+
+    pretrain_epochs: float = 10
+    """Passes over the data before they change; unused for a pretrained model or a checkpoint."""
+    steps: int | None = 200
+    """Optimizer steps of adapting."""
     early: int = 50
     """The step at which the start is compared."""
     curve: int = 10
@@ -66,156 +47,157 @@ class Config:
     """Examples per step."""
     r: int = 16
     """Block size of the block forms; the LoRA forms get the rank that trains as many numbers as miss."""
-    shared_lr: float = 1e-3
-    """Panel A: the learning rate of all arms; one of lrs."""
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    """Panel B: what every arm is tried at."""
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    """Learning rates that every arm is tried at; the first is the shared one of panel A."""
+    more_lrs: int = 1
+    """Further learning rates, around or beyond the best one, for every arm."""
     pissa_iterations: int = 0
-    """Iterations of the randomised decomposition that PiSSA starts from; 0 decomposes exactly."""
-    length: int = 128
-    """Language: tokens per row."""
-    new_tokens: int = 0
-    """Language: tokens generated per answer, for exact matches; 0 measures predicted answer tokens instead."""
-    mixed_precision: str | None = None
-    """no, fp16 or bf16."""
+    """Iterations of the randomized decomposition that PiSSA starts from; 0 decomposes exactly."""
 
 
 def arms(config: Config) -> list[Arm]:
-    """LoRA and PiSSA as PEFT makes them, three block forms, and for classifiers all weights of the adapted layers."""
-    adapters = [
-        Arm("lora", "LoRA (PEFT), alpha = 2 × rank"),
-        Arm("pissa", "PiSSA (PEFT), alpha = rank"),
-        Arm("miss", f"MiSS, r = {config.r}"),
-        Arm("col", f"Bone, col, r = {config.r}"),
-        Arm("row", f"Bone, row, r = {config.r}"),
+    """LoRA and PiSSA as PEFT makes them, three block forms, and all weights of the adapted layers."""
+    return [
+        Arm("full", "all weights of the adapted layers", "full"),
+        Arm("lora", "PEFT, alpha = 2 × rank", "LoRA"),
+        Arm("pissa", "PEFT, alpha = rank", "PiSSA"),
+        *(Arm(name, f"r = {config.r}", _TITLES[name]) for name in ("miss", "col", "row")),
     ]
-    return [Arm("full", "all weights of the adapted layers"), *adapters] if config.task == "images" else adapters
 
 
-def claims(_: Config) -> list[Claim]:
-    """A faster start at one rate; better at the end at one rate, and at the best rate of each."""
-    curves = "shown as training loss curves"
+def claims(config: Config) -> list[Claim]:
+    """Better, each at its best rate; a faster start at one rate; better at the end at one rate."""
     col, miss = "Llama2-7B, GSM8K %: LoRA 38.97, PiSSA 43.52, Bone 49.36", "Llama2-7B, GSM8K %: LoRA 40.75, MiSS 48.16"
-    tuned = "one rate for all methods; rates were not tuned"
-    start = "At one shared rate {} has a lower loss early on than {}"
-    pairs = (("col", "lora"), ("col", "pissa"), ("miss", "lora"))
-    names = {"col": "Bone (col)", "row": "Bone (row)", "miss": "MiSS", "lora": "LoRA", "pissa": "PiSSA"}
     found = [
-        Claim(start.format(names[arm], names[rival]), "early_loss", arm, rival, "lower", paper=curves)
-        for arm, rival in (*pairs, ("row", "lora"))
-    ]
-    for metric, when, papers in (
-        ("shared_accuracy", "At one shared rate", (col, col, miss)),
-        ("tuned_accuracy", "Each at its best rate,", (tuned,) * 3),
+        Claim(
+            text="MiSS beats LoRA, each at its best learning rate",
+            metric="score", winner="miss", loser="lora", primary=True, worth=config.least,
+            paper="one rate for all methods; rates were not tuned",
+        ),
+        Claim(
+            text="At one shared learning rate MiSS has a lower loss early on than LoRA",
+            metric="early_loss", winner="miss", loser="lora", primary=True, relative=True, worth=0.05,
+            paper="shown as training loss curves",
+        ),
+        Claim(
+            text="Bone (col) beats LoRA, each at its best learning rate",
+            metric="score", winner="col", loser="lora", worth=config.least, paper="rates were not tuned",
+        ),
+    ]  # fmt: skip
+    for arm, rival, paper, gain in (
+        ("miss", "lora", miss, 7.41),
+        ("col", "lora", col, 10.39),
+        ("col", "pissa", col, 5.84),
     ):
-        for (arm, rival), paper in zip(pairs, papers, strict=True):
-            text = f"{when} {names[arm]} ends better than {names[rival]}"
-            found.append(Claim(text, metric, arm, rival, paper=paper))
+        found.append(
+            Claim(
+                text=f"At one shared learning rate {_TITLES[arm]} ends better than {_TITLES[rival]}",
+                metric="shared_score", winner=arm, loser=rival, worth=config.least,
+                paper=paper, paper_gain=config.paper_gain(gain),
+            )
+        )  # fmt: skip
     return found
 
 
-METRICS = (
-    Metric("early_loss", "A: early loss", "lower", ".3f", "Validation loss after the early steps, at the shared rate."),
-    Metric("shared_loss", "A: test loss", "lower", ".3f", "At the end, at the shared rate."),
-    Metric("shared_accuracy", "A: test accuracy %", "higher", ".2f", "At the end, at the shared rate."),
-    Metric("tuned_loss", "B: test loss", "lower", ".3f", "At the end, at the rate chosen on validation data."),
-    Metric(
-        "tuned_accuracy", "B: test accuracy %", "higher", ".2f", "At the end, at the rate chosen on validation data."
-    ),
-    Metric("best_lr", "B: chosen rate", None, ".3g", "The rate with the best validation score."),
-    Metric("first_gradient", "first gradient", None, ".3f", "L2 norm of the first batch's gradient of what trains."),
-    Metric("parameters", "trained numbers", None, ".0f", "How many numbers train."),
-    Metric("setup_ms", "set-up ms", "lower", ".1f", "Time to put the adapter on the model."),
-    Metric("saved_mib", "kept MiB", "lower", ".2f", "What autograd keeps of a batch for the backward pass."),
-    Metric("step_ms", "step ms", "lower", ".2f", "Median time of a training step."),
-)
+def metrics(config: Config) -> list[Metric]:
+    """Scores of both panels, and what the forms cost."""
+    score = config.score_metric()
+    return [
+        Metric("early_loss", "A: early loss", "lower", ".3f", help="Validation loss early on, shared rate."),
+        replace(score, name="shared_score", label=f"A: {score.label}", help="At the end, shared rate."),
+        replace(score, label=f"B: {score.label}", help="At the end, at the rate chosen on validation data."),
+        Metric("best_lr", "B: chosen learning rate", None, ".3g", help="The rate with the best validation score."),
+        Metric("first_gradient", "first gradient", None, ".3f", help="L2 norm of the first batch's gradient."),
+        Metric("parameters", "trainable parameters", None, ".0f", help="How many numbers train."),
+        Metric("setup_ms", "setup ms", "lower", ".1f", help="Time to put the adapter on the model."),
+        Metric("saved_mib", "saved MiB", "lower", ".2f", help="Saved activations of a batch, beside the model."),
+        Metric("step_ms", "step ms", "lower", ".2f", help="Median time of a forward and backward pass."),
+    ]
+
 
 CHARTS = (
-    Chart("Panel A: validation loss at one shared rate", "step", "loss", phase="shared", y_label="loss", log_y=True),
-    Chart("Panel A: validation accuracy at one shared rate", "step", "accuracy", phase="shared", y_label="accuracy"),
+    Chart(title="Panel A: validation loss at one shared learning rate", x="step", y="validation_loss", phase="shared"),
     Chart(
-        "Panel B: validation loss against the rate",
-        "rate", "loss", "scatter", phase="sweep", x_label="learning rate", y_label="loss", log_x=True, log_y=True,
+        title="Panel B: validation score against the learning rate", x="rate", y="score", kind="scatter",
+        phase="sweep", x_label="learning rate", y_label="validation score", log_x=True,
     ),
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is adapted, and how well a model does.
-
-    Attributes:
-        build: Gives the trained model, before it is adapted.
-        rows: How many training rows there are.
-        loss: ``(model, rows (B,)) -> loss``.
-        validate: Loss and accuracy in [0, 1] of a model on held-out data.
-        test: The same on the test split.
-    """
-
-    build: Callable[[], nn.Module]
-    rows: int
-    loss: Callable[[nn.Module, Tensor], Tensor]
-    validate: Callable[[nn.Module], dict[str, float]]
-    test: Callable[[nn.Module], dict[str, float]]
-
-
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    if config.shared_lr not in config.lrs:
-        raise UsageError(f"shared_lr must be one of lrs {config.lrs}, got {config.shared_lr}")
-    if config.curve < 1:
-        raise UsageError(f"curve must be at least 1, got {config.curve}")
-    if not 1 <= config.early <= config.steps:
+    config.check()
+    if config.steps is None or not 1 <= config.early <= config.steps:
         raise UsageError(f"early must be between 1 and steps, {config.steps}, got {config.early}")
+    if config.curve < 1 or not config.lrs or min(config.lrs) <= 0:
+        raise UsageError(f"curve must be at least 1 and lrs above 0, got {config.curve} and {config.lrs}")
     require("peft", extra="hf", purpose="the arms LoRA and PiSSA")
-    check_model(config.model)
-    if config.task == "images":
-        check_data(config.data)
-    else:
-        for name in {config.data, config.test_data} - {""}:
-            find_questions(name)
 
 
-def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, float]:
-    """Adapt one arm with one seed, at every rate of the sweep."""
-    seed_everything(seed)
-    task = _images(config, seed) if config.task == "images" else _language(config)
-    metrics: dict[str, float] = {}
+def start(config: Config, seed: int, folder: Path) -> dict[str, Any]:
+    """The network before its data change, trained once per seed."""
+    task = shared_task(config)
+    model = config.network(task, seed)
+    if not (config.pretrained or config.checkpoint):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        config.fit(model, optimizer, task, seed, epochs=config.pretrain_epochs, validate="never", folder=folder)
+    return {"weights": model.state_dict()}
 
-    def adapted() -> nn.Module:
-        model = task.build()
-        seed_everything(seed)
-        start = time.perf_counter()
-        model = _adapted(config, arm, model)
-        metrics["setup_ms"] = 1e3 * (time.perf_counter() - start)
-        return model
 
-    def attempt(lr: float) -> tuple[float, dict[str, Tensor]]:
-        shared, model = lr == config.shared_lr, adapted()
-        rows = _train(config, task, model, lr, seed)
-        for row in rows[1:]:
-            record(row, phase="shared" if shared else "other rates", rate=lr)
-        last = {name: rows[-1].get(name, math.nan) for name in ("loss", "accuracy")}
-        record({**last, "rate": lr}, phase="sweep")
+def job(config: Config, job: Job) -> Mapping[str, Value]:
+    """Adapt one arm with one seed, at every learning rate of the sweep."""
+    task = changed(shared_task(config))
+    require("peft", extra="hf", purpose="the arms LoRA and PiSSA")  # imported before anything is timed
+    measured: dict[str, Value] = {}
+    assert config.steps is not None
+    rows_at = sorted({config.early, *range(0, config.steps, max(1, config.steps // config.curve))} - {0})
+
+    def train(lr: float, folder: Path) -> Fitted:
+        model = config.network(task, job.seed)
+        model.load_state_dict(job.start["weights"])
+        seed_everything(job.seed)
+        begin = time.perf_counter()
+        model = _adapted(config, job.arm, model.to(job.device))
+        setup = 1e3 * (time.perf_counter() - begin)
+        shared = lr == config.lrs[0]
         if shared:
-            tested = task.test(model)
-            metrics.update(
-                early_loss=next((row["loss"] for row in rows[1:] if row["step"] == config.early), math.nan),
-                shared_loss=tested["loss"],
-                shared_accuracy=100 * tested["accuracy"],
-                parameters=trainable_parameters(model).trainable,
-                **rows[0],
-            )
-        score = last["accuracy"] if config.task == "images" else -last["loss"]
-        return score, {name: trained.detach().cpu() for name, trained in _trained(model)}
+            measured.update(_cost(task, model), setup_ms=setup, parameters=trainable_parameters(model).trainable)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fitted = config.fit(
+            model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), task, job.seed, rows_at=rows_at, folder=folder,
+            record=partial(job.record, phase="shared" if shared else "other rates", rate=lr),
+        )  # fmt: skip
+        if shared:
+            losses = {row["step"]: row.get("validation_loss", math.nan) for row in fitted.rows}
+            measured["early_loss"] = losses.get(config.early, math.nan)
+            measured["shared_score"] = math.nan if fitted.diverged else config.score(task, fitted.model)
+        return fitted
 
-    best_lr, state = best_of(config.lrs, attempt)
-    model = adapted()
-    with torch.no_grad():
-        for name, trained in _trained(model):
-            trained.copy_(state[name])
-    tested = task.test(model)
-    return {**metrics, "best_lr": best_lr, "tuned_loss": tested["loss"], "tuned_accuracy": 100 * tested["accuracy"]}
+    tuned = tune(config, task, job, config.lrs, train, more=config.more_lrs)
+    return {**measured, "score": tuned.score, "best_lr": tuned.value}
+
+
+def changed(task: Task) -> Task:
+    """The task after its data have changed: images negated and transposed; other data stay as they are."""
+    x = task.example().inputs
+    if not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
+        return task
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        return task.losses(model, replace(batch, inputs=-batch.inputs.mT))
+
+    return replace(task, losses=losses, evaluate=lambda model, split: task.evaluate(_Turned(model), split))
+
+
+class _Turned(nn.Module):
+    """A classifier of images that are negated and transposed first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(-x.mT)
 
 
 def _adapted(config: Config, arm: str, model: nn.Module) -> nn.Module:
@@ -234,12 +216,12 @@ def _adapted(config: Config, arm: str, model: nn.Module) -> nn.Module:
         for sizes in zip(*((m.out_features, m.in_features + m.out_features) for m in layers.values()), strict=True)
     )
     rank = max(1, round(config.r * out / both))
-    start = f"pissa_niter_{config.pissa_iterations}" if config.pissa_iterations else "pissa"
+    begin = f"pissa_niter_{config.pissa_iterations}" if config.pissa_iterations else "pissa"
     adapter = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if arm == "pissa" else 2 * rank,
         target_modules=list(layers),
-        init_lora_weights=start if arm == "pissa" else True,
+        init_lora_weights=begin if arm == "pissa" else True,
     )
     return cast(nn.Module, peft.get_peft_model(model, adapter))
 
@@ -247,45 +229,15 @@ def _adapted(config: Config, arm: str, model: nn.Module) -> nn.Module:
 def _targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer but the last, which is the head."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if len(layers) < 2:
+        raise UsageError("an adapter needs a model with linear layers beside its head: try --model mlp or vit_tiny")
     return dict(list(layers.items())[:-1])
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def _train(config: Config, task: Task, model: nn.Module, lr: float, seed: int) -> list[dict[str, float]]:
-    """Train what requires a gradient by AdamW along a cosine; the first row tells of the start and of the cost."""
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    optimizer = torch.optim.AdamW([parameter for _, parameter in _trained(model)], lr=lr, weight_decay=0.0)
-    wrapped, stepper = accelerator.prepare(model, optimizer)
-    generator = torch.Generator().manual_seed(seed)
-    batches = torch.randint(task.rows, (config.steps, config.batch_size), generator=generator)
-    rows = [_start(task, model, batches[0])]
-    often, times = max(1, config.steps // config.curve), []
-    for step, batch in enumerate(batches, start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
-        wrapped.train()
-        start = time.perf_counter()
-        stepper.zero_grad()
-        loss = task.loss(wrapped, batch[accelerator.process_index :: accelerator.num_processes])
-        accelerator.backward(loss)
-        stepper.step()
-        times.append(time.perf_counter() - start)
-        if not math.isfinite(loss.item()):
-            rows.append({"step": step})  # a row without a score loses the sweep
-            break
-        if step % often == 0 or step in (config.early, config.steps):
-            model.eval()
-            rows.append({"step": step, **task.validate(model)})
-    rows[0]["step_ms"] = 1e3 * statistics.median(times)
-    return rows
-
-
-def _start(task: Task, model: nn.Module, batch: Tensor) -> dict[str, float]:
-    """How large the first gradient is, and what autograd keeps for it besides the model itself."""
+def _cost(task: Task, model: nn.Module) -> dict[str, float]:
+    """How large the first gradient is, what autograd keeps for it beside the model itself, and how long it takes."""
+    batch = task.example().to(next(model.parameters()).device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -296,114 +248,50 @@ def _start(task: Task, model: nn.Module, batch: Tensor) -> dict[str, float]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = task.loss(model, batch)
-    gradients = torch.autograd.grad(loss, [parameter for _, parameter in _trained(model)])
+        gradients = torch.autograd.grad(task.losses(model, batch).mean(), trained)
     norm = torch.stack([gradient.float().norm() for gradient in gradients]).norm().item()
-    return {"first_gradient": norm, "saved_mib": sum(kept.values()) / 2**20}
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        torch.autograd.grad(task.losses(model, batch).mean(), trained)
+        times.append(time.perf_counter() - begin)
+    return {"first_gradient": norm, "saved_mib": sum(kept.values()) / 2**20, "step_ms": 1e3 * sorted(times)[2]}
 
 
-def _images(config: Config, seed: int) -> Task:
-    data = load_images(config.data, train_examples=config.train_examples, test_examples=config.test_examples)
-    trained = build_model(config.model, channels=data.channels, size=data.size, classes=data.classes)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
-    fit(trained, optimizer, data, epochs=config.pretrain_epochs, batch_size=32, seed=seed, evaluate_each_epoch=False)
-    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (data.mean, data.std))
-
-    def turned(x: Tensor) -> Tensor:
-        # 1 - pixel, in units of the normalised images
-        return ((1 - 2 * mean.to(x)) / std.to(x) - x).mT
-
-    def loss(model: nn.Module, rows: Tensor) -> Tensor:
-        x, y = data.train.__getitems__(rows)
-        device = next(model.parameters()).device
-        return F.cross_entropy(model(turned(x.to(device))), y.to(device))
-
-    def measure(split: Split, model: nn.Module) -> dict[str, float]:
-        return evaluate(_Turned(model, turned), split)
-
-    return Task(
-        lambda: copy.deepcopy(trained),
-        len(data.train),
-        loss,
-        partial(measure, data.validation),
-        partial(measure, data.test),
-    )
-
-
-class _Turned(nn.Module):
-    """A classifier of turned images."""
-
-    def __init__(self, model: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.turn = model, turn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(self.turn(x))
-
-
-def _language(config: Config) -> Task:
-    transformers: Any = require("transformers", extra="hf", purpose="the language task")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def build() -> nn.Module:
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        return cast(nn.Module, transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(device))
-
-    rows = load_questions(config.data, "train", config.train_examples, config.subset)
-    tested_on = load_questions(config.test_data or config.data, "test", config.test_examples, config.test_subset)
-    cut = max(1, round(_VALIDATION * len(rows)))
-    held_out, kept, test = (encode(tokenizer, some, config.length) for some in (rows[:cut], rows[cut:], tested_on))
-
-    def measure(model: nn.Module) -> dict[str, float]:
-        found = test.measure(model, config.batch_size)
-        if config.new_tokens:
-            found["accuracy"] = exact_matches(
-                model, tokenizer, tested_on, new_tokens=config.new_tokens, batch_size=4 * config.batch_size
-            )
-        return found
-
-    return Task(build, len(kept.inputs), kept.loss, lambda model: held_out.measure(model, config.batch_size), measure)
+def steps(config: Config, _: str) -> int:
+    """Training steps of a job."""
+    return (len(config.lrs) + config.more_lrs) * (config.steps or 0)
 
 
 EXPERIMENT = Experiment(
     slug="bone",
     title="Bone and MiSS against LoRA and PiSSA",
     question=(
-        "At equal numbers of trained parameters: do block-affine adapters learn faster than LoRA and PiSSA at the same "
-        "rate, and is anything left of that when each method has its own?"
+        "At equal numbers of trainable parameters: do block-affine adapters learn faster than LoRA and PiSSA at the "
+        "same learning rate, and is anything left of that when each method has its own?"
     ),
     presets={
-        "smoke": Config(train_examples=400, pretrain_epochs=3, steps=60, early=20, lrs=(1e-3, 1e-2)),
+        "smoke": Config(train_examples=400, pretrain_epochs=3, steps=40, early=20, lrs=(1e-3,), more_lrs=0),
         "laptop": Config(),
         "paper": Config(
-            task="language",
-            data="meta-math/MetaMathQA",
-            test_data="openai/gsm8k",
-            test_subset="main",
-            model="meta-llama/Llama-2-7b-hf",
-            steps=6170,
-            early=500,
-            batch_size=64,
-            r=64,
-            shared_lr=2e-5,
-            lrs=(2e-5, 1e-4, 5e-4),
-            pissa_iterations=4,
-            length=512,
-            new_tokens=256,
+            task="questions", data="meta-math/MetaMathQA", model="meta-llama/Llama-2-7b-hf", pretrained=True,
+            steps=6170, early=500, batch_size=64, r=64, lrs=(2e-5, 1e-4, 5e-4), pissa_iterations=4, length=512,
+            new_tokens=256, mixed_precision="bf16",
         ),
     },
     arms=arms,
     claims=claims,
-    metrics=METRICS,
+    metrics=metrics,
     charts=CHARTS,
+    start=start,
     job=job,
+    task=make_task,
+    steps=steps,
     check=check,
     reading=(
-        "Look at both panels. The gradient of a block that many parts of a weight share is several times that of "
-        "LoRA's factors at the start (column 'first gradient'), so that one learning rate for all is a larger step for "
-        "the block forms: panel A favours them, and so does the paper, which tunes no rate. Panel B tries every arm at "
-        "every rate and keeps the one that held-out data prefers; the test split is used for that one alone. A best "
-        "rate at the edge of the sweep means that the sweep should be wider. Times and memory are of this machine."
+        "Look at both panels. The gradient of a block that many parts of a weight share is several times that of LoRA's "
+        "factors at the start (column 'first gradient'), so that one learning rate for all is a larger step for the "
+        "block forms: panel A favors them, and so does the paper, which tunes no rate. Panel B tries every arm at the "
+        "same number of rates and keeps the one that held-out data prefer. Times and memory are of this machine."
     ),
-)
+)  # fmt: skip

@@ -5,50 +5,42 @@ All arms of a seed see the same run, so that they differ in nothing but the merg
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from weightsmith.average import average_state_dicts, ema, greedy_members, metric_weights, swa
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
-from weightsmith.core.errors import UsageError, require
-from weightsmith.experiments._questions import encode, exact_matches, find_questions, load_questions
-from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
-from weightsmith.lab.data import check_data, load_images
-from weightsmith.lab.models import build_model, check_model
-from weightsmith.lab.record import Recorder
-from weightsmith.lab.train import evaluate, seed_everything
+from weightsmith.core.errors import UsageError
+from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
+from weightsmith.lab.job import Job
+from weightsmith.lab.task import Batch, Split, Task
+from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.tasks.scoring import logits_of
+from weightsmith.lab.train import Hook
 
 State = dict[str, Tensor]
-_VALIDATION = 0.1  # share of the training questions that is held out
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(TrainConfig):
     """What the experiment on checkpoint merging compares, and how."""
 
-    task: Literal["images", "language"] = "images"
-    """images: pretrain on half of the classes, fine-tune on all; language: fine-tune on questions and answers."""
-    data: str = "digits"
-    """Images: name, hub id or folder. Language: arithmetic, a folder with train.jsonl and test.jsonl, or a hub id."""
-    model: str = "mlp"
-    """Images: mlp, vit_tiny, ... Language: folder or hub id of a causal language model."""
-    train_examples: int | None = None
-    """Use the first so many training rows, validation included; all by default."""
-    test_examples: int | None = None
-    """Use the first so many test rows; all by default."""
+    DEFAULT_MODELS: ClassVar[Mapping[str, str]] = {**TrainConfig.DEFAULT_MODELS, "images": "mlp"}
+
     pretrain_steps: int = 300
-    """Images: optimiser steps on the lower half of the classes before fine-tuning."""
+    """Optimizer steps before fine-tuning, of a classifier on the lower half of the classes; unused when pretrained."""
     label_noise: float = 0.3
-    """Images: share of the fine-tuning labels that are drawn at random."""
-    steps: int = 1000
-    """Optimiser steps of fine-tuning."""
+    """Share of a classifier's fine-tuning labels that are drawn at random."""
+    steps: int | None = 1000
+    """Optimizer steps of fine-tuning."""
     save_every: int = 50
     """Steps between checkpoints."""
     batch_size: int = 16
@@ -71,73 +63,91 @@ class Config:
     """Penalty of the step-weighted power merge."""
     ema_decay: float = 0.99
     """Per step, of the moving average kept during training."""
-    length: int = 256
-    """Language: tokens per row."""
-    subset: str = ""
-    """Language: configuration of the hub data set."""
-    harder: str = ""
-    """Language: a second set of test questions; accuracy is then 0.3 of the first and 0.7 of this one."""
-    new_tokens: int = 0
-    """Language: tokens generated per answer, for exact matches; 0 measures predicted answer tokens instead."""
 
 
 def arms(config: Config) -> list[Arm]:
     """Single checkpoints, the usual averages, and the weighted ones in factor and in update space."""
     k = config.last
     return [
-        Arm("last", "the last checkpoint"),
-        Arm("best", f"the best of the last {k} on validation data"),
-        Arm("lawa", f"uniform average of the factors of the last {config.few}"),
-        Arm("uniform", f"uniform average of the factors of the last {k}"),
-        Arm("loss", f"last {k}, factors, loss^-{config.loss_penalty:g}"),
-        Arm("loss-linear", f"last {k}, factors, linear in the loss, penalty {config.linear_penalty:g}"),
-        Arm("steps", f"last {k}, factors, step^{config.steps_penalty:g}"),
-        Arm("uniform-exact", f"last {k}, uniform, exact average of the updates"),
-        Arm("loss-exact", f"last {k}, loss^-{config.loss_penalty:g}, exact average of the updates"),
-        Arm("uniform-svd", f"last {k}, uniform, best rank-{config.rank} approximation of the exact average"),
-        Arm("greedy", f"greedy soup of the last {k}, by validation loss"),
-        Arm("ema", f"moving average kept at every step, decay {config.ema_decay:g}"),
-        Arm("swa", f"mean of every step since the first of the last {k}"),
+        Arm("last", "the last checkpoint", "last"),
+        Arm("best", f"the best of the last {k} on validation data", "best"),
+        Arm("lawa", f"uniform average of the factors of the last {config.few}", "LAWA"),
+        Arm("uniform", f"uniform average of the factors of the last {k}", "uniform"),
+        Arm("loss", f"last {k}, factors, loss^-{config.loss_penalty:g}", "loss weights"),
+        Arm("loss-linear", f"last {k}, factors, linear, penalty {config.linear_penalty:g}", "linear loss weights"),
+        Arm("steps", f"last {k}, factors, step^{config.steps_penalty:g}", "step weights"),
+        Arm("uniform-exact", f"last {k}, uniform, exact average of the updates", "uniform, updates"),
+        Arm("loss-exact", f"last {k}, loss weights, exact average of the updates", "loss weights, updates"),
+        Arm("uniform-svd", f"last {k}, uniform, best rank-{config.rank} approximation", "uniform, rank r"),
+        Arm("greedy", f"greedy soup of the last {k}, by validation loss", "greedy soup"),
+        Arm("ema", f"moving average kept at every step, decay {config.ema_decay:g}", "EMA"),
+        Arm("swa", f"mean of every step since the first of the last {k}", "SWA"),
+        Arm("decayed", "the last checkpoint of the run whose learning rate decayed to 0", "real decay"),
     ]
 
 
-def claims(_: Config) -> list[Claim]:
-    """Averaging helps, also after decay; weighting beats uniform and costs no accuracy; so does averaging updates."""
-    gain = "up to 5 % higher task accuracy than the uniform merge"
-    ours = "not in the paper"
+def claims(config: Config) -> list[Claim]:
+    """Weighting beats uniform; averaging helps, also after decay; so does averaging updates."""
+    gain, ours = "up to 5 % higher task accuracy than the uniform merge", "not in the paper"
     return [
-        Claim("A uniform average beats the last checkpoint", "loss", "uniform", "last", "lower", paper="baseline"),
         Claim(
-            "The loss-weighted average beats the last checkpoint",
-            "accuracy", "loss", "last", paper="math score +5.05 % relative, best of all merges",
+            text="The loss-weighted merge beats the last checkpoint",
+            metric="score", winner="loss", loser="last", primary=True, worth=config.least,
+            paper="math score +5.05 % relative, best of all merges",
         ),
-        Claim("Loss weights beat uniform ones", "loss", "loss", "uniform", "lower", paper=gain),
-        Claim("Loss weights cost no accuracy (0.3 points)", "accuracy", "loss", "uniform", margin=-0.3, paper=gain),
-        Claim("Linear loss weights beat uniform ones", "loss", "loss-linear", "uniform", "lower", paper=gain),
-        Claim("Step weights beat uniform ones", "loss", "steps", "uniform", "lower", paper="better than uniform"),
-        Claim("Averaging updates beats averaging factors", "loss", "uniform-exact", "uniform", "lower", paper=ours),
         Claim(
-            "After the learning rate has decayed to 0, a uniform average still beats the last checkpoint",
-            "cosine_loss", "uniform", "last", "lower", paper=ours,
+            text="Loss weights have a lower loss than uniform ones",
+            metric="loss", winner="loss", loser="uniform", primary=True, relative=True, worth=0.01, paper=gain,
+        ),
+        Claim(
+            text="A uniform merge has a lower loss than the last checkpoint",
+            metric="loss", winner="uniform", loser="last", relative=True, worth=0.01, paper="baseline",
+        ),
+        Claim(
+            text="Step weights have a lower loss than uniform ones",
+            metric="loss", winner="steps", loser="uniform", relative=True, worth=0.01, paper="better than uniform",
+        ),
+        Claim(
+            text="Averaging updates has a lower loss than averaging factors",
+            metric="loss", winner="uniform-exact", loser="uniform", relative=True, worth=0.01, paper=ours,
+        ),
+        Claim(
+            text="After the learning rate has decayed to 0, a uniform merge still has a lower loss than the last checkpoint",
+            metric="cosine_loss", winner="uniform", loser="last", relative=True, worth=0.01, paper=ours,
+        ),
+        Claim(
+            text="A uniform merge at constant rate scores no worse than a real decay of the learning rate",
+            metric="score", winner="uniform", loser="decayed", margin=-config.least, paper=ours,
         ),
     ]  # fmt: skip
 
 
-METRICS = (
-    Metric("loss", "test loss", "lower", ".4f", "On the test split, constant learning rate."),
-    Metric("accuracy", "test accuracy %", "higher", ".2f", "On the test split, constant learning rate."),
-    Metric("cosine_loss", "test loss, cosine", "lower", ".4f", "Learning rate decayed to 0 along a cosine."),
-    Metric("cosine_accuracy", "test accuracy %, cosine", "higher", ".2f", "Learning rate decayed likewise."),
-    Metric("gap", "covariance gap", None, ".3f", "Share of the average update that averaging factors loses, mean."),
-    Metric("spread", "largest weight × n", None, ".2f", "1 for uniform weights over all that are merged."),
-)
+def metrics(config: Config) -> list[Metric]:
+    """Score and loss of what each arm makes of both runs."""
+    score = config.score_metric()
+    return [
+        score,
+        Metric("loss", "test loss", "lower", ".4f", help="On the test split, constant learning rate."),
+        replace(score, name="cosine_score", label=f"{score.label}, cosine", help="Learning rate decayed to 0."),
+        Metric("cosine_loss", "test loss, cosine", "lower", ".4f", help="Learning rate decayed to 0 along a cosine."),
+        Metric("gap", "covariance gap", None, ".3f", help="Share of the mean update that averaging factors loses."),
+        Metric("spread", "largest weight × n", None, ".2f", help="1 for uniform weights over all that are merged."),
+    ]
+
 
 CHARTS = (
-    Chart("Checkpoints of the run, constant rate", "step", "validation_loss", phase="constant", arms=("last",)),
-    Chart("Checkpoints of the run, cosine", "step", "validation_loss", phase="cosine", arms=("last",)),
-    Chart("Training loss since the checkpoint before", "step", "train_loss", phase="constant", arms=("last",)),
-    Chart("What each checkpoint weighs", "step", "weight", phase="weights", arms=("loss", "loss-linear", "steps")),
-)
+    Chart(
+        title="Validation loss of the checkpoints, constant rate", x="step", y="validation_loss", phase="constant",
+        arms=("last",),
+    ),
+    Chart(
+        title="Validation loss of the checkpoints, cosine", x="step", y="validation_loss", phase="cosine",
+        arms=("last",),
+    ),
+    Chart(
+        title="Weight of each checkpoint", x="step", y="weight", phase="weights", arms=("loss", "loss-linear", "steps"),
+    ),
+)  # fmt: skip
 
 
 class LowRank(nn.Module):
@@ -155,96 +165,132 @@ class LowRank(nn.Module):
         return weight + self.scale * self.b @ self.a
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is fine-tuned, and how well a state of it does.
+class Snapshots:
+    """The adapters at each checkpoint, kept with a run in flight."""
 
-    Attributes:
-        model: The pretrained model.
-        targets: Its linear layers that get an adapter.
-        loss: ``generator -> loss`` of a random batch.
-        validate: Loss and accuracy in [0, 1] on held-out data.
-        test: The same on the test split.
-    """
+    def __init__(self, adapters: nn.Module) -> None:
+        self.adapters = adapters
+        self.states: list[State] = []
 
-    model: nn.Module
-    targets: list[nn.Linear]
-    loss: Callable[[torch.Generator], Tensor]
-    validate: Callable[[], dict[str, float]]
-    test: Callable[[], dict[str, float]]
+    def take(self, _: nn.Module) -> dict[str, float]:
+        """Keep the present state."""
+        self.states.append({name: tensor.detach().clone() for name, tensor in self.adapters.state_dict().items()})
+        return {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been kept."""
+        return {"states": self.states}
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One finished fine-tuning run.
-
-    Attributes:
-        problem: With the adapters taken off again.
-        states: Factors of all adapters at each checkpoint.
-        losses: Mean training loss since the checkpoint before.
-        averages: Factors of the averages kept during training, by arm.
-    """
-
-    problem: Problem
-    states: list[State]
-    losses: list[float]
-    averages: dict[str, State]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.states = list(state["states"])
 
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    saved = config.steps // config.save_every
+    config.check()
+    saved = (config.steps or 0) // config.save_every
     if not 1 <= config.few <= config.last <= saved:
         raise UsageError(
             f"few and last must be at least 1, few at most last and last at most steps / save_every = {saved}, "
             f"got {config.few} and {config.last}"
         )
-    check_model(config.model)
-    if config.task == "images":
-        check_data(config.data)
-    else:
-        for name in filter(None, (config.data, config.harder)):
-            find_questions(name)
 
 
-def job(config: Config, arm: str, seed: int, record: Recorder) -> Mapping[str, float]:
-    """Fine-tune with both schedules, merge as the arm says, and measure."""
-    metrics: dict[str, float] = {}
+def start(config: Config, seed: int, folder: Path) -> dict[str, Any]:
+    """The pretrained network and both fine-tuning runs: checkpoints of the adapters, their losses, running averages."""
+    task = shared_task(config)
+    model = config.network(task, seed)
+    if not (config.pretrained or config.checkpoint) and config.pretrain_steps:
+        config.fit(
+            model, torch.optim.AdamW(model.parameters(), lr=1e-3), task, seed, loss=partial(_half_the_classes, task),
+            steps=config.pretrain_steps, schedule="constant", validate="never", folder=folder / "pretraining",
+        )  # fmt: skip
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    runs = {schedule: _fine_tuned(config, task, weights, seed, schedule, folder) for schedule in ("constant", "cosine")}
+    return {"weights": weights, **runs}
+
+
+def _fine_tuned(config: Config, task: Task, weights: State, seed: int, schedule: Any, folder: Path) -> dict[str, Any]:
+    model = config.network(task, seed)
+    model.load_state_dict(weights)
+    model.requires_grad_(False)
+    targets = _targets(model)
+    adapters = nn.ModuleList(LowRank(layer.weight, config.rank, config.alpha) for layer in targets)
+    for layer, adapter in zip(targets, adapters, strict=True):
+        parametrize.register_parametrization(layer, "weight", adapter)
+    averages = {"ema": ema(adapters, config.ema_decay), "swa": swa(adapters)}
+    shots = Snapshots(adapters)
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0)
+    assert config.steps is not None
+    begin = config.steps - config.last * config.save_every
+
+    def average() -> None:
+        averages["ema"].update_parameters(adapters)
+        if int(optimizer.state[adapters[0].a]["step"]) > begin:
+            averages["swa"].update_parameters(adapters)
+
+    hooks = [Hook(after_row=shots.take, state=shots), Hook(after_step=average, state=averages["ema"])]
+    fitted = config.fit(
+        model, optimizer, task, seed, loss=partial(_noisy, task, config.label_noise, seed), schedule=schedule,
+        rows_at=config.save_every, hooks=[*hooks, Hook(state=averages["swa"])], folder=folder / schedule,
+    )  # fmt: skip
+    return {
+        "states": shots.states,
+        "losses": [row.get("train_loss", math.nan) for row in fitted.rows],
+        "validation": [row.get("validation_loss", math.nan) for row in fitted.rows],
+        "diverged": fitted.diverged,
+        **{arm: dict(average.module.state_dict()) for arm, average in averages.items()},
+    }
+
+
+def job(config: Config, job: Job) -> Mapping[str, Value]:
+    """Merge the checkpoints of both runs as the arm says, and measure."""
+    task = shared_task(config)
+    model = config.network(task, job.seed)
+    model.load_state_dict(job.start["weights"])
+    found: dict[str, Value] = {"gap": None, "spread": None}
     for schedule, prefix in (("constant", ""), ("cosine", "cosine_")):
-        run = _run(config, seed, schedule)
-        members, weights, mode = _recipe(run, config, arm)
-        states = [run.states[index] for index in members]
-        if arm in run.averages:
-            states = [run.averages[arm]]
-        with _merged(run.problem, config, states, weights, mode):
-            found = run.problem.test()
-        metrics |= {f"{prefix}loss": found["loss"], f"{prefix}accuracy": 100 * found["accuracy"]}
+        run = job.start["cosine" if job.arm == "decayed" else schedule]
+        job.diverged = job.diverged or run["diverged"]
+        if run["diverged"]:
+            return {metric.name: math.nan for metric in metrics(config)}
+        members, weights, mode = _recipe(run, config, job.arm, task, model)
+        states = [run[job.arm]] if job.arm in run else [run["states"][index] for index in members]
+        with _merged(model, config, states, weights, mode):
+            outcome = task.evaluate(model, "test")
+            found |= {f"{prefix}score": config.score(task, model), f"{prefix}loss": outcome.value("loss")}
         if schedule == "constant":
-            metrics |= {"gap": _gap(states, weights), "spread": max(weights) * len(weights)}
+            found |= {"gap": _gap(states, weights), "spread": max(weights) * len(weights)}
             for index, weight in zip(members, weights, strict=True):
-                record({"step": (index + 1) * config.save_every, "weight": weight}, phase="weights")
-        if arm == "last":
-            for index, loss in enumerate(run.losses):
-                row = {"step": (index + 1) * config.save_every, "train_loss": loss}
-                record(row | _validated(run, config, [index]), phase=schedule)
-    return metrics
+                job.record({"step": (index + 1) * config.save_every, "weight": weight}, phase="weights")
+        if job.arm == "last":
+            for index, loss in enumerate(run["validation"]):
+                job.record({"step": (index + 1) * config.save_every, "validation_loss": loss}, phase=schedule)
+    return found
 
 
-def _recipe(run: Run, config: Config, arm: str) -> tuple[list[int], list[float], str]:
+def _recipe(
+    run: Mapping[str, Any], config: Config, arm: str, task: Task, model: nn.Module
+) -> tuple[list[int], list[float], str]:
     """Which checkpoints, with which weights, averaged as what."""
-    count = len(run.states)
+    count = len(run["states"])
     members = list(range(count - config.last, count))
-    alone = [1.0]
-    if arm in ("last", *run.averages):
-        return [count - 1], alone, "factors"
+    if arm in ("last", "decayed", "ema", "swa"):
+        return [count - 1], [1.0], "factors"
     if arm == "best":
-        return [min(members, key=lambda index: _validated(run, config, [index])["validation_loss"])], alone, "factors"
+        return [min(members, key=lambda index: run["validation"][index])], [1.0], "factors"
     if arm == "greedy":
-        score = lambda chosen: -_validated(run, config, [members[index] for index in chosen])["validation_loss"]  # noqa: E731
+
+        def score(chosen: Sequence[int]) -> float:
+            states = [run["states"][members[index]] for index in chosen]
+            with _merged(model, config, states, [1 / len(states)] * len(states), "factors"):
+                return -task.evaluate(model, "validation").metrics["loss"]
+
         members = [members[index] for index in greedy_members(len(members), score)]
     if arm == "lawa":
         members = members[-config.few :]
-    losses, steps = [run.losses[index] for index in members], [float(index + 1) for index in members]
+    losses, steps = [run["losses"][index] for index in members], [float(index + 1) for index in members]
     if arm in ("loss", "loss-exact"):
         weights = metric_weights(losses, "loss", "power", config.loss_penalty)
     elif arm == "loss-linear":
@@ -257,39 +303,35 @@ def _recipe(run: Run, config: Config, arm: str) -> tuple[list[int], list[float],
     return members, weights.tolist(), mode
 
 
-def _validated(run: Run, config: Config, members: Sequence[int]) -> dict[str, float]:
-    states = [run.states[index] for index in members]
-    with _merged(run.problem, config, states, [1 / len(states)] * len(states), "factors"):
-        return {f"validation_{key}": value for key, value in run.problem.validate().items()}
-
-
-class _merged:  # noqa: N801  (a context manager, used as a verb)
-    """The problem's model with merged adapters in its weights, within the block."""
-
-    def __init__(
-        self, problem: Problem, config: Config, states: Sequence[State], weights: Sequence[float], mode: str
-    ) -> None:
-        scale = config.alpha / config.rank
-        if mode == "factors":
-            states, weights = [average_state_dicts(states, weights)], [1.0]
-        self._kept = [(layer.weight, layer.weight.detach().clone()) for layer in problem.targets]
-        self._updates = []
-        for index in range(len(problem.targets)):
-            factors = _factors(states, index)
-            a, b = stacked(*factors, [scale * weight for weight in weights])
+@contextmanager
+def _merged(
+    model: nn.Module, config: Config, states: Sequence[State], weights: Sequence[float], mode: str
+) -> Iterator[None]:
+    """The model with merged adapters in its weights, within the block."""
+    scale, targets = config.alpha / config.rank, _targets(model)
+    if mode == "factors":
+        states, weights = [average_state_dicts(states, weights)], [1.0]
+    before = [layer.weight.detach().clone() for layer in targets]
+    with torch.no_grad():
+        for index, layer in enumerate(targets):
+            a, b = stacked(*_factors(states, index), [scale * weight for weight in weights])
             if mode == "svd":
                 a, b, _ = best_of_rank(a, b, config.rank)
-            self._updates.append((a, b))
+            layer.weight.addmm_(b.to(layer.weight), a.to(layer.weight))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(targets, before, strict=True):
+                layer.weight.copy_(weight)
 
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        for (weight, _), (a, b) in zip(self._kept, self._updates, strict=True):
-            weight.addmm_(b, a)
 
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for weight, before in self._kept:
-            weight.copy_(before)
+def _targets(model: nn.Module) -> list[nn.Linear]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    if not layers:
+        raise UsageError("adapters need a model with linear layers: try --model mlp or vit_tiny")
+    return layers
 
 
 def _factors(states: Sequence[State], index: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -301,102 +343,37 @@ def _gap(states: Sequence[State], weights: Sequence[float]) -> float:
     return sum(covariance_gap(*_factors(states, index), weights) for index in layers) / len(layers)
 
 
-@lru_cache(maxsize=4)  # the arms of a seed that fall to one process share its runs
-def _run(config: Config, seed: int, schedule: str) -> Run:
-    seed_everything(seed)
-    problem = _images(config, seed) if config.task == "images" else _language(config)
-    for parameter in problem.model.parameters():
-        parameter.requires_grad_(False)
-    adapters = nn.ModuleList(LowRank(layer.weight, config.rank, config.alpha) for layer in problem.targets)
-    for layer, adapter in zip(problem.targets, adapters, strict=True):
-        parametrize.register_parametrization(layer, "weight", adapter)
-    averages = {"ema": ema(adapters, config.ema_decay), "swa": swa(adapters)}
-    optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0)
+def _half_the_classes(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a classifier over the lower half of the classes; that of other models over everything."""
+    losses = task.losses(model, batch)
+    if batch.targets is None or batch.targets.dim() != 1 or batch.targets.is_floating_point():
+        return losses
+    known = (batch.targets < _classes(model, batch) / 2).float()
+    return (losses * known).sum() / known.sum().clamp_min(1)
+
+
+def _noisy(task: Task, share: float, seed: int, model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a classifier some of whose labels are drawn at random, always the same for the same example."""
+    if not share or batch.targets is None or batch.targets.dim() != 1 or batch.targets.is_floating_point():
+        return task.losses(model, batch)
     generator = torch.Generator().manual_seed(seed)
-    states: list[State] = []
-    losses: list[float] = []
-    since = 0.0
-    problem.model.train()
-    for step in range(1, config.steps + 1):
-        if schedule == "cosine":
-            optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
-        optimizer.zero_grad()
-        loss = problem.loss(generator)
-        loss.backward()
-        optimizer.step()
-        since += loss.item()
-        averages["ema"].update_parameters(adapters)
-        if step > config.steps - config.last * config.save_every:
-            averages["swa"].update_parameters(adapters)
-        if step % config.save_every == 0:
-            states.append({name: tensor.detach().clone() for name, tensor in adapters.state_dict().items()})
-            losses.append(since / config.save_every)
-            since = 0.0
-    for layer in problem.targets:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    problem.model.eval()
-    kept = {arm: {**average.module.state_dict()} for arm, average in averages.items()}
-    return Run(problem, states, losses, kept)
+    draws = torch.rand(len(task.train), 2, generator=generator)[batch.indices.cpu()].to(batch.targets.device)
+    random = (draws[:, 1] * _classes(model, batch)).long()
+    return task.losses(model, replace(batch, targets=torch.where(draws[:, 0] < share, random, batch.targets)))
 
 
-def _images(config: Config, seed: int) -> Problem:
-    data = load_images(config.data, train_examples=config.train_examples, test_examples=config.test_examples)
-    model = build_model(config.model, channels=data.channels, size=data.size, classes=data.classes)
-    generator = torch.Generator().manual_seed(seed)
-    labels = data.train.labels.clone()
-    known = (labels < data.classes / 2).nonzero().flatten()
-    pretrain = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def batch_loss(rows: Tensor, targets: Tensor, draw: torch.Generator) -> Tensor:
-        chosen = rows[torch.randint(len(rows), (config.batch_size,), generator=draw)]
-        x, _ = data.train.__getitems__(chosen)
-        return F.cross_entropy(model(x), targets[chosen])
-
-    for _ in range(config.pretrain_steps):
-        pretrain.zero_grad()
-        batch_loss(known, labels, generator).backward()
-        pretrain.step()
-    noisy = torch.rand(len(labels), generator=generator) < config.label_noise
-    targets = torch.where(noisy, torch.randint(data.classes, (len(labels),), generator=generator), labels)
-    return Problem(
-        model,
-        [module for module in model.modules() if isinstance(module, nn.Linear)],
-        partial(batch_loss, torch.arange(len(labels)), targets),
-        partial(evaluate, model, data.validation),
-        partial(evaluate, model, data.test),
-    )
+@torch.no_grad()
+def _classes(model: nn.Module, batch: Batch) -> int:
+    inputs = batch.inputs[:1] if isinstance(batch.inputs, Tensor) else None
+    if inputs is not None:
+        return int(logits_of(model(inputs)).shape[-1])
+    some = {name: value[:1] for name, value in batch.inputs.items()}
+    return int(logits_of(model(**some)).shape[-1])
 
 
-def _language(config: Config) -> Problem:
-    transformers: Any = require("transformers", extra="hf", purpose="the language task")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    train = load_questions(config.data, "train", config.train_examples, config.subset)
-    test = [load_questions(config.data, "test", config.test_examples, config.subset)]
-    if config.harder:
-        test.append(load_questions(config.harder, "test", config.test_examples))
-    cut = max(1, round(_VALIDATION * len(train)))
-    held_out, kept, tested = (encode(tokenizer, rows, config.length) for rows in (train[:cut], train[cut:], test[0]))
-    shares = (0.3, 0.7) if config.harder else (1.0,)
-
-    def test_model() -> dict[str, float]:
-        found = tested.measure(model, config.batch_size)
-        if config.new_tokens:
-            answer = partial(
-                exact_matches, model, tokenizer, new_tokens=config.new_tokens, batch_size=4 * config.batch_size
-            )
-            found["accuracy"] = sum(share * answer(rows) for share, rows in zip(shares, test, strict=True))
-        return found
-
-    return Problem(
-        model,
-        [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()],
-        lambda draw: kept.loss(model, torch.randint(len(kept.inputs), (config.batch_size,), generator=draw)),
-        lambda: held_out.measure(model, config.batch_size),
-        test_model,
-    )
+def steps(config: Config, arm: str) -> int:
+    """Training steps of a job; the runs that arms share are counted with the first."""
+    return 2 * (config.steps or 0) + config.pretrain_steps if arm == "last" else 0
 
 
 EXPERIMENT = Experiment(
@@ -410,25 +387,19 @@ EXPERIMENT = Experiment(
         "smoke": Config(train_examples=400, pretrain_steps=50, steps=60, save_every=10, last=4, few=2),
         "laptop": Config(),
         "paper": Config(
-            task="language",
-            data="openai/gsm8k",
-            subset="main",
-            harder="qintongli/GSM-Plus",
-            model="meta-llama/Llama-3.1-8B",
-            steps=2000,
-            save_every=100,
-            lr=2e-4,
-            rank=16,
-            alpha=32.0,
-            length=512,
-            new_tokens=256,
+            task="questions", data="gsm8k", model="meta-llama/Llama-3.1-8B", pretrained=True, steps=2000,
+            save_every=100, lr=2e-4, rank=16, alpha=32.0, length=512, new_tokens=256, label_noise=0.0,
+            mixed_precision="bf16",
         ),
     },
     arms=arms,
     claims=claims,
-    metrics=METRICS,
+    metrics=metrics,
     charts=CHARTS,
+    start=start,
     job=job,
+    task=make_task,
+    steps=steps,
     check=check,
     reading=(
         "The paper publishes no formula for its weights, so the weighted arms are members of a family of our own; its "
@@ -437,4 +408,4 @@ EXPERIMENT = Experiment(
         "after decay to zero little is left to average out. Compare the gain of weighting over uniform with that of "
         "averaging updates instead of factors before you tune a penalty."
     ),
-)
+)  # fmt: skip

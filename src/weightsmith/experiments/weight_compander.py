@@ -76,7 +76,9 @@ def arms(config: Config) -> list[Arm]:
         Arm("muon", "plain weights, Muon on matrices and AdamW on the rest", "Muon"),
         Arm("wc", f"a = {config.a:g}, b = {config.b:g}", "Weight Compander"),
         Arm("wc-neutral", f"a = b = {config.neutral:g}", "Weight Compander, slope 1"),
-        Arm("wc-learned", f"learned per layer from a = {config.learned_a:g}, b = {config.learned_b:g}", "learned curve"),
+        Arm(
+            "wc-learned", f"learned per layer from a = {config.learned_a:g}, b = {config.learned_b:g}", "learned curve"
+        ),
     ]
 
 

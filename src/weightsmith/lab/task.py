@@ -85,33 +85,38 @@ class Outcome:
         return scale * (self.scores[name] if name in self.scores else self.metrics[name])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """What is trained, on what, and how it is scored.
 
     Attributes:
-        name: In words, for the report: ``"digits"``.
         build: Makes the model; its weights follow from torch's global generator alone.
         train: What is trained on.
         losses: ``(model, batch) -> (B,)``: one loss per example; training minimizes their mean.
         evaluate: ``(model, split) -> Outcome``; leaves every module in the mode it was in.
-        example: A small batch, for tracing, calibration and checks.
+        example: Gives a small batch, for tracing, calibration and checks.
         metric: What decides: the name of a metric of ``evaluate`` and which direction is good.
-        rows: Number of examples by split.
+        name: In words, for the report: ``"digits"``.
+        held_out: The batches of ``"validation"`` and ``"test"``, for what needs more than their scores.
         fingerprint: Changes when the data or the user's code does; part of a run's identity.
-        facts: What a reader wants to know, in words, for example ``{"model": "convnet, 24,234 parameters"}``.
+        facts: What a reader wants to know, in words, for example ``{"model": "convnet"}``.
     """
 
-    name: str
     build: Callable[[], nn.Module]
     train: Batches
     losses: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[nn.Module, Split], Outcome]
     example: Callable[[], Batch]
     metric: Metric
-    rows: Mapping[str, int]
+    name: str = "task"
+    held_out: Mapping[str, Batches] = field(default_factory=dict)
     fingerprint: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Number of examples by split, as far as known."""
+        return {"train": len(self.train), **{split: len(batches) for split, batches in self.held_out.items()}}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -260,7 +260,7 @@ def evaluate(
 
 
 def _validation(task: Task, model: nn.Module) -> Row:
-    if not task.rows.get("validation"):
+    if not task.rows.get("validation", 1):
         return {}
     return {f"validation_{name}": value for name, value in task.evaluate(model, "validation").metrics.items()}
 

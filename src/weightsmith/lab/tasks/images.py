@@ -30,7 +30,6 @@ def make(config: TaskConfig) -> Task:
     return Task(
         name=images.name,
         build=partial(_build, config, images),
-        train=images.train,
         example=partial(images.train.__getitems__, list(first)),
         fingerprint=images.fingerprint + code_of(config.model, config.loss, config.metric, config.checkpoint),
         facts={

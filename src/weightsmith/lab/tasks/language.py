@@ -59,7 +59,7 @@ def next_token(splits: dict[str, Rows], metric: Metric, batch_size: int = _BATCH
         "losses": lambda model, batch: token_scores(model, batch)["loss"],
         "evaluate": measure,
         "metric": metric,
-        "rows": {split: len(rows) for split, rows in splits.items()},
+        "held_out": {split: splits[split] for split in ("validation", "test")},
     }
 
 

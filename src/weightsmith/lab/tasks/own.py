@@ -114,7 +114,7 @@ def from_datasets(
         evaluate=measure,
         example=partial(splits["train"].__getitems__, list(range(min(8, len(train))))),
         metric=Metric(title, title, better),
-        rows={split: len(batches) for split, batches in splits.items()},
+        held_out={split: splits[split] for split in ("validation", "test")},
         fingerprint=digest(*(_identity(batches) for batches in splits.values())),
         facts={"data": name or "your own", "model": getattr(build, "__name__", "your own")},
     )

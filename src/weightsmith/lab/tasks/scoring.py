@@ -66,7 +66,7 @@ def supervised(
     batch_size: int = 512,
     default_loss: PerExample = cross_entropy,
 ) -> dict[str, Any]:
-    """The parts of a task with targets: ``losses``, ``evaluate`` and ``metric``.
+    """The parts of a task with targets: its splits, ``losses``, ``evaluate`` and ``metric``.
 
     Args:
         splits: The examples by split.
@@ -87,7 +87,8 @@ def supervised(
         "losses": partial(losses, own_loss),
         "evaluate": measure,
         "metric": Metric(name, label, "higher", resolution=None if metric else 1 / max(1, len(splits["test"]))),
-        "rows": {split: len(batches) for split, batches in splits.items()},
+        "train": splits["train"],
+        "held_out": {split: splits[split] for split in ("validation", "test")},
     }
 
 

@@ -45,7 +45,6 @@ def make(config: TaskConfig) -> Task:
     return Task(
         name=name,
         build=partial(build_text_model, config, length=config.length, classes=len(found.classes)),
-        train=splits["train"],
         example=partial(splits["train"].__getitems__, list(range(min(8, len(kept))))),
         fingerprint=digest(source_digest(name), code_of(config.model, config.loss, config.metric, config.checkpoint)),
         facts={"data": f"{name}, texts of {len(found.classes)} classes", "model": config.model_name},
