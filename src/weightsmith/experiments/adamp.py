@@ -19,7 +19,7 @@ from weightsmith.experiments.matrices import MatricesAndRest
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.sweep import tune
-from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Fitted, Hook
 from weightsmith.optim import SGDP, AdamP
 
@@ -256,7 +256,7 @@ EXPERIMENT = Experiment(
     metrics=metrics,
     charts=CHARTS,
     job=job,
-    task=make_task,
+    task=shared_task,
     steps=steps,
     check=check,
     reading=(

@@ -23,7 +23,7 @@ from weightsmith.lab.job import Job
 from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.sweep import tune
 from weightsmith.lab.task import Batch, Task
-from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Fitted
 
 _TITLES = {"miss": "MiSS", "col": "Bone (col)", "row": "Bone (row)", "lora": "LoRA", "pissa": "PiSSA"}
@@ -285,7 +285,7 @@ EXPERIMENT = Experiment(
     charts=CHARTS,
     start=start,
     job=job,
-    task=make_task,
+    task=shared_task,
     steps=steps,
     check=check,
     reading=(

@@ -20,7 +20,7 @@ from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Va
 from weightsmith.lab.job import Job
 from weightsmith.lab.sweep import sweep
 from weightsmith.lab.task import Batch, Task, forward
-from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.quantize import Grid, adaquant_, adaround_, flexround_, round_to_nearest_
 from weightsmith.quantize.report import Report
@@ -310,7 +310,7 @@ EXPERIMENT = Experiment(
     charts=CHARTS,
     start=start,
     job=job,
-    task=make_task,
+    task=shared_task,
     steps=steps,
     check=check,
     reading=(

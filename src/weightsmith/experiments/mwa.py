@@ -22,7 +22,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.task import Batch, Split, Task
-from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import Hook
 
@@ -398,7 +398,7 @@ EXPERIMENT = Experiment(
     charts=CHARTS,
     start=start,
     job=job,
-    task=make_task,
+    task=shared_task,
     steps=steps,
     check=check,
     reading=(

@@ -21,7 +21,7 @@ from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Va
 from weightsmith.lab.job import Job
 from weightsmith.lab.models.vit import ViT
 from weightsmith.lab.task import Batch, Task, forward
-from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import Hook
 from weightsmith.optim import param_groups
@@ -308,7 +308,7 @@ EXPERIMENT = Experiment(
     charts=CHARTS,
     start=start,
     job=job,
-    task=make_task,
+    task=shared_task,
     steps=steps,
     check=check,
     reading=(

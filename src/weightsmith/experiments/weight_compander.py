@@ -21,7 +21,7 @@ from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Va
 from weightsmith.lab.job import Job
 from weightsmith.lab.sweep import tune
 from weightsmith.lab.task import Batch, forward
-from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
+from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import Fitted, Hook, Schedule
 from weightsmith.reparam import add_weight_decay_grad_, compand_, param_groups
@@ -256,7 +256,7 @@ EXPERIMENT = Experiment(
     metrics=metrics,
     charts=CHARTS,
     job=job,
-    task=make_task,
+    task=shared_task,
     steps=steps,
     check=check,
     reading=(

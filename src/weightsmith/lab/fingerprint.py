@@ -53,9 +53,9 @@ def code_digest(module: ModuleType) -> str:
     root = Path(file).resolve().parent
     files = {Path(file).resolve()}
     for other in list(sys.modules.values()):
-        path = getattr(other, "__file__", None)
-        if path and path.endswith(".py") and Path(path).resolve().is_relative_to(root) and "site-packages" not in path:
-            files.add(Path(path).resolve())
+        path = Path(getattr(other, "__file__", None) or "")
+        if path.suffix == ".py" and path.is_absolute() and path.is_file() and "site-packages" not in path.parts:
+            files |= {path.resolve()} if path.resolve().is_relative_to(root) else set()
     return digest(*(path.read_bytes() for path in sorted(files)))
 
 

@@ -31,3 +31,8 @@ class Job:
     device: torch.device
     start: Any = None
     diverged: bool = False
+
+    @property
+    def keep(self) -> Path:
+        """A folder whose files stay beside the result when the job has finished."""
+        return self.folder / "keep"

@@ -4,11 +4,12 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.machine import Stopwatch
 from weightsmith.lab.progress import seed_everything
-from weightsmith.lab.task import Task
+from weightsmith.lab.task import Batch, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Probe:
     """What one training step costs.
 
     Attributes:
-        seconds: Wall time of a step, forward and backward.
+        seconds: Wall time of a step.
         memory: Peak memory of this process or of the GPU, bytes.
         parameters: How many numbers the model has.
     """
@@ -26,11 +27,12 @@ class Probe:
     parameters: int
 
 
-def probe(task: Task) -> Probe:
-    """Build the model and put a batch through it, forward and backward.
+def probe(task: Task, batch_size: int | None = None) -> Probe:
+    """Build the model and put a batch through it: forward, backward, a step of AdamW.
 
     Args:
         task: What is to be trained.
+        batch_size: Of the step that is timed; ``None``: the task's example.
 
     Returns:
         What a step costs.
@@ -44,23 +46,34 @@ def probe(task: Task) -> Probe:
     model = task.build()
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batch = task.example().to(device)
+    rows = list(range(min(batch_size, len(task.train)))) if batch_size else None
+    batch = (task.example() if rows is None else task.train.__getitems__(rows)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if any(True for _ in model.parameters()) else None
+    seconds = []
     with Stopwatch() as watch:
-        for _ in range(2):  # the first step allocates
+        for _ in range(3):  # the first step allocates
             begin = time.perf_counter()
-            try:
-                losses = task.losses(model, batch)
-            except Exception as error:
-                raise UsageError(
-                    f"the model of task {task.name!r} does not take a batch of its data: {type(error).__name__}: {error}"
-                ) from error
-            if tuple(losses.shape) != (len(batch),):
-                raise UsageError(
-                    f"the losses of task {task.name!r} must be one per example, ({len(batch)},), got {tuple(losses.shape)}"
-                )
-            if not losses.isfinite().all():
-                raise UsageError(f"the loss of task {task.name!r} is not finite before training")
+            losses = _losses(task, model, batch)
             if losses.requires_grad:
                 losses.mean().backward()
-            seconds = time.perf_counter() - begin
-    return Probe(seconds, watch.peak_memory, sum(parameter.numel() for parameter in model.parameters()))
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds.append(time.perf_counter() - begin)
+    return Probe(min(seconds), watch.peak_memory, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    try:
+        losses = task.losses(model, batch)
+    except Exception as error:
+        raise UsageError(
+            f"the model of task {task.name!r} does not take a batch of its data: {type(error).__name__}: {error}"
+        ) from error
+    if tuple(losses.shape) != (len(batch),):
+        raise UsageError(
+            f"the losses of task {task.name!r} must be one per example, shape ({len(batch)},), got {tuple(losses.shape)}"
+        )
+    if not losses.isfinite().all():
+        raise UsageError(f"the loss of task {task.name!r} is not finite before training")
+    return losses

@@ -12,6 +12,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -102,7 +103,10 @@ def work_folder(run_folder: Path, arm: str, seed: int) -> Path:
 def write_job(run_folder: Path, result: JobResult) -> None:
     """Write the files of one job as one folder that appears whole."""
     content = {item.name: getattr(result, item.name) for item in fields(result) if item.name not in _IN_OTHER_FILES}
+    kept = work_folder(run_folder, result.arm, result.seed) / "keep"
     with folder_atomically(job_folder(run_folder, result.arm, result.seed)) as folder:
+        if kept.is_dir():
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
         write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in result.rows))
         if result.scores:
             write_atomically(folder / "scores.safetensors", save({k: v.contiguous() for k, v in result.scores.items()}))

@@ -12,14 +12,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.lab import fingerprint, machine, record
 from weightsmith.lab.engines import Failure, Work, engine_named
 from weightsmith.lab.engines.base import finished
 from weightsmith.lab.engines.distributed import is_leader
+from weightsmith.lab.engines.local import worker_count
 from weightsmith.lab.experiment import Experiment
+from weightsmith.lab.probe import Probe, probe
 from weightsmith.lab.record import JobResult
 from weightsmith.lab.stats import Plan, decided, judge
+from weightsmith.lab.task import Task
 
 JobName = tuple[str, int]
 Watch = Callable[["Run", int], contextlib.AbstractContextManager[Callable[[], None]]]
@@ -98,7 +103,7 @@ def run(
         if name not in names:
             raise unknown("arm", name, names)
     wanted = [name for name in names if not arms or name in arms]
-    task = check(experiment, config)
+    task, cost = check(experiment, config)
     identity = fingerprint.identity(experiment, config, task.fingerprint if task is not None else "")
     result = Run(out / experiment.slug / fingerprint.digest(*identity.values()))
     if fresh and is_leader() and result.folder.exists():
@@ -110,7 +115,7 @@ def run(
         "fingerprint": dict(identity),
         "plan": asdict(plan),
         "left_out": [name for name in names if name not in wanted],
-        "task": {"name": task.name, "rows": dict(task.rows), "facts": dict(task.facts)} if task is not None else None,
+        "task": None if task is None or cost is None else _told(task, cost),
         "versions": machine.versions(),
         "hardware": machine.hardware(),
     }
@@ -134,23 +139,90 @@ def run(
     return result
 
 
-def check(experiment: Experiment[Any], config: Any) -> Any:
+def check(experiment: Experiment[Any], config: Any) -> tuple[Task | None, Probe | None]:
     """Refuse a configuration that cannot run, and put one real batch through the model.
 
     Returns:
-        The task, or ``None`` when the experiment has none.
+        The task and what a step of it costs; ``None`` when the experiment has no task.
 
     Raises:
         UsageError: What is wrong and what to do.
     """
     experiment.check(config)
     if experiment.task is None:
-        return None
-    from weightsmith.lab.probe import probe
-
+        return None, None
     task = experiment.task(config)
-    probe(task)
-    return task
+    threads = torch.get_num_threads()
+    torch.set_num_threads(experiment.resources.cpus)
+    try:
+        return task, probe(task, getattr(config, "batch_size", None))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run will cost, before anything is paid.
+
+    Attributes:
+        jobs: Number of jobs by number of seeds, one entry per look.
+        seconds: Time by number of seeds; ``None`` where the experiment cannot tell. One timed step of the model is
+            multiplied by the number of steps; evaluations come on top.
+        memory: Peak memory of a job, bytes; ``None`` where it cannot be told.
+        workers: Jobs at a time.
+    """
+
+    jobs: dict[int, int]
+    seconds: dict[int, float] | None
+    memory: int | None
+    workers: int
+
+
+def estimate(
+    experiment: Experiment[Any],
+    config: Any,
+    *,
+    seeds: Literal["auto"] | int | Sequence[int] = "auto",
+    arms: Sequence[str] = (),
+    workers: int | None = None,
+) -> Estimate:
+    """Tell what :func:`run` with these arguments would cost; checks the configuration as it does.
+
+    Raises:
+        UsageError: The configuration cannot run.
+    """
+    _, batches = _plan(seeds)
+    _, cost = check(experiment, config)
+    chosen = [arm.name for arm in experiment.arms(config) if not arms or arm.name in arms]
+    at_a_time = workers or worker_count(experiment.resources)
+    counts = [len(batch) for batch in batches]
+    seconds = None
+    if cost is not None and experiment.steps is not None:
+        per_seed = cost.seconds * sum(experiment.steps(config, arm) for arm in chosen)
+        seconds = {count: per_seed * count / at_a_time for count in counts}
+    memory = None if cost is None else cost.memory
+    return Estimate({count: count * len(chosen) for count in counts}, seconds, memory, at_a_time)
+
+
+def seeds_of(text: str) -> Literal["auto"] | int | list[int]:
+    """Read ``"auto"``, ``"5"`` or ``"0,3,4"``.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"seeds must be auto, a number, or numbers joined by commas, got {text!r}") from error
+    return numbers if "," in text else numbers[0]
+
+
+def _told(task: Task, cost: Probe) -> dict[str, Any]:
+    facts = dict(task.facts)
+    facts["model"] = f"{facts.get('model', 'your own')}, {cost.parameters:,} parameters"
+    return {"name": task.name, "rows": task.rows, "facts": facts}
 
 
 def _plan(seeds: Literal["auto"] | int | Sequence[int]) -> tuple[Plan, list[list[int]]]:

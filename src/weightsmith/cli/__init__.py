@@ -1,0 +1,80 @@
+"""The command line: ``weightsmith techniques | show | suggest | run | compare | report | verify``, and jobs on model files.
+
+Exit codes: 0 it ran, whatever the verdict; 1 it failed; 2 it was asked for something that cannot be done.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from weightsmith.cli.console import complain, print_line
+from weightsmith.core.errors import MissingExtra, UsageError
+
+_COMMANDS = {
+    "techniques": ("weightsmith.cli.cards", "List the fifteen techniques, one line each."),
+    "show": ("weightsmith.cli.cards", "Show a technique's card: what it is, when to use it, how, what was measured."),
+    "suggest": ("weightsmith.cli.suggest", "Tell which techniques apply to a model, where, and why the others do not."),
+    "run": ("weightsmith.cli.run", "Find out whether a technique helps: run its experiment, judge its claims."),
+    "compare": ("weightsmith.cli.compare", "Compare your own training with itself under techniques, or any commands."),
+    "report": ("weightsmith.cli.reports", "Rebuild the report of one or several run folders."),
+    "verify": ("weightsmith.cli.reports", "Repeat one seed of a committed result and compare."),
+    "merge": ("weightsmith.tools.merge", "Merge the checkpoints of one training run, weighted by what it has logged."),
+    "quantize": (
+        "weightsmith.tools.quantize",
+        "Quantize a Hugging Face model folder, block by block, into integer weights that load elsewhere.",
+    ),
+}
+
+
+def _command(name: str, arguments: list[str]) -> Callable[..., int]:
+    """A command's function; that of a command which is not asked for only has its description."""
+    module, text = _COMMANDS[name]
+    if arguments[0] == name:
+        loaded = importlib.import_module(module)
+        prepare = getattr(loaded, f"prepare_{name}", None)
+        return prepare(arguments) if prepare is not None else getattr(loaded, name)
+
+    def listed() -> int:
+        raise NotImplementedError(name)
+
+    listed.__doc__ = text
+    return listed
+
+
+def _dispatch(arguments: list[str]) -> int:
+    arguments = arguments or ["--help"]
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: _command(name, arguments) for name in _COMMANDS},
+        args=arguments,
+        prog="weightsmith",
+        description="Will this trick help my model? Find out with one command, keep it with one line.",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the ``weightsmith`` command.
+
+    Args:
+        arguments: Words after the program's name; ``None``: those of this process. ``--debug`` shows tracebacks.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if words == ["--version"]:
+        from weightsmith import __version__
+
+        print_line(f"weightsmith {__version__}")
+        sys.exit(0)
+    try:
+        code = _dispatch(words)
+    except KeyboardInterrupt:
+        complain("interrupted; what was finished is kept, and the same command continues from there")
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        complain(str(error) if isinstance(error, UsageError | MissingExtra) else f"{type(error).__name__}: {error}")
+        code = 2 if isinstance(error, UsageError) else 1
+    sys.exit(code)

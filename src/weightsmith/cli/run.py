@@ -1,0 +1,211 @@
+"""``weightsmith run``: an experiment of ours, of another package, or of a file."""
+
+import dataclasses
+import importlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from weightsmith.cli.console import complain, console, print_line
+from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.load import load_object
+from weightsmith.lab.experiment import Experiment
+from weightsmith.lab.report.words import duration
+from weightsmith.lab.run import estimate, seeds_of
+from weightsmith.lab.run import run as run_experiment
+from weightsmith.techniques import TECHNIQUES, technique
+
+GROUP = "weightsmith.experiments"
+"""Entry points of other packages' experiments."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How an experiment is run."""
+
+    seeds: str = "auto"
+    """auto (3, then 5, 10, 20 seeds, until the primary claims are decided), a number, or numbers joined by commas."""
+    arms: tuple[str, ...] = ()
+    """Run these arms only; claims about the others stay in the correction."""
+    out: Path = Path("runs")
+    """Parent of the run folders. What is finished there is not run again."""
+    engine: Literal["local", "ray"] = "local"
+    """Local processes, or a Ray cluster."""
+    address: str | None = None
+    """Address of the Ray cluster; one is started on this machine when none is given."""
+    workers: int | None = None
+    """Jobs at a time; one per core, or per GPU, by default."""
+    time_limit: float | None = None
+    """Seconds that a job may take."""
+    fresh: bool = False
+    """Start over: remove what an earlier run of the same question has left."""
+    dry_run: bool = False
+    """Print jobs, minutes and memory, and run nothing."""
+    data_dir: Path | None = None
+    """Folder that holds data sets by name, in the hub's layout (or set WEIGHTSMITH_DATA)."""
+    tracker: str | None = None
+    """Also log to an experiment tracker that Accelerate knows: tensorboard, wandb, mlflow ..."""
+
+
+def prepare_run(arguments: list[str]) -> Callable[..., int]:
+    """Build the command of the experiment that ``arguments`` name; spells ``--set`` out in them."""
+    if len(arguments) < 2 or arguments[1].startswith("-"):
+        return run
+    experiment, preset = find_experiment(arguments[1]), _preset(arguments)
+    default = experiment.preset(preset)
+    arguments[:] = _spell_out(arguments, default)
+
+    def run_one(
+        slug: tyro.conf.Positional[str],
+        /,
+        config: tyro.conf.OmitArgPrefixes[tyro.conf.FlagConversionOff[type(default)]] = default,  # type: ignore[valid-type]
+        preset: Annotated[str, tyro.conf.arg(metavar="|".join(experiment.presets))] = preset,
+        options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions(),  # noqa: B008
+        set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    ) -> int:
+        """Find out whether a technique helps: run its experiment, judge its claims, write a report.
+
+        Args:
+            slug: A name from `weightsmith techniques`, or module:NAME or file.py:NAME of an experiment.
+            config: The configuration that the preset sets; every field can be overridden.
+            preset: Configuration to start from: smoke (seconds), laptop (minutes), paper (the paper's setting).
+            options: How the experiment is run.
+            set: key=value, the same as --key value; may be given several times.
+        """
+        return execute(experiment, config, options, preset)
+
+    return run_one
+
+
+def run(slug: tyro.conf.Positional[str], /) -> int:
+    """Find out whether a technique helps: run its experiment, judge its claims, write a report.
+
+    `weightsmith run NAME --help` lists the options and the fields of that experiment's configuration.
+
+    Args:
+        slug: A name from `weightsmith techniques`, or module:NAME or file.py:NAME of an experiment.
+    """
+    find_experiment(slug)
+    return 0
+
+
+def find_experiment(slug: str) -> Experiment[Any]:
+    """Find an experiment by the technique's slug, an entry point, ``module:NAME`` or ``file.py:NAME``.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if ":" in slug:
+        found = load_object(slug, "experiment")
+    elif others := list(metadata.entry_points(group=GROUP, name=slug)):
+        found = others[0].load()
+    else:
+        card = technique(slug)
+        if card.experiment is None:
+            available = ", ".join(card.slug for card in TECHNIQUES if card.available)
+            raise UsageError(f"{slug} is announced but not in this version yet; available: {available}")
+        return importlib.import_module(card.experiment).EXPERIMENT
+    if not isinstance(found, Experiment):
+        raise UsageError(f"{slug} must be a weightsmith.lab.experiment.Experiment, got {type(found).__name__}")
+    return found
+
+
+def execute(experiment: Experiment[Any], config: Any, options: RunOptions, preset: str = "laptop") -> int:
+    """Run an experiment, show its report, and tell what failed; gives the exit code."""
+    from weightsmith.lab import report as reports
+    from weightsmith.lab.track import check_tracker, track
+    from weightsmith.lab.watching import watching
+
+    if options.data_dir is not None:
+        os.environ["WEIGHTSMITH_DATA"] = str(options.data_dir.resolve())
+    if options.tracker is not None:
+        check_tracker(options.tracker)
+    seeds, started = seeds_of(options.seeds), time.perf_counter()
+    leader = int(os.environ.get("RANK", "0")) == 0
+    if options.dry_run or leader:
+        for line in _expected(experiment, config, options):
+            print_line(line, "dim")
+    if options.dry_run:
+        return 0
+    result = run_experiment(
+        experiment,
+        config,
+        preset=preset,
+        seeds=seeds,
+        arms=options.arms,
+        out=options.out,
+        engine=options.engine,
+        address=options.address,
+        workers=options.workers,
+        time_limit=options.time_limit,
+        fresh=options.fresh,
+        watch=lambda run, total: watching(console, run, total),
+    )
+    if not leader:
+        return 1 if result.failures else 0
+    if options.tracker is not None:
+        track(result, options.tracker)
+    for line in result.news:
+        print_line(line, "yellow")
+    if result.finished or result.skipped:
+        page = reports.write(result.folder)
+        console.print(reports.to_terminal(reports.load(result.folder)))
+        done = f"{len(result.finished)} jobs run, {len(result.skipped)} reused, {time.perf_counter() - started:.0f} s"
+        print_line(f"\n{done}\nReport: {page.resolve()}")
+    for failure in result.failures:
+        trace = result.folder / failure.arm / f"seed-{failure.seed}.error.txt"
+        complain(f"{failure.arm}, seed {failure.seed} failed: {failure.error}\n  details: {trace}")
+    return 1 if result.failures else 0
+
+
+def _expected(experiment: Experiment[Any], config: Any, options: RunOptions) -> list[str]:
+    found = estimate(experiment, config, seeds=seeds_of(options.seeds), arms=options.arms, workers=options.workers)
+    least, most = min(found.jobs), max(found.jobs)
+    span = f"{found.jobs[least]} jobs ({least} seeds)"
+    if most != least:
+        span += f" to {found.jobs[most]} jobs ({most} seeds), as many as it takes to decide"
+    line = f"{span}, {found.workers} at a time"
+    if found.seconds is not None:
+        times = [duration(found.seconds[count]) for count in dict.fromkeys((least, most))]
+        line += f"; about {' to '.join(times)} of training by one timed step, evaluations not counted"
+    if found.memory is not None:
+        line += f"; {found.memory / 2**20:,.0f} MiB each"
+    return [line]
+
+
+def _preset(arguments: Sequence[str]) -> str:
+    for index, argument in enumerate(arguments):
+        if argument == "--preset" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--preset="):
+            return argument.removeprefix("--preset=")
+    return "laptop"
+
+
+def _spell_out(arguments: list[str], config: Any) -> list[str]:
+    """Turn every ``--set key=value`` into ``--key value``, so that types are checked in one place."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    spelled: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument != "--set" and not argument.startswith("--set="):
+            spelled.append(argument)
+            continue
+        pair = next(rest, "") if argument == "--set" else argument.removeprefix("--set=")
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise UsageError(f"--set takes key=value, got {pair!r}")
+        if key not in fields:
+            raise unknown("field", key, fields)
+        values = value.split(",") if isinstance(fields[key], tuple) else [value]
+        if isinstance(fields[key], bool):
+            values = [value.capitalize()]
+        spelled += [f"--{key.replace('_', '-')}", *values]
+    return spelled

@@ -1,0 +1,110 @@
+"""Which techniques apply to a model, where, and why the others do not: read from its modules, without running it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_MATRICES = (nn.Linear, *_CONVOLUTIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """What a technique would do to a model.
+
+    Attributes:
+        slug: The technique.
+        applies: Whether it does anything sensible there.
+        text: Where, or why not.
+    """
+
+    slug: str
+    applies: bool
+    text: str
+
+
+def suggest(model: nn.Module) -> list[Suggestion]:
+    """Judge every technique that is available.
+
+    Args:
+        model: Any module, also on the meta device.
+    """
+    return [Suggestion(slug, *rule(model)) for slug, rule in RULES.items()]
+
+
+def _adamp(model: nn.Module) -> tuple[bool, str]:
+    norms = [name for name, module in model.named_modules() if _is_norm(module)]
+    weights = [module for module in model.modules() if isinstance(module, _MATRICES)]
+    if not norms:
+        return False, "no normalization layer: no weight is scale-invariant, so nothing would be projected"
+    if not weights:
+        return False, "no linear or convolution layer"
+    convolutions = sum(isinstance(module, _CONVOLUTIONS) for module in weights)
+    kind = f"{convolutions} convolutions" if convolutions else f"{len(weights)} matrices"
+    more = "" if convolutions else "; in pre-norm transformers few weights are scale-invariant, so expect little"
+    return True, f"{len(norms)} normalization layers behind {kind}: use AdamP for AdamW, SGDP for SGD{more}"
+
+
+def _compander(model: nn.Module) -> tuple[bool, str]:
+    layers = [module for module in model.modules() if isinstance(module, _MATRICES)]
+    if not layers:
+        return False, "no linear or convolution layer"
+    return True, f"{len(layers)} linear and convolution layers; for training from the start, mainly of convnets"
+
+
+def _flexround(model: nn.Module) -> tuple[bool, str]:
+    layers = [module for module in model.modules() if isinstance(module, _MATRICES)]
+    if not layers:
+        return False, "no linear or convolution layer"
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(module.weight.numel() for module in layers) / max(1, total)
+    experts = _experts(model)
+    more = f"; {len(experts)} three-dimensional expert tensors beside them" if experts else ""
+    return True, f"{len(layers)} layers hold {share:.0%} of the parameters{more}; after training, with calibration data"
+
+
+def _ofq(model: nn.Module) -> tuple[bool, str]:
+    attention = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+    if not attention:
+        return False, "no attention module is recognized: the query-key product is what it is about"
+    return True, f"{len(attention)} attention modules; for training on a grid of 2 to 4 bits"
+
+
+def _bone(model: nn.Module) -> tuple[bool, str]:
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if len(layers) < 2:
+        return False, "fewer than two linear layers: there is nothing to adapt beside the head"
+    return True, f"{len(layers)} linear layers; for fine-tuning a pretrained model"
+
+
+def _mwa(model: nn.Module) -> tuple[bool, str]:
+    floats = sum(parameter.is_floating_point() for parameter in model.parameters())
+    if not floats:
+        return False, "no floating-point parameter"
+    batch = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    more = "; measure batch statistics anew after merging" if batch else ""
+    return True, f"any run that saves several checkpoints and logs a loss{more}"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+
+
+def _experts(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and parameter.numel() > 10_000 and "conv" not in name
+    ]
+
+
+RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
+    "weight-compander": _compander,
+    "adamp": _adamp,
+    "flexround": _flexround,
+    "ofq": _ofq,
+    "bone": _bone,
+    "mwa": _mwa,
+}
+"""A rule per available technique, in the order of the list of techniques."""

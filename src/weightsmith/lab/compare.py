@@ -1,0 +1,339 @@
+"""Any training as an experiment: a function of the user's with techniques put on it, or commands in any language.
+
+A training function takes a :class:`weightsmith.lab.trial.Trial` and returns numbers. A command prints JSON lines, or writes
+them to the file that ``$WEIGHTSMITH_RESULT`` names; the last value of the metric counts.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.load import load_module, load_object
+from weightsmith.lab.experiment import Arm, Better, Chart, Claim, Experiment, Metric, Value
+from weightsmith.lab.fingerprint import code_digest, digest, files_digest
+from weightsmith.lab.job import Job
+from weightsmith.lab.progress import seed_everything
+from weightsmith.lab.trial import Recipe, Trial
+
+BASELINE = "baseline"
+_LOWER = ("loss", "error", "perplexity", "ppl", "nll", "mse", "rmse", "mae", "wer", "cer", "fid", "time", "seconds")
+_HIGHER = ("acc", "f1", "score", "auc", "bleu", "rouge", "precision", "recall", "reward", "iou", "map", "r2", "psnr")
+_KEPT_LINES = 20  # of a failed command's output, in the error
+_PLACE = re.compile(r"\{(seed|folder|[A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is compared, and by what.
+
+    Attributes:
+        what: ``module:function`` or ``file.py:function``; ``""`` when arms are commands.
+        arms: Name of each arm and its techniques joined by ``+``, or its command; the first is the baseline.
+        metric: Key of the number that decides.
+        better: Which direction is good.
+        worth: Smallest difference worth having; ``None``: any.
+        sweep: Hyperparameters and their values, every arm is tried at all combinations.
+        choose_by: Key of the number that chooses among them.
+        choose_better: Which direction of that is good.
+        time_limit: Seconds that a command may take.
+    """
+
+    what: str
+    arms: tuple[tuple[str, str], ...]
+    metric: str
+    better: Better
+    worth: float | None = None
+    sweep: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    choose_by: str = ""
+    choose_better: Better = "higher"
+    time_limit: float | None = None
+
+
+def direction(metric: str) -> tuple[str, Better]:
+    """Split ``"val_loss:lower"``, or tell from the name which direction is good.
+
+    Raises:
+        UsageError: The name does not tell.
+    """
+    name, colon, given = metric.partition(":")
+    if colon:
+        if given not in ("higher", "lower"):
+            raise UsageError(f"metric must end in :higher or :lower, got {metric!r}")
+        return name, "higher" if given == "higher" else "lower"
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    if any(word in _LOWER for word in words):
+        return name, "lower"
+    if any(word.startswith(_HIGHER) for word in words):
+        return name, "higher"
+    raise UsageError(f"metric {name!r} does not tell which direction is good: write {name}:higher or {name}:lower")
+
+
+def compare_function(
+    what: str, comparison: Comparison, recipe: Callable[[str], Sequence[Recipe]]
+) -> Experiment[Comparison]:
+    """Compare a training function with itself under techniques.
+
+    Args:
+        what: ``module:function`` or ``file.py:function``, called with a trial.
+        comparison: With ``arms`` as names of techniques; ``""`` is the training as it is.
+        recipe: ``name -> recipes``, fresh ones at every call; importable.
+
+    Raises:
+        UsageError: The function is not there, a technique is not known or does not combine.
+    """
+    if not callable(load_object(what, "compare")):
+        raise UsageError(f"compare {what!r} must name a function that takes a trial")
+    for _, techniques in comparison.arms:
+        recipe(techniques)
+    where = what.rpartition(":")[0]
+    code = code_digest(load_module(where, "compare"))
+    texts = {name: _texts(recipe(techniques)) for name, techniques in comparison.arms}
+    return _experiment(what.rpartition(":")[2], comparison, texts, _FunctionJob(recipe), code)
+
+
+def compare_commands(comparison: Comparison) -> Experiment[Comparison]:
+    """Compare commands; ``{seed}`` and ``{folder}``, and swept values by name, are put in.
+
+    Raises:
+        UsageError: A command does not use the seed, or uses an unknown placeholder.
+    """
+    known = {"seed", "folder", *(name for name, _ in comparison.sweep)}
+    files = set()
+    for name, command in comparison.arms:
+        found = set(_PLACE.findall(command))
+        if "seed" not in found and "WEIGHTSMITH_SEED" not in command:
+            raise UsageError(
+                f"arm {name!r}: the command must use {{seed}} (or $WEIGHTSMITH_SEED), else all seeds are the same run"
+            )
+        if found - known:
+            raise UsageError(
+                f"arm {name!r}: unknown placeholder {{{sorted(found - known)[0]}}}; known: {sorted(known)}"
+            )
+        with contextlib.suppress(ValueError):
+            files |= {Path(word) for word in shlex.split(command) if Path(word).is_file()}
+    texts = {name: ("", command) for name, command in comparison.arms}
+    return _experiment("commands", comparison, texts, _command_job, files_digest(files))
+
+
+def _texts(recipes: Sequence[Recipe]) -> tuple[str, str]:
+    if not recipes:
+        return "baseline", "the training as it is"
+    return " + ".join(recipe.title for recipe in recipes), "; ".join(recipe.text for recipe in recipes)
+
+
+def _experiment(
+    name: str,
+    comparison: Comparison,
+    texts: Mapping[str, tuple[str, str]],
+    job: Callable[[Comparison, Job], Mapping[str, Value]],
+    code: str,
+) -> Experiment[Comparison]:
+    metric, (baseline, *others) = comparison.metric, comparison.arms
+    what = comparison.what or "each command"
+    arms = [Arm(arm, texts[arm][1], texts[arm][0]) for arm, _ in comparison.arms]
+    labels = {arm.name: arm.label for arm in arms}
+    claims = [
+        Claim(
+            text=f"{labels[arm]} beats {labels[baseline[0]]}",
+            metric=metric,
+            winner=arm,
+            loser=baseline[0],
+            primary=True,
+            worth=comparison.worth,
+        )
+        for arm, _ in others
+    ]
+    charts = [
+        Chart(title=metric.replace("_", " "), x=x, y=metric, phase="training", x_label=x) for x in ("epoch", "step")
+    ]
+    chosen = ""
+    if comparison.sweep:
+        trials = math.prod(len(values) for _, values in comparison.sweep)
+        chosen = f" Every arm is tried {trials} times per seed, at the same values, and keeps the best by {comparison.choose_by}."
+        if comparison.choose_by == metric:
+            chosen += " It is chosen by the same number that is compared, so all arms look better than they are."
+    return Experiment(
+        slug=f"compare-{name}",
+        title=f"{' · '.join(labels[arm] for arm, _ in others) or labels[baseline[0]]} on {what}",
+        question=f"Does it help this training, judged by {metric}?",
+        presets={"laptop": comparison},
+        arms=lambda _: arms,
+        claims=lambda _: claims,
+        metrics=lambda _: (Metric(metric, metric.replace("_", " "), comparison.better, ".4g"),),
+        charts=tuple(charts),
+        job=job,
+        reading=f"The seed is what differs between runs of an arm; the arms share it.{chosen}",
+        code=code,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _FunctionJob:
+    """Call the training function once per combination of swept values, and keep the best."""
+
+    recipe: Callable[[str], Sequence[Recipe]]
+
+    def __call__(self, comparison: Comparison, job: Job) -> Mapping[str, Value]:
+        function = load_object(comparison.what, "compare")
+        techniques = dict(comparison.arms)[job.arm]
+
+        def attempt(values: Mapping[str, str], folder: Path) -> Mapping[str, Any]:
+            def record(row: Mapping[str, float]) -> None:
+                job.record(row, phase="training", **values)
+
+            trial = Trial(job.seed, recipes=self.recipe(techniques), values=values, folder=folder, record=record)
+            seed_everything(job.seed)
+            returned = function(trial)
+            trial.check()
+            if not isinstance(returned, Mapping):
+                raise UsageError(
+                    f"{comparison.what} must return a dictionary of numbers, got {type(returned).__name__}"
+                )
+            return returned
+
+        return _best(comparison, job, attempt)
+
+
+def _command_job(comparison: Comparison, job: Job) -> Mapping[str, Value]:
+    """Run the arm's command once per combination of swept values, and keep the best."""
+    command = dict(comparison.arms)[job.arm]
+
+    def attempt(values: Mapping[str, str], folder: Path) -> Mapping[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = {"seed": str(job.seed), "folder": str(folder.resolve()), **values}
+        filled = _PLACE.sub(lambda match: known[match[1]], command)
+        return _run(filled, job, values, folder, comparison)
+
+    return _best(comparison, job, attempt)
+
+
+def _best(
+    comparison: Comparison, job: Job, attempt: Callable[[Mapping[str, str], Path], Mapping[str, Any]]
+) -> Mapping[str, Value]:
+    names = [name for name, _ in comparison.sweep]
+    sign = 1.0 if comparison.choose_better == "higher" else -1.0
+    best, kept = -math.inf, None
+    for number, values in enumerate(itertools.product(*(values for _, values in comparison.sweep))):
+        chosen = dict(zip(names, values, strict=True))
+        returned = attempt(chosen, job.folder / f"trial-{number}")
+        for key in {comparison.metric, comparison.choose_by or comparison.metric}:
+            if key not in returned:
+                raise UsageError(f"{key!r} is not among the results: {', '.join(map(str, returned)) or 'none'}")
+        score = sign * _number(returned[comparison.choose_by or comparison.metric])
+        if kept is None or (math.isfinite(score) and score > best):
+            best, kept = (score if math.isfinite(score) else best), returned[comparison.metric]
+        if comparison.sweep:
+            row: dict[str, float | str] = {name: value for name, value in chosen.items()}
+            row |= {"trial": number + 1, "score": sign * score, comparison.metric: _number(kept)}
+            job.record(row, phase="sweep")
+        for key, value in returned.items():
+            if isinstance(value, int | float):
+                job.record({str(key): value}, phase="result")
+    found = kept if isinstance(kept, Tensor) else _number(kept)
+    job.diverged = job.diverged or not math.isfinite(_number(found))
+    return {comparison.metric: found}
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value.double().mean()) if isinstance(value, Tensor) else float(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a result must be a number, got {value!r}") from error
+
+
+def _run(command: str, job: Job, values: Mapping[str, str], folder: Path, comparison: Comparison) -> Mapping[str, Any]:
+    result = folder / "result.jsonl"
+    done = folder / "done.json"
+    if done.is_file():  # finished before the job was killed
+        return json.loads(done.read_text())
+    environment = os.environ | {
+        "WEIGHTSMITH_RESULT": str(result.resolve()),
+        "WEIGHTSMITH_SEED": str(job.seed),
+        "WEIGHTSMITH_FOLDER": str(folder.resolve()),
+    }
+    output = job.keep / f"{folder.name}.txt"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    with output.open("w") as log, _process(command, environment, comparison.time_limit) as process:
+        for line in process.stdout or ():
+            log.write(line)
+            found |= _row(line, job, values)
+    if process.returncode:
+        tail = "".join(output.read_text().splitlines(keepends=True)[-_KEPT_LINES:])
+        raise RuntimeError(f"the command ended with code {process.returncode}: {command}\n{tail}")
+    if result.is_file():
+        for line in result.read_text().split("\n"):
+            found |= _row(line, job, values)
+    done.write_text(json.dumps(found))
+    return found
+
+
+def _row(line: str, job: Job, values: Mapping[str, str]) -> dict[str, float]:
+    """The numbers of a line that is a JSON object; of any other line nothing."""
+    try:
+        content = json.loads(line) if line.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        return {}
+    numbers = {str(key): float(value) for key, value in content.items() if isinstance(value, int | float)}
+    if numbers:
+        job.record(numbers, phase="training", **values)
+    return numbers
+
+
+@contextlib.contextmanager
+def _process(command: str, environment: Mapping[str, str], limit: float | None) -> Iterator[subprocess.Popen[str]]:
+    """Run a command line in a process group of its own, which ends when the block or this process does."""
+    process = subprocess.Popen(
+        command, shell=True, env=environment, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent,
+    )  # fmt: skip
+    timed_out = False
+
+    def end() -> None:
+        nonlocal timed_out
+        timed_out = True
+        _kill(process)
+
+    timer = threading.Timer(limit or threading.TIMEOUT_MAX, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield process
+        process.wait()
+    finally:
+        timer.cancel()
+        _kill(process)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    if timed_out:
+        raise TimeoutError(f"the command took longer than {limit:g} seconds: {command}")
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    # Linux ends the command's shell with this process, however that ends; elsewhere only an orderly end does
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
