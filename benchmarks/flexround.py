@@ -35,10 +35,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from weightsmith.experiments._texts import load_tokens, predict
 
 from _timing import interleave, show
 from weightsmith.core.rounding import round_ste
-from weightsmith.experiments._texts import load_tokens, predict
 from weightsmith.quantize import FlexRound, Grid, RoundToNearest, flexround_, round_to_nearest_
 from weightsmith.quantize.states import written
 

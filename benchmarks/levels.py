@@ -1,7 +1,8 @@
 """Make the table of nominal levels: ``SCALES`` of ``weightsmith.lab.stats.levels``.
 
-For one claim of a family of ``m``, all levels ``0.05 * share_j / m`` are scaled so that the claim is rejected at any of the
-looks with probability ``0.05 / m`` when there is no effect. Ten million runs of normal differences; about two minutes.
+For one claim of a family of ``m``, all levels ``0.05 * share_j / m`` are scaled so that the claim is rejected at any of
+the looks with probability ``0.05 / m`` when there is no effect. Ten million runs of normal differences; about two
+minutes.
 """
 
 import numpy as np

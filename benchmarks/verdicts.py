@@ -1,8 +1,8 @@
 """How often verdicts are wrong, and how many seeds they take: the whole rule, with its looks and its early stop.
 
-Prints one table: false verdicts per family under the null (at most 5 %), for continuous metrics and for counts of a test
-set's examples; power at an effect of one standard deviation; and how often "no relevant effect" is found, rightly and
-wrongly.
+Prints one table: false verdicts per family under the null (at most 5 %), for continuous metrics and for counts of a
+test set's examples; power at an effect of one standard deviation; and how often "no relevant effect" is found, rightly
+and wrongly.
 """
 
 from collections.abc import Callable

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from weightsmith.experiments._questions import load_questions
 
 from weightsmith.adapt import trainable_parameters
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments import bone
-from weightsmith.experiments._questions import load_questions
 from weightsmith.lab import report
 from weightsmith.lab.record import Recorder, read_jobs
 from weightsmith.lab.run import run

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
+from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
 
 from weightsmith.core.errors import UsageError
-from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
 from weightsmith.lab.record import JobResult, job_folder, write_job, write_run
 from weightsmith.lab.report import load, to_html, to_markdown, to_terminal, write
 from weightsmith.lab.report.words import number

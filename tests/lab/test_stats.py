@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-
 from weightsmith.lab.claim import Claim
+
 from weightsmith.lab.stats import judge, summarise
 
 

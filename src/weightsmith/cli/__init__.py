@@ -1,4 +1,4 @@
-"""The command line: ``weightsmith techniques | show | suggest | run | compare | report | verify``, and jobs on model files.
+"""The command line: ``weightsmith run``, ``compare`` and others around the lab, and jobs on model files.
 
 Exit codes: 0 it ran, whatever the verdict; 1 it failed; 2 it was asked for something that cannot be done.
 """

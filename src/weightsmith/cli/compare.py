@@ -27,7 +27,7 @@ def compare(
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     choose_by: str = "",
     noise: bool = False,
-    options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions(),  # noqa: B008
+    options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions(),
 ) -> int:
     """Compare your own training with itself under techniques, or any commands with each other.
 

@@ -66,7 +66,7 @@ def prepare_run(arguments: list[str]) -> Callable[..., int]:
         /,
         config: tyro.conf.OmitArgPrefixes[tyro.conf.FlagConversionOff[type(default)]] = default,  # type: ignore[valid-type]
         preset: Annotated[str, tyro.conf.arg(metavar="|".join(experiment.presets))] = preset,
-        options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions(),  # noqa: B008
+        options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions(),
         set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     ) -> int:
         """Find out whether a technique helps: run its experiment, judge its claims, write a report.

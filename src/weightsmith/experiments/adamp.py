@@ -1,8 +1,8 @@
 """Do AdamP and SGDP keep weight norms from growing, and are the models better for it?
 
 Two measurements per job: the norm of the kernels at one reference learning rate, and the score at the rate that the
-validation split prefers. Beside them a problem in two dimensions whose loss depends on the direction of ``w`` alone, where
-the mechanism is visible to the eye; it needs neither data nor a model, and is no claim.
+validation split prefers. Beside them a problem in two dimensions whose loss depends on the direction of ``w`` alone,
+where the mechanism is visible to the eye; it needs neither data nor a model, and is no claim.
 """
 
 from collections.abc import Mapping
@@ -166,12 +166,8 @@ def _optimizer(config: Config, arm: str, params: list[Tensor], lr: float) -> tor
     name, _, without = arm.partition("-")
     decay = {"sgd": config.sgd_weight_decay}.get(name[:3], config.adam_weight_decay) * (not without)
     projection: dict[str, Any] = {"delta": config.delta, "wd_ratio": config.wd_ratio}
-    sgd: dict[str, Any] = {
-        "lr": lr,
-        "weight_decay": decay,
-        "momentum": config.momentum,
-        "nesterov": config.momentum > 0,
-    }
+    momentum = {"momentum": config.momentum, "nesterov": config.momentum > 0}
+    sgd: dict[str, Any] = {"lr": lr, "weight_decay": decay, **momentum}
     if name == "sgd":
         return torch.optim.SGD(params, **sgd)
     if name == "sgdp":
@@ -261,9 +257,9 @@ EXPERIMENT = Experiment(
     check=check,
     reading=(
         "The norm is measured at one reference learning rate per family, the score at the rate that each arm's "
-        "validation score prefers, seed by seed; every arm gets the same number of rates. A smaller norm means a larger "
-        "effective step late in training, so an arm without projection can make up for it with another rate or with "
-        "weight decay: a gain in accuracy is not to be expected on every model. The share of projected tensors tells "
+        "validation score prefers, seed by seed; every arm gets the same number of rates. A smaller norm means a "
+        "larger effective step late in training, so an arm without projection can make up for it with another rate or "
+        "with weight decay: a gain in accuracy is not to be expected on every model. The share of projected tensors tells "
         "whether the method does anything on this model at all: without normalization layers it only fires by chance."
     ),
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Do block-affine adapters start faster than LoRA and PiSSA, and do they end better?
 
 A trained network is adapted to a task that has changed. Every method trains as many numbers as the others, as nearly as
-its form allows. Panel A gives all of them one learning rate, as the paper does; panel B gives each the rate that its own
-validation score prefers. A shared block collects the gradients of many blocks, so that one rate for all favors it.
+its form allows. Panel A gives all of them one learning rate, as the paper does; panel B gives each the rate that its
+own validation score prefers. A shared block collects the gradients of many blocks, so that one rate for all favors it.
 """
 
 import math
@@ -289,9 +289,9 @@ EXPERIMENT = Experiment(
     steps=steps,
     check=check,
     reading=(
-        "Look at both panels. The gradient of a block that many parts of a weight share is several times that of LoRA's "
-        "factors at the start (column 'first gradient'), so that one learning rate for all is a larger step for the "
-        "block forms: panel A favors them, and so does the paper, which tunes no rate. Panel B tries every arm at the "
-        "same number of rates and keeps the one that held-out data prefer. Times and memory are of this machine."
+        "Look at both panels. The gradient of a block that many parts of a weight share is several times that of "
+        "LoRA's factors at the start (column 'first gradient'), so that one learning rate for all is a larger step for "
+        "the block forms: panel A favors them, and so does the paper, which tunes no rate. Panel B tries every arm at "
+        "the same number of rates and keeps the one that held-out data prefer. Times and memory are of this machine."
     ),
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """FlexRound against AdaRound, AdaQuant and round-to-nearest, on one trained network per seed.
 
 All methods share the grid, the calibration data and the number of steps; every method gets the same number of settings,
-chosen by the error on held-out data. What is compared is the error of the network's output, since a small test set cannot
-tell methods apart by accuracy at four bits.
+chosen by the error on held-out data. What is compared is the error of the network's output, since a small test set
+cannot tell methods apart by accuracy at four bits.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value

@@ -10,7 +10,7 @@ from torch import Tensor
 class MatricesAndRest(torch.optim.Optimizer):
     """``torch.optim.Muon`` on parameters of two dimensions, ``torch.optim.AdamW`` on the others.
 
-    Muon's update is scaled to AdamW's usual size (``adjust_lr_fn="match_rms_adamw"``), so one learning rate serves both.
+    Muon's update is scaled to AdamW's usual size (``adjust_lr_fn="match_rms_adamw"``): one learning rate serves both.
 
     Args:
         params: Parameters.
@@ -32,7 +32,7 @@ class MatricesAndRest(torch.optim.Optimizer):
         # schedules set the rates of these groups, which are the parts' own
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Take one step of both."""
         loss = closure() if closure is not None else None
         for part in self.parts:

@@ -21,7 +21,7 @@ from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.task import Batch, Split, Task
+from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import Hook
@@ -112,7 +112,7 @@ def claims(config: Config) -> list[Claim]:
             metric="loss", winner="uniform-exact", loser="uniform", relative=True, worth=0.01, paper=ours,
         ),
         Claim(
-            text="After the learning rate has decayed to 0, a uniform merge still has a lower loss than the last checkpoint",
+            text="After decay of the learning rate to 0, a uniform merge has a lower loss than the last checkpoint",
             metric="cosine_loss", winner="uniform", loser="last", relative=True, worth=0.01, paper=ours,
         ),
         Claim(
@@ -224,10 +224,11 @@ def _fine_tuned(config: Config, task: Task, weights: State, seed: int, schedule:
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0)
     assert config.steps is not None
     begin = config.steps - config.last * config.save_every
+    first = next(adapters.parameters())
 
     def average() -> None:
         averages["ema"].update_parameters(adapters)
-        if int(optimizer.state[adapters[0].a]["step"]) > begin:
+        if int(optimizer.state[first]["step"]) > begin:
             averages["swa"].update_parameters(adapters)
 
     hooks = [Hook(after_row=shots.take, state=shots), Hook(after_step=average, state=averages["ema"])]

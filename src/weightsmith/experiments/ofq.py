@@ -1,12 +1,12 @@
 """Which cure for oscillation helps a two-bit transformer: the measured scale, the product, or the annealing?
 
-Every arm starts from the same trained network, which is also its teacher, and gets the same steps: training with a cosine
-schedule, then a last phase at a constant rate, in which one arm anneals. Oscillation is measured in both.
+Every arm starts from the same trained network, which is also its teacher, and gets the same steps: training with a
+cosine schedule, then a last phase at a constant rate, in which one arm anneals. Oscillation is measured in both.
 """
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -165,7 +165,8 @@ def small_vit(*, channels: int, size: int, classes: int) -> ViT:
 def start(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     """The trained network that all arms of a seed begin with, its score, and how it was trained."""
     task = shared_task(config)
-    model, rows = config.network(task, seed), ()
+    model = config.network(task, seed)
+    rows: Sequence[Mapping[str, float]] = ()
     if not (config.pretrained or config.checkpoint):
         optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.pretrain_lr)
         rows = config.fit(model, optimizer, task, seed, epochs=config.pretrain_epochs, folder=folder).rows
@@ -312,10 +313,10 @@ EXPERIMENT = Experiment(
     steps=steps,
     check=check,
     reading=(
-        "All arms of a seed start from the same network and see the same batches. An event is a change of a code against "
-        "the direction of its last change. A measured scale moves less than a learned one, but its levels leave no room "
-        "at zero, where most weights are: fewer events do not follow. The last phase has a constant rate that is high "
-        "enough for weights to leave the annealing range within it; with the paper's 1e-5 that takes thirty times as "
-        "many steps. Baselines are run with one setting each, not tuned."
+        "All arms of a seed start from the same network and see the same batches. An event is a change of a code "
+        "against the direction of its last change. A measured scale moves less than a learned one, but its levels "
+        "leave no room at zero, where most weights are: fewer events do not follow. The last phase has a "
+        "constant rate that is high enough for weights to leave the annealing range within it; with the paper's 1e-5 "
+        "that takes thirty times as many steps. Baselines are run with one setting each, not tuned."
     ),
 )  # fmt: skip

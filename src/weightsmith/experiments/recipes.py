@@ -24,7 +24,7 @@ class _Projected(Recipe):
     takes: tuple[type[torch.optim.Optimizer], ...]
     allowed: set[str]
 
-    def optimizer(self, plan: OptimizerPlan, model: nn.Module) -> OptimizerPlan:  # noqa: ARG002
+    def optimizer(self, plan: OptimizerPlan, model: nn.Module) -> OptimizerPlan:
         if plan.make not in self.takes:
             names = " or ".join(f"torch.optim.{kind.__name__}" for kind in self.takes)
             other = "sgdp" if self.name == "adamp" else "adamp"
@@ -83,7 +83,7 @@ class CompanderRecipe(Recipe):
         "weights written as 0.7 arctan(v / 0.7), folded at the end",
     )
 
-    def model(self, model: nn.Module, example: Any) -> nn.Module:  # noqa: ARG002
+    def model(self, model: nn.Module, example: Any) -> nn.Module:
         return compand_(model, overflow="clip")
 
     def optimizer(self, plan: OptimizerPlan, model: nn.Module) -> OptimizerPlan:
@@ -106,7 +106,7 @@ class CompanderRecipe(Recipe):
         after = (*plan.after, decay_weights) if value else plan.after
         return replace(plan, groups=_without_decay(plan.groups, companded), after=after)
 
-    def finish(self, model: nn.Module, calibration: Any) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, calibration: Any) -> nn.Module:
         return fold_(model)
 
 
@@ -119,7 +119,7 @@ class BoneRecipe(Recipe):
         "frozen weights and one small shared tensor per matrix, merged at the end",
     )
 
-    def model(self, model: nn.Module, example: Any) -> nn.Module:  # noqa: ARG002
+    def model(self, model: nn.Module, example: Any) -> nn.Module:
         from weightsmith.adapt import BoneConfig, apply_bone_
 
         smallest = min((min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)), default=64)
@@ -129,7 +129,7 @@ class BoneRecipe(Recipe):
         wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return replace(plan, groups=[{"params": wanted}])
 
-    def finish(self, model: nn.Module, calibration: Any) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, calibration: Any) -> nn.Module:
         from weightsmith.adapt import unload_bone_
 
         return unload_bone_(model, merge=True)
@@ -155,7 +155,7 @@ class MergeRecipe(Recipe):
             [*self.losses, float(numbers[key])][-self.last :],
         )
 
-    def finish(self, model: nn.Module, calibration: Any) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, calibration: Any) -> nn.Module:
         from weightsmith.average import average_state_dicts, metric_weights
 
         if not self.states:

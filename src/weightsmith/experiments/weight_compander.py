@@ -1,8 +1,8 @@
 """Does writing weights through a bounded curve help, or does it only change the learning rate?
 
-Near zero ``w = a arctan(v / b)`` is ``(a / b) v``, so plain gradient descent on ``v`` moves ``w`` with ``(a / b)^2`` times
-the learning rate. Every comparison therefore has a control that gets the same learning rate and no curve, and every arm is
-tried at several rates on the validation split.
+Near zero ``w = a arctan(v / b)`` is ``(a / b) v``, so plain gradient descent on ``v`` moves ``w`` with ``(a / b)^2``
+times the learning rate. Every comparison therefore has a control that gets the same learning rate and no curve, and
+every arm is tried at several rates on the validation split.
 """
 
 import math
@@ -164,10 +164,14 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         if not torch.allclose(_logits(model, task.example()), before, atol=1e-4, rtol=1e-4):
             raise RuntimeError(f"{arm} changes the network before training has begun")
         fixed = arm in ("wc", "wc-neutral")
-        decay = Hook(before_step=lambda: add_weight_decay_grad_(model, config.weight_decay)) if fixed else Hook()
+
+        def decay() -> None:
+            add_weight_decay_grad_(model, config.weight_decay)
+
         fitted = config.fit(
             model, _optimizer(config, arm, model, base * scale, multiplier), task, job.seed,
-            milestones=config.milestones, gamma=config.gamma, hooks=[decay, Hook(after_row=_measure)],
+            milestones=config.milestones, gamma=config.gamma,
+            hooks=[Hook(before_step=decay if fixed else None), Hook(after_row=_measure)],
             record=partial(job.record, phase="own rate" if scale == 1.0 else "other rates", rate=scale), folder=folder,
         )  # fmt: skip
         if not fitted.diverged and _measure(model)["max_weight"] > bound:

@@ -1,7 +1,7 @@
 """Any training as an experiment: a function of the user's with techniques put on it, or commands in any language.
 
-A training function takes a :class:`weightsmith.lab.trial.Trial` and returns numbers. A command prints JSON lines, or writes
-them to the file that ``$WEIGHTSMITH_RESULT`` names; the last value of the metric counts.
+A training function takes a :class:`weightsmith.lab.trial.Trial` and returns numbers. A command prints JSON lines, or
+writes them to the file that ``$WEIGHTSMITH_RESULT`` names; the last value of the metric counts.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torch import Tensor
 from weightsmith.core.errors import UsageError
 from weightsmith.core.load import load_module, load_object
 from weightsmith.lab.experiment import Arm, Better, Chart, Claim, Experiment, Metric, Value
-from weightsmith.lab.fingerprint import code_digest, digest, files_digest
+from weightsmith.lab.fingerprint import code_digest, files_digest
 from weightsmith.lab.job import Job
 from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.trial import Recipe, Trial
@@ -163,7 +163,7 @@ def _experiment(
     chosen = ""
     if comparison.sweep:
         trials = math.prod(len(values) for _, values in comparison.sweep)
-        chosen = f" Every arm is tried {trials} times per seed, at the same values, and keeps the best by {comparison.choose_by}."
+        chosen = f" Every arm is tried {trials} times per seed, at the same values; {comparison.choose_by} chooses."
         if comparison.choose_by == metric:
             chosen += " It is chosen by the same number that is compared, so all arms look better than they are."
     return Experiment(
@@ -237,7 +237,7 @@ def _best(
         if kept is None or (math.isfinite(score) and score > best):
             best, kept = (score if math.isfinite(score) else best), returned[comparison.metric]
         if comparison.sweep:
-            row: dict[str, float | str] = {name: value for name, value in chosen.items()}
+            row: dict[str, float | str] = dict(chosen)
             row |= {"trial": number + 1, "score": sign * score, comparison.metric: _number(kept)}
             job.record(row, phase="sweep")
         for key, value in returned.items():

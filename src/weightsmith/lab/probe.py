@@ -72,7 +72,7 @@ def _losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:
         ) from error
     if tuple(losses.shape) != (len(batch),):
         raise UsageError(
-            f"the losses of task {task.name!r} must be one per example, shape ({len(batch)},), got {tuple(losses.shape)}"
+            f"the losses of task {task.name!r} must be one per example, ({len(batch)},), got {tuple(losses.shape)}"
         )
     if not losses.isfinite().all():
         raise UsageError(f"the loss of task {task.name!r} is not finite before training")

@@ -108,7 +108,7 @@ class Progress:
 
 
 def _generators() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, words, after = random.getstate()
     return {
         "python": [version, list(words), after],

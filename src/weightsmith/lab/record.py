@@ -136,7 +136,7 @@ def read_job(folder: Path) -> JobResult:
         scores = load(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UsageError(
-            f"{path} is damaged ({type(error).__name__}: {error}); run the same command again: only that job is repeated"
+            f"{path} is damaged ({type(error).__name__}: {error}); run the same command again: only it is repeated"
         ) from error
     return JobResult(rows=rows, scores=scores, **values)
 

@@ -7,7 +7,7 @@ come in looks: after each the claims are judged, and the run stops when the prim
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -231,7 +231,7 @@ def _plan(seeds: Literal["auto"] | int | Sequence[int]) -> tuple[Plan, list[list
         plan = Plan()
         return plan, [list(range(look)) for look in plan.looks]
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if isinstance(seeds, str) or not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
         raise UsageError(
             f"seeds must be 'auto', a number of at least 1, or different numbers of at least 0, got {seeds!r}"
         )
@@ -263,7 +263,7 @@ def _seeds(folder: Path) -> set[int]:
     }
 
 
-def _why_new(folder: Path, identity: dict[str, str]) -> list[str]:
+def _why_new(folder: Path, identity: Mapping[str, str]) -> list[str]:
     """When the same configuration has been run before: what has changed since, in one line."""
     if folder.exists():
         return []

@@ -59,7 +59,10 @@ class Batches(Protocol):
     """
 
     seed: int
-    slow: bool
+
+    @property
+    def slow(self) -> bool:
+        """See above."""
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -110,7 +110,7 @@ def fit(
         model: Trained in place.
         optimizer: Built on the model's parameters; its learning rates are where the schedule starts from.
         task: What to train on; its validation split is evaluated with every row.
-        loss: ``(model, batch) -> scalar or (B,)``, instead of ``task.losses``; a scalar counts as a mean over the batch.
+        loss: ``(model, batch) -> scalar or (B,)``, instead of ``task.losses``; a scalar counts as the batch's mean.
         epochs: Passes over the data; or else
         steps: Optimizer steps.
         batch_size: Examples per step, over all processes; an incomplete last batch of an epoch is left out.

@@ -66,7 +66,7 @@ class Recipe:
     text: ClassVar[str]
 
     def model(self, model: nn.Module, example: Any) -> nn.Module:
-        """Change the model before the optimizer is built; ``example`` is what ``trial.model`` was given, or ``None``."""
+        """Change the model before the optimizer is built; ``example`` is what ``trial.model`` was given."""
         return model
 
     def optimizer(self, plan: OptimizerPlan, model: nn.Module) -> OptimizerPlan:

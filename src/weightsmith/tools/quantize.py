@@ -23,7 +23,7 @@ from torch import nn
 
 from weightsmith.core.errors import UsageError, require, unknown
 from weightsmith.core.files import folder_atomically, write_atomically
-from weightsmith.lab.hub import switched_off
+from weightsmith.lab.data.hub import switched_off
 from weightsmith.quantize import _gptq
 from weightsmith.quantize.blocks import find_blocks
 from weightsmith.quantize.export import Format, save_quantized

@@ -63,7 +63,7 @@ class OnDisk:
 
 
 class Split(Dataset[Batch]):
-    """One part of a data set: batches of normalized images with their labels; see :class:`weightsmith.lab.task.Batches`.
+    """One part of a data set, as :class:`weightsmith.lab.task.Batches`: normalized images with their labels.
 
     Args:
         read: Where the bytes come from.

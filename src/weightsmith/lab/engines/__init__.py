@@ -20,7 +20,7 @@ __all__ = ["Done", "Engine", "Failure", "Work", "engine_named"]
 def engine_named(
     name: str,
     *,
-    resources: Resources = Resources(),
+    resources: Resources,
     workers: int | None = None,
     time_limit: float | None = None,
     address: str | None = None,

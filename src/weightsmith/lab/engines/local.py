@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import cloudpickle
 import torch
@@ -37,9 +37,7 @@ def worker_count(resources: Resources) -> int:
 
 
 @contextlib.contextmanager
-def local(
-    *, resources: Resources = Resources(), workers: int | None = None, time_limit: float | None = None
-) -> Iterator[Engine]:
+def local(*, resources: Resources, workers: int | None = None, time_limit: float | None = None) -> Iterator[Engine]:
     """Do jobs in a pool of processes; one after the other in this process when there is one worker and no limit."""
     count = workers or worker_count(resources)
     if count == 1 and time_limit is None:
@@ -52,9 +50,10 @@ def local(
             if not works:
                 return
             if not pool:  # nothing to do: nothing is started
-                pool.append(stack.enter_context(_pool(min(count, len(works)), resources)))
-            busy = yield from _rounds(pool[0], works, resources.cpus, time_limit, wait=False)
-            yield from _rounds(pool[0], busy, resources.cpus, time_limit, wait=True)
+                pool.append(stack.enter_context(_pool(min(count, len(works)))))
+            busy: list[Work] = []
+            yield from _round(pool[0], works, resources.cpus, time_limit, busy)
+            yield from _round(pool[0], busy, resources.cpus, time_limit, None)
 
         yield do_all
 
@@ -74,7 +73,7 @@ def _one_by_one(works: Sequence[Work], threads: int) -> Iterator[Done | Failure]
 
 
 @contextlib.contextmanager
-def _pool(count: int, resources: Resources) -> Iterator[ProcessPool]:
+def _pool(count: int) -> Iterator[ProcessPool]:
     context = multiprocessing.get_context("spawn")
     alive, ours = context.Pipe(duplex=False)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -91,11 +90,14 @@ def _pool(count: int, resources: Resources) -> Iterator[ProcessPool]:
             pool.join()
 
 
-def _rounds(
-    pool: ProcessPool, works: Sequence[Work], threads: int, limit: float | None, *, wait: bool
+def _round(
+    pool: ProcessPool, works: Sequence[Work], threads: int, limit: float | None, busy: list[Work] | None
 ) -> Iterator[Done | Failure]:
-    futures = {pool.schedule(_call, (cloudpickle.dumps(work), threads, wait), timeout=limit): work for work in works}
-    busy: list[Work] = []
+    """Do every job once; those that another process is doing go to ``busy``, or are waited for where it is ``None``."""
+    wait = busy is None
+    futures: dict[Any, Work] = {
+        pool.schedule(_call, (cloudpickle.dumps(work), threads, wait), timeout=limit): work for work in works
+    }
     for future in concurrent.futures.as_completed(futures):
         work = futures[future]
         try:
@@ -106,11 +108,10 @@ def _rounds(
         except ProcessExpired as error:
             outcome = Failure(work.arm, work.seed, f"its process was killed (exit code {error.exitcode})")
             keep(work, outcome)
-        if isinstance(outcome, Busy):
-            busy.append(work)
-        else:
+        if not isinstance(outcome, Busy):
             yield outcome
-    return busy  # type: ignore[return-value]  # taken up by `yield from`
+        elif busy is not None:
+            busy.append(work)
 
 
 def _call(work: bytes, threads: int, wait: bool) -> Done | Failure | Busy:
@@ -123,7 +124,7 @@ def _begin(alive: Connection, path: list[str], gpus: int, share: int, locks: str
     sys.path[:] = path
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     for place in range(gpus * share):
-        file = Path(locks, str(place)).open("w")
+        file = Path(locks, str(place)).open("w")  # noqa: SIM115  (held for as long as the process lives)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -22,7 +22,7 @@ _MOST_CODE = 2**20  # bytes of the user's own files beside the experiment that t
 @contextlib.contextmanager
 def ray_cluster(
     *,
-    resources: Resources = Resources(),
+    resources: Resources,
     workers: int | None = None,
     time_limit: float | None = None,
     address: str | None = None,
@@ -70,7 +70,7 @@ def _do_all(
 ) -> Iterator[Done | Failure]:
     gpus = (resources.gpus or 1.0) if ray.cluster_resources().get("GPU") else 0.0
     remote = ray.remote(num_cpus=resources.cpus, num_gpus=gpus, max_retries=3)(_far)
-    queue, waiting = list(works), {}
+    queue, waiting = list(works), dict[Any, Work]()
     while queue or waiting:
         while queue and (workers is None or len(waiting) < workers):
             work = queue.pop(0)

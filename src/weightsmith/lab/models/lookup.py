@@ -34,8 +34,8 @@ def build_model(name: str, *, channels: int, size: int, classes: int, pretrained
     """Build an image classifier, drawing its weights from torch's global generator.
 
     Args:
-        name: One of ``MODELS``; ``"module:function"`` or ``"file.py:function"``, called with those of ``channels``, ``size`` and ``classes``
-            that it takes; a Hugging Face id ``"owner/name"``; or a folder that holds ``config.json``.
+        name: One of ``MODELS``; ``"module:function"`` or ``"file.py:function"``, called with those of ``channels``,
+            ``size`` and ``classes`` that it takes; a Hugging Face id ``"owner/name"``; a folder with ``config.json``.
         channels: Of the images.
         size: Height and width of the images, in pixels.
         classes: Number of logits.

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.lab.experiment import Arm, Chart, Claim, Metric
@@ -37,7 +37,7 @@ class Report:
     strays: int
     table: Mapping[str, Mapping[str, Summary]]
     judgements: tuple[Judgement, ...]
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
     damaged: tuple[str, ...] = ()
 
     @property

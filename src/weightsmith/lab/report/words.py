@@ -25,14 +25,14 @@ TABLE_NOTE = (
 METHOD = (
     "Two arms are compared seed by seed: both start from the same seed, so what the seed alone decides cancels. "
     "Positive differences are in the claim's favor. The interval comes from the mean and the spread of the differences "
-    "(Student's t); where the jobs kept a score per test example, it covers other seeds and other test examples.",
-    f"Primary claims and mechanism claims are two families. Each shows any false verdict with a probability of at most "
-    f"{ALPHA:.0%}: Holm's rule corrects for several claims, and levels found by simulation allow to look at 3, 5, 10 and "
-    "20 seeds and to stop early. The interval of a claim is as wide as that correction asks for.",
+    "(Student's t); where jobs kept a score per test example, it covers other seeds and other test examples.",
+    "Primary claims and mechanism claims are two families. Each shows any false verdict with a probability of at most "
+    f"{ALPHA:.0%}: Holm's rule corrects for several claims, and levels found by simulation make it sound to look at "
+    "3, 5, 10 and 20 seeds and to stop early. The interval of a claim is as wide as that correction asks for.",
     "Supported: the interval lies beyond what the claim needs. Refuted: it lies on the other side. No relevant effect: "
-    "it lies within the smallest effect worth having, which was set beforehand. Undecided: none of these; which does not "
-    f"mean that there is no difference. Fewer than {FEWEST_SEEDS} paired seeds decide nothing. A winner that diverged "
-    "with any seed supports nothing.",
+    "it lies within the smallest effect worth having, which was set beforehand. Undecided: none of these; which does "
+    f"not mean that there is no difference. Fewer than {FEWEST_SEEDS} paired seeds decide nothing. A winner that "
+    "diverged with any seed supports nothing.",
 )
 
 

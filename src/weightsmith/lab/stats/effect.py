@@ -6,8 +6,8 @@ examples. From the mean squares of the two-way layout
     var(mean) = (MS_seeds + max(MS_examples - MS_rest, 0)) / (S E)
 
 so that an interval speaks of other seeds *and* of other test examples. Student's t takes ``S - 1`` degrees of freedom,
-the fewest of the parts, which errs on the safe side. Values on a lattice of step ``h`` get the variance of rounding two of
-them, ``h^2 / 6``, added: three equal differences are no certainty.
+the fewest of the parts, which errs on the safe side. Values on a lattice of step ``h`` get the variance of rounding two
+of them, ``h^2 / 6``, added: three equal differences are no certainty.
 """
 
 import math

@@ -134,7 +134,7 @@ def judge(
         level = lambda size: plan.level(look or 0, size)  # noqa: E731
         for index, left in zip(family, remaining(p, level), strict=True):
             judgements[index] = _judgement(cases[index], look, level(int(left)), level(len(family)), len(seeds))
-    return [judgements[index] for index in range(len(claims))]
+    return [judgement for _, judgement in sorted(judgements.items())]
 
 
 def decided(judgements: Sequence[Judgement]) -> bool:
@@ -158,21 +158,21 @@ def _case(claim: Claim, metric: Metric, by_arm: Mapping[str, Mapping[int, Result
         case.missing = f"seed {', '.join(map(str, missing))} of an arm is missing"
     sign = -1.0 if metric.better == "lower" else 1.0
     pairs = [(winners[seed], losers[seed]) for seed in seeds if seed in winners and seed in losers]
-    values = [(w, l, w.metrics.get(claim.metric, math.nan), l.metrics.get(claim.metric, math.nan)) for w, l in pairs]
     values = [
-        (w, l, a, b)
-        for w, l, a, b in values
-        if math.isfinite(a) and math.isfinite(b) and not (w.diverged or l.diverged)
+        (won, lost, won.metrics.get(claim.metric, math.nan), lost.metrics.get(claim.metric, math.nan))
+        for won, lost in pairs
+        if not (won.diverged or lost.diverged)
     ]
+    values = [pair for pair in values if math.isfinite(pair[2]) and math.isfinite(pair[3])]
     if len(values) < 2:
         return case
     case.sizes = np.array([abs(b) for *_, b in values]) if claim.relative else np.ones(len(values))
     differences = np.array([sign * (a - b) for _, _, a, b in values])
     numbers = [number for _, _, *both in values for number in both]
     step = step_of(numbers) if metric.resolution is None else metric.resolution
-    scores = [(w.scores.get(claim.metric), l.scores.get(claim.metric)) for w, l, *_ in values]
+    scores = [(won.scores.get(claim.metric), lost.scores.get(claim.metric)) for won, lost, *_ in values]
     examples = None
-    if all(a is not None and b is not None and len(a) == len(b) == len(scores[0][0]) for a, b in scores):
+    if _complete(scores):
         examples = np.array([sign * (np.asarray(a, dtype=np.float64) - np.asarray(b)) for a, b in scores])
     case.effect = effect_of(differences, step, examples)
     margins = claim.margin * case.sizes
@@ -180,6 +180,12 @@ def _case(claim: Claim, metric: Metric, by_arm: Mapping[str, Mapping[int, Result
     # a relative margin varies with the seed: what is tested is the excess over it, pair by pair
     case.excess = effect_of(differences - margins, step, None if examples is None else examples - margins[:, None])
     return case
+
+
+def _complete(scores: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether every job kept a score for each of the same examples."""
+    lengths = {len(score) if score is not None else None for pair in scores for score in pair}
+    return None not in lengths and len(lengths) == 1
 
 
 def _diverged(runs: Mapping[int, Result], metric: str, seeds: Sequence[int]) -> tuple[int, ...]:
@@ -269,5 +275,5 @@ def _examples_limit(effect: Effect, worth: float | None, level: float) -> bool:
 
 def seeds_needed(effect: Effect, worth: float, level: float) -> int | None:
     """Smallest number of seeds that shows an effect of ``worth`` four times out of five; ``None``: none does."""
-    counts = [n for n in (*range(3, 31), *range(35, 101, 5), *range(150, MOST_SEEDS + 1, 50))]
+    counts = (*range(3, 31), *range(35, 101, 5), *range(150, MOST_SEEDS + 1, 50))
     return next((n for n in counts if effect.detectable(level, n) <= worth), None)

@@ -1,9 +1,9 @@
 """The nominal level of each look at the data, so that looking again and stopping early is allowed.
 
 Under the null a family of ``m`` claims shows any false verdict with probability at most 0.05 over all looks together.
-``LEVELS[m][j]`` is the level of one claim's two-sided test at look ``j`` when ``m`` claims are still in question (Holm's
-step-down rule): ``shares[j]`` scaled so that one claim crosses at any look with probability ``0.05 / m``. The table comes
-from ``benchmarks/levels.py``, a simulation of t statistics on growing samples.
+``LEVELS[m][j]`` is the level of one claim's two-sided test at look ``j`` when ``m`` claims are still in question
+(Holm's step-down rule): ``shares[j]`` scaled so that one claim crosses at any look with probability ``0.05 / m``. The
+table comes from ``benchmarks/levels.py``, a simulation of t statistics on growing samples.
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,7 @@ def noise(values: Sequence[float], counts: Sequence[int] = COUNTS) -> dict[int, 
 
     Args:
         values: The metric of one arm, a value per seed; at least three.
+        counts: Numbers of seeds.
 
     Raises:
         UsageError: There are too few values.

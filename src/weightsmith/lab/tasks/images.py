@@ -7,7 +7,7 @@ from torch import nn
 from weightsmith.lab.data.image_sets import load_images
 from weightsmith.lab.data.images import Images
 from weightsmith.lab.models import build_model
-from weightsmith.lab.task import Task
+from weightsmith.lab.task import Batches, Task
 from weightsmith.lab.tasks.code import code_of
 from weightsmith.lab.tasks.config import TaskConfig
 from weightsmith.lab.tasks.scoring import load_weights, supervised
@@ -25,16 +25,16 @@ def make(config: TaskConfig) -> Task:
         columns=config.columns,
         subset_name=config.subset,
     )
-    splits = {"train": images.train, "validation": images.validation, "test": images.test}
+    splits: dict[str, Batches] = {"train": images.train, "validation": images.validation, "test": images.test}
     first = range(min(8, len(images.train)))
+    color = "gray" if images.channels == 1 else "color"
     return Task(
         name=images.name,
         build=partial(_build, config, images),
         example=partial(images.train.__getitems__, list(first)),
         fingerprint=images.fingerprint + code_of(config.model, config.loss, config.metric, config.checkpoint),
         facts={
-            "data": f"{images.name}, {images.size} x {images.size} {'gray' if images.channels == 1 else 'color'} images "
-            f"of {images.classes} classes",
+            "data": f"{images.name}, {images.size} x {images.size} {color} images of {images.classes} classes",
             "model": config.model_name,
         },
         **supervised(splits, config.loss, config.metric),

@@ -62,10 +62,11 @@ def _encode(tokenizer: Any, rows: Sequence[Row], length: int, mask: bool) -> Row
     inputs, targets = [], []
     for question, answer in rows:
         asked = tokenizer(prompt(question))["input_ids"]
-        ids = [*asked, *tokenizer(" " + answer, add_special_tokens=False)["input_ids"]][: length - 1] + [end]
+        both = [*asked, *tokenizer(" " + answer, add_special_tokens=False)["input_ids"]]
+        ids = [*both[: length - 1], end]
         if len(ids) > len(asked) + 1:
             inputs.append(ids)
-            targets.append([IGNORED] * len(asked) + ids[len(asked) :])
+            targets.append([*[IGNORED] * len(asked), *ids[len(asked) :]])
     if rows and not inputs:
         raise UsageError(f"length must leave room for answers, got {length}")
     return Rows(padded(inputs, end), padded(targets, IGNORED), torch.tensor([len(row) for row in inputs]), mask=mask)

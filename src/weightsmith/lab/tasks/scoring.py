@@ -102,7 +102,7 @@ def load_weights(model: nn.Module, checkpoint: str) -> nn.Module:
         return model
     path = Path(checkpoint)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         state = state.get("state_dict", state)
         model.load_state_dict(state)
     except FileNotFoundError as error:
