@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from weightsmith.lab.images import crop_and_flip
+from weightsmith.lab.data.images import crop_and_flip
 
 from weightsmith.core.errors import MissingExtra, UsageError
-from weightsmith.lab import data as data_module
-from weightsmith.lab.data import check_data, load_images
+from weightsmith.lab.data import image_sets as data_module
+from weightsmith.lab.data.image_sets import load_images
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,22 +13,50 @@ import toy
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab import record
-from weightsmith.lab.run import run
+from weightsmith.lab.record import JobResult
+from weightsmith.lab.run import estimate, run, seeds_of
+
+HERE = Path(__file__).parent
 
 
 def results(folder):
-    return {(job.arm, job.seed): job.metrics for job in record.read_jobs(folder)}
+    return {(job.arm, job.seed): job.metrics for job in record.read_jobs(folder) if isinstance(job, JobResult)}
+
+
+def started(config, out, **options):
+    """Run the toy experiment in a process of its own."""
+    script = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import toy
+from pathlib import Path
+from weightsmith.lab.run import run
+if __name__ == "__main__":
+    run(toy.EXPERIMENT, toy.{config!r}, out=Path({str(out)!r}), **{options!r})
+"""
+    path = out.parent / f"{out.name}-{time.monotonic_ns()}.py"
+    path.write_text(script)
+    return subprocess.Popen([sys.executable, path])
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_every_arm_runs_with_every_seed_and_leaves_plain_files(tmp_path):
     done = run(toy.EXPERIMENT, toy.Config(), seeds=2, out=tmp_path, workers=1)
-    assert done.folder == tmp_path / "toy" / record.config_hash(toy.Config())
+    assert done.folder.parent == tmp_path / "toy"
     assert sorted(done.finished) == [("better", 0), ("better", 1), ("plain", 0), ("plain", 1)]
     job = done.folder / "better" / "seed-1"
     assert json.loads((job / "result.json").read_text())["metrics"]["score"] == pytest.approx(1.02)
     rows = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
     assert rows[0] == {"step": 0, "loss": 1.0, "phase": "train"}
-    assert record.read_run(done.folder)["config"]["gain"] == 1.0
+    written = record.read_run(done.folder)
+    assert written["config"]["gain"] == 1.0
+    assert written["plan"] == {"looks": [2]}
+    assert not list((done.folder / "work").glob("*/*"))
 
 
 def test_what_is_finished_is_not_run_again(tmp_path):
@@ -40,17 +69,29 @@ def test_what_is_finished_is_not_run_again(tmp_path):
     assert sorted(again.finished) == [("better", 2), ("plain", 2)]
     assert len(list(calls.iterdir())) == 6
     assert record.read_run(again.folder)["seeds"] == [0, 1, 2]
+    fresh = run(toy.EXPERIMENT, config, seeds=1, out=tmp_path, workers=1, fresh=True)
+    assert (fresh.skipped, len(fresh.finished)) == ([], 2)
 
 
-def test_some_arms_run_alone_and_claims_wait_for_the_others(tmp_path):
+def test_seeds_come_until_the_primary_claim_is_decided(tmp_path):
+    clear = run(toy.EXPERIMENT, toy.Config(), out=tmp_path, workers=1)
+    assert {seed for _, seed in clear.finished} == set(range(3)) or {seed for _, seed in clear.finished} == set(
+        range(5)
+    )
+    nothing = run(toy.EXPERIMENT, toy.Config(gain=0.0, noise=True), out=tmp_path, workers=1)
+    assert len(nothing.finished) == 40
+    assert record.read_run(nothing.folder)["plan"] == {"looks": [3, 5, 10, 20]}
+
+
+def test_some_arms_run_alone_and_the_family_stays(tmp_path):
     done = run(toy.EXPERIMENT, toy.Config(), seeds=1, arms=["plain"], out=tmp_path, workers=1)
     assert done.finished == [("plain", 0)]
     written = record.read_run(done.folder)
-    assert [arm["name"] for arm in written["arms"]] == ["plain"]
-    assert written["claims"] == []
-    done = run(toy.EXPERIMENT, toy.Config(), seeds=1, arms=["better"], out=tmp_path, workers=1)
-    assert [arm["name"] for arm in record.read_run(done.folder)["arms"]] == ["better", "plain"]
-    assert len(record.read_run(done.folder)["claims"]) == 1
+    assert [arm["name"] for arm in written["arms"]] == ["better", "plain"]
+    assert written["left_out"] == ["better"]
+    assert len(written["claims"]) == 1
+    run(toy.EXPERIMENT, toy.Config(), seeds=1, arms=["better"], out=tmp_path, workers=1)
+    assert results(done.folder).keys() == {("better", 0), ("plain", 0)}
 
 
 def test_an_unknown_arm_is_refused_before_anything_is_written(tmp_path):
@@ -59,16 +100,31 @@ def test_an_unknown_arm_is_refused_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_configuration_gets_another_folder(tmp_path):
+def test_another_question_gets_another_folder_and_says_why(tmp_path):
     one = run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1)
-    two = run(toy.EXPERIMENT, toy.Config(gain=2.0), seeds=1, out=tmp_path, workers=1)
-    assert one.folder != two.folder
+    assert run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1).folder == one.folder
+    other = run(toy.EXPERIMENT, toy.Config(gain=2.0), seeds=1, out=tmp_path, workers=1)
+    assert (other.folder != one.folder, other.news) == (True, [])
+    revised = dataclasses.replace(toy.EXPERIMENT, revision=2)
+    third = run(revised, toy.Config(), seeds=1, out=tmp_path, workers=1)
+    assert third.folder not in (one.folder, other.folder)
+    assert third.news == [f"experiment changed since {one.folder}: nothing of it is reused"]
+    code = run(dataclasses.replace(toy.EXPERIMENT, code="x"), toy.Config(), seeds=1, out=tmp_path, workers=1)
+    assert "data and model code changed" in code.news[0]
 
 
-def test_a_pool_of_processes_gives_the_same_results(tmp_path):
+def test_the_same_question_has_the_same_folder_in_another_process(tmp_path):
+    here = run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path / "runs", workers=1)
+    started(toy.Config(), tmp_path / "runs", seeds=1, workers=1).wait(timeout=60)
+    assert list((tmp_path / "runs" / "toy").iterdir()) == [here.folder]
+
+
+def test_a_pool_of_processes_gives_the_same_results_and_leaves_no_folder_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     alone = run(toy.EXPERIMENT, toy.Config(), seeds=3, out=tmp_path / "one", workers=1)
     pooled = run(toy.EXPERIMENT, toy.Config(), seeds=3, out=tmp_path / "two", workers=2)
     assert results(alone.folder) == results(pooled.folder)
+    assert not list(tmp_path.glob("weightsmith-*"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -81,47 +137,54 @@ def test_one_broken_job_does_not_take_the_others_down(tmp_path, workers):
     assert "plain is broken" in (done.folder / "plain" / "seed-0.error.txt").read_text()
 
 
+def test_a_killed_worker_costs_its_own_job(tmp_path):
+    done = run(toy.EXPERIMENT, toy.Config(kill=1), seeds=4, out=tmp_path, workers=2)
+    assert {(failure.arm, failure.seed) for failure in done.failures} == {("better", 1), ("plain", 1)}
+    assert len(done.finished) == 6
+    assert "was killed" in (done.folder / "plain" / "seed-1.error.txt").read_text()
+
+
+def test_a_job_may_take_only_so_long(tmp_path):
+    done = run(toy.EXPERIMENT, toy.Config(slow="plain"), seeds=1, out=tmp_path, workers=2, time_limit=3.0)
+    assert done.finished == [("better", 0)]
+    assert done.failures[0].error == "it took longer than the time limit of 3 seconds"
+
+
 def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
-    script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import toy
-from pathlib import Path
-from weightsmith.lab.run import run
-run(toy.EXPERIMENT, toy.Config(seconds=0.4), seeds=20, out=Path({str(tmp_path)!r}), workers=2)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script])
-    folder = tmp_path / "toy" / record.config_hash(toy.Config(seconds=0.4))
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("*/seed-*/result.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    out = tmp_path / "runs"
+    config = toy.Config(seconds=0.4)
+    process = started(config, out, seeds=20, workers=2)
+    wait_for(lambda: len(list(out.glob("toy/*/*/seed-*/result.json"))) >= 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (folder,) = (out / "toy").iterdir()
     finished = results(folder)
     assert 3 <= len(finished) < 40
-    again = run(toy.EXPERIMENT, toy.Config(seconds=0.4), seeds=[0, 1], out=tmp_path, workers=2)
+    again = run(toy.EXPERIMENT, config, seeds=[0, 1], out=out, workers=2)
     assert set(again.skipped) <= set(finished)
     assert {("better", 0), ("plain", 1)} <= set(results(folder))
 
 
-def test_workers_do_not_outlive_a_killed_parent(tmp_path):
-    script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import toy
-from pathlib import Path
-from weightsmith.lab.run import run
-out = {str(tmp_path)!r}
-run(toy.EXPERIMENT, toy.Config(seconds=3.0, counter=out), seeds=20, out=Path(out), workers=2)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*-*-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+def test_workers_do_not_outlive_a_killed_parent_that_nobody_reaps(tmp_path):
+    process = started(toy.Config(seconds=2.0, counter=str(tmp_path)), tmp_path / "runs", seeds=20, workers=2)
+    wait_for(lambda: list(tmp_path.glob("*-*-*[0-9]")))
+    process.send_signal(signal.SIGKILL)  # and not waited for: it stays a zombie
+    time.sleep(1.5)
+    calls = len(list(tmp_path.glob("*-*-*[0-9]")))
+    time.sleep(3.0)
+    assert len(list(tmp_path.glob("*-*-*[0-9]"))) == calls
     process.wait()
-    time.sleep(2.5)
-    calls = len(list(tmp_path.glob("*-*-*")))
-    time.sleep(4.0)
-    assert len(list(tmp_path.glob("*-*-*"))) == calls
+
+
+def test_two_runs_into_one_folder_share_the_work(tmp_path):
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    config = toy.Config(seconds=0.3, counter=str(calls))
+    processes = [started(config, tmp_path / "runs", seeds=6, workers=1) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    (folder,) = (tmp_path / "runs" / "toy").iterdir()
+    assert len(results(folder)) == 12
+    assert len(list(calls.iterdir())) == 12
 
 
 def test_a_configuration_that_cannot_run_writes_nothing(tmp_path):
@@ -137,6 +200,7 @@ def test_a_configuration_that_cannot_run_writes_nothing(tmp_path):
         ({"seeds": [1, 1]}, "seeds must be"),
         ({"seeds": [-1]}, "seeds must be"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"time_limit": 0}, "time_limit must be above 0 seconds, got 0"),
         ({"engine": "cloud"}, "engine 'cloud' is not known"),
     ],
 )
@@ -145,13 +209,25 @@ def test_bad_arguments_are_refused(tmp_path, options, message):
         run(toy.EXPERIMENT, toy.Config(), out=tmp_path, **options)
 
 
+def test_seeds_are_read_from_text():
+    assert [seeds_of(text) for text in ("auto", "5", "0,3,4")] == ["auto", 5, [0, 3, 4]]
+    with pytest.raises(UsageError, match="seeds must be auto"):
+        seeds_of("many")
+
+
 def test_a_job_that_forgets_a_metric_fails_with_its_name(tmp_path):
     experiment = dataclasses.replace(toy.EXPERIMENT, job=lambda *_: {"score": 1.0})
     done = run(experiment, toy.Config(), seeds=1, out=tmp_path, workers=1)
     assert "did not return cost" in done.failures[0].error
 
 
-def test_a_claim_about_an_arm_that_is_not_run_is_refused(tmp_path):
+def test_a_metric_that_is_not_measured_is_left_out(tmp_path):
+    experiment = dataclasses.replace(toy.EXPERIMENT, job=lambda *_: {"score": 1.0, "cost": None})
+    done = run(experiment, toy.Config(), seeds=1, out=tmp_path, workers=1)
+    assert results(done.folder)["plain", 0] == {"score": 1.0}
+
+
+def test_a_claim_about_an_arm_that_does_not_exist_is_refused(tmp_path):
     experiment = dataclasses.replace(toy.EXPERIMENT, arms=lambda config: toy.EXPERIMENT.arms(config)[:1])
     with pytest.raises(UsageError, match="names an arm"):
         run(experiment, toy.Config(), out=tmp_path)
@@ -179,13 +255,16 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_written(tmp_path, monkeypa
     assert len(run(toy.EXPERIMENT, toy.Config(), seeds=3, out=tmp_path, workers=1).skipped) == 2
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"arm": "better"}', "[]"])
-def test_a_damaged_result_says_what_to_delete(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "{", '{"arm": "better"}', "[]", "[" * 100_000, None])
+def test_a_damaged_or_misplaced_result_is_put_aside_and_done_again(tmp_path, content):
     done = run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1)
     path = done.folder / "plain" / "seed-0" / "result.json"
-    path.write_text(content)
-    with pytest.raises(UsageError, match=r"result\.json is damaged.*delete .*seed-0"):
-        list(record.read_jobs(done.folder))
+    path.write_text(content if content is not None else (done.folder / "better/seed-0/result.json").read_text())
+    (damaged,) = (job for job in record.read_jobs(done.folder) if not isinstance(job, JobResult))
+    assert str(path) in str(damaged)
+    again = run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1)
+    assert again.finished == [("plain", 0)]
+    assert len(list((done.folder / "plain").glob("seed-0.damaged-*"))) == 1
 
 
 def test_a_folder_that_is_no_run_points_to_the_runs_below_it(tmp_path):
@@ -197,20 +276,40 @@ def test_a_folder_that_is_no_run_points_to_the_runs_below_it(tmp_path):
         record.read_run(done.folder)
 
 
-def test_peak_memory_is_that_of_the_job():
-    with record.Stopwatch() as small:
-        pass
-    with record.Stopwatch() as large:
-        held = bytearray(300 * 2**20)
-    del held
-    assert large.peak_memory - small.peak_memory > 200 * 2**20
-    if sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
-        with record.Stopwatch() as after:
-            pass
-        assert after.peak_memory < large.peak_memory
+def test_what_the_arms_of_a_seed_share_is_made_once_and_made_again_when_damaged(tmp_path):
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    config = toy.Config(counter=str(calls))
+    experiment = dataclasses.replace(toy.EXPERIMENT, start=toy.start, job=toy.started_job)
+    done = run(experiment, config, seeds=2, out=tmp_path / "runs", workers=2)
+    assert not done.failures
+    assert len(list(calls.glob("start-*"))) == 2
+    (done.folder / "start" / "seed-0.pt").write_bytes(b"cut off")
+    again = run(experiment, config, seeds=1, out=tmp_path / "runs", workers=1, fresh=False)
+    assert len(again.skipped) == 2
+    for file in (done.folder / "plain").glob("seed-0/*"):
+        file.unlink()
+    assert run(experiment, config, seeds=1, out=tmp_path / "runs", workers=1).finished == [("plain", 0)]
+    assert len(list(calls.glob("start-*"))) == 3
 
 
-def test_a_real_ray_cluster_of_two_workers_gives_the_same_results(tmp_path):
+def test_an_estimate_counts_jobs_before_anything_runs():
+    found = estimate(toy.EXPERIMENT, toy.Config(), workers=2)
+    assert found.jobs == {3: 6, 5: 10, 10: 20, 20: 40}
+    assert (found.seconds, found.memory, found.workers) == (None, None, 2)
+    assert estimate(toy.EXPERIMENT, toy.Config(), seeds=4, arms=["plain"]).jobs == {4: 4}
+
+
+@pytest.mark.slow
+def test_finding_ten_thousand_finished_jobs_takes_seconds(tmp_path):
+    run(toy.EXPERIMENT, toy.Config(), seeds=5000, out=tmp_path, workers=2)
+    begin = time.perf_counter()
+    again = run(toy.EXPERIMENT, toy.Config(), seeds=5000, out=tmp_path, workers=2)
+    assert len(again.skipped) == 10_000
+    assert time.perf_counter() - begin < 60  # a hang, not a speed
+
+
+def test_a_real_ray_cluster_survives_a_killed_worker_and_gives_the_same_results(tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -220,10 +319,24 @@ def test_a_real_ray_cluster_of_two_workers_gives_the_same_results(tmp_path):
             cluster.add_node(num_cpus=1)
         here = os.pathsep.join(sys.path)
         ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": here}})
-        far = run(toy.EXPERIMENT, toy.Config(seconds=0.2), seeds=3, out=tmp_path / "ray", engine="ray")
+        config = toy.Config(seconds=0.2, kill_once=str(tmp_path / "killed"))
+        far = run(toy.EXPERIMENT, config, seeds=3, out=tmp_path / "ray", engine="ray")
     finally:
         ray.shutdown()
         cluster.shutdown()
-    near = run(toy.EXPERIMENT, toy.Config(seconds=0.2), seeds=3, out=tmp_path / "local", workers=1)
+    near = run(toy.EXPERIMENT, config, seeds=3, out=tmp_path / "local", workers=1)
+    assert (tmp_path / "killed").exists()
     assert results(far.folder) == results(near.folder)
     assert not far.failures
+
+
+def test_nothing_to_do_starts_no_cluster(tmp_path):
+    ray = pytest.importorskip("ray")
+    run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1)
+    run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, engine="ray")
+    assert not ray.is_initialized()
+
+
+def test_the_spawned_workers_are_not_this_process(tmp_path):
+    run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=2)
+    assert not multiprocessing.active_children()

@@ -1,46 +1,47 @@
+import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError
-from weightsmith.lab.data import load_images
-from weightsmith.lab.models import build_model
-from weightsmith.lab.train import evaluate, fit, seed_everything
+from weightsmith.lab.progress import seed_everything
+from weightsmith.lab.task import forward
+from weightsmith.lab.tasks import TaskConfig, from_datasets, make_task
+from weightsmith.lab.train import Hook, evaluate, fit
 
 STEPS = 3  # per epoch: 160 train rows in batches of 50
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return load_images("digits", train_examples=200, test_examples=100)
+def task():
+    return make_task(TaskConfig(train_examples=200, test_examples=100, model="mlp"))
 
 
-def small(name="mlp", *, lr=0.1, seed=0):
+def small(task, *, lr=0.1, seed=0):
     torch.manual_seed(seed)
-    model = build_model(name, channels=1, size=8, classes=10)
+    model = task.build()
     return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def rows(data, *, model=None, **options):
-    kept = []
-    model, optimizer = model or small()
-    fit(model, optimizer, data, **{"epochs": 2, "batch_size": 50, "seed": 0, **options}, record=kept.append)
-    return kept
+def trained(task, *, lr=0.1, **options):
+    model, optimizer = small(task, lr=lr)
+    length = {} if {"steps", "epochs"} & options.keys() else {"epochs": 2}
+    return fit(model, optimizer, task, **{"batch_size": 50, "seed": 0, **length, **options})
 
 
-def learning_rates(data, **options):
-    model, optimizer = small(lr=2.0)
+def learning_rates(task, **options):
+    model, optimizer = small(task, lr=2.0)
     seen = []
-    fit(
-        model, optimizer, data, batch_size=50, seed=0,
-        before_step=lambda: seen.append(optimizer.param_groups[0]["lr"]), **options,
-    )  # fmt: skip
+    hook = Hook(before_step=lambda: seen.append(optimizer.param_groups[0]["lr"]))
+    fit(model, optimizer, task, batch_size=50, seed=0, hooks=[hook], **options)
     assert optimizer.param_groups[0]["lr"] == 2.0  # ready for another run
     return seen
 
@@ -52,186 +53,164 @@ def same_weights(first, second):
 
 
 def test_a_convnet_learns_the_digits_in_a_few_epochs():
-    digits = load_images("digits")
-    model, optimizer = small("convnet")
-    fitted = fit(model, optimizer, digits, epochs=4, batch_size=64, seed=0)
+    digits = make_task(TaskConfig())
+    torch.manual_seed(0)
+    model = digits.build()
+    fitted = fit(
+        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), digits, epochs=4, batch_size=64, seed=0
+    )
     assert fitted.model is model
     assert (fitted.diverged, fitted.steps) == (False, 4 * (1150 // 64))
-    assert evaluate(model, digits.test)["accuracy"] > 0.9
+    assert digits.evaluate(model, "test").metrics["accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_same_seed_gives_the_same_weights_to_the_last_bit(augment):
-    data = load_images("digits", train_examples=200, augment=augment)
-    first, second, other = (
-        fit(*small("convnet"), data, epochs=2, batch_size=50, seed=seed).model for seed in (0, 0, 1)
-    )
+    digits = make_task(TaskConfig(train_examples=200, augment=augment))
+    first, second, other = (trained(digits, seed=seed).model for seed in (3, 3, 4))
     assert same_weights(first, second)
     assert not same_weights(first, other)
 
 
-def test_batches_are_the_same_for_arms_that_draw_other_random_numbers():
-    class Watcher(nn.Module):
-        def __init__(self, noise):
-            super().__init__()
-            self.linear, self.noise, self.seen = nn.Linear(64, 10), noise, []
+def test_batches_follow_from_the_seed_alone(task):
+    seen = []
 
-        def forward(self, x):
-            self.seen.append(x.clone())
-            return self.linear(x.flatten(1)) + self.noise * torch.rand(1)
+    def loss(model, batch, draws):
+        torch.rand(draws)
+        seen[-1] += batch.indices.tolist()
+        return task.losses(model, batch)
 
-    data = load_images("digits", train_examples=200, augment=True, validation_fraction=0)
-    plain, noisy = Watcher(0), Watcher(1)
-    for model in (plain, noisy):
-        fit(model, torch.optim.SGD(model.parameters(), lr=0.1), data, epochs=2, batch_size=50, seed=3)
-    assert len(plain.seen) == 8
-    assert all(torch.equal(a, b) for a, b in zip(plain.seen, noisy.seen, strict=True))
+    for draws in (1, 7):
+        seen.append([])
+        trained(task, loss=lambda model, batch, draws=draws: loss(model, batch, draws))
+    assert seen[0] == seen[1]
+    assert sorted(seen[0][:150]) != seen[0][:150]
+    assert len(set(seen[0][:150])) == 150
 
 
-def test_each_epoch_is_recorded(digits):
-    first, second = rows(digits, after_epoch=lambda model: {"norm": model[1].weight.norm().item()})
-    assert list(first) == [
-        "epoch", "step", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "norm",
-    ]  # fmt: skip
-    assert (first["epoch"], first["step"], second["epoch"], second["step"]) == (1, STEPS, 2, 2 * STEPS)
-    assert second["train_loss"] < first["train_loss"]
+def test_each_epoch_is_recorded(task):
+    kept = []
+    fitted = trained(task, record=kept.append)
+    assert [row["step"] for row in kept] == [3, 6]
+    assert [row["epoch"] for row in kept] == [1.0, 2.0]
+    assert kept == list(fitted.rows)
+    assert {"lr", "train_loss", "validation_loss", "validation_accuracy"} <= kept[0].keys()
 
 
-def test_the_training_figures_are_means_over_the_epoch(digits):
-    model, _ = small()
-    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
-    everything = evaluate(model, digits.train)
-    (row,) = rows(digits, model=(model, frozen), epochs=1, batch_size=160)
-    assert row["train_loss"] == pytest.approx(everything["loss"], rel=1e-5)
-    assert row["train_accuracy"] == pytest.approx(everything["accuracy"])
+def test_rows_come_where_they_are_asked_for(task):
+    assert [row["step"] for row in trained(task, steps=7, rows_at=3).rows] == [3, 6, 7]
+    assert [row["step"] for row in trained(task, steps=7, rows_at=[2, 5]).rows] == [2, 5, 7]
+    late = trained(task, validate="last").rows
+    assert ["validation_loss" in row for row in late] == [False, True]
+    assert not any("validation_loss" in row for row in trained(task, validate="never").rows)
 
 
-def test_evaluation_can_wait_for_the_last_epoch(digits):
-    first, second = rows(digits, evaluate_each_epoch=False)
-    assert "validation_loss" not in first
-    assert "validation_loss" in second
+def test_the_training_loss_is_the_mean_since_the_row_before(task):
+    losses = []
+
+    def loss(model, batch):
+        found = task.losses(model, batch)
+        losses.append(found.mean().item())
+        return found
+
+    rows = trained(task, loss=loss).rows
+    assert rows[0]["train_loss"] == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)
+    assert rows[1]["train_loss"] == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
 
 
-def test_nothing_is_validated_where_nothing_is_held_out():
-    (row,) = rows(load_images("digits", train_examples=100, validation_fraction=0), epochs=1)
-    assert "validation_loss" not in row
+def test_a_loss_of_ones_own_may_be_a_mean_or_one_per_example(task):
+    mean = trained(task, loss=lambda model, batch: task.losses(model, batch).mean())
+    each = trained(task, loss=lambda model, batch: task.losses(model, batch))
+    plain = trained(task)
+    assert same_weights(each.model, plain.model)
+    torch.testing.assert_close(mean.model.state_dict(), plain.model.state_dict(), rtol=1e-5, atol=1e-6)
+    doubled = trained(task, loss=lambda model, batch: 2 * task.losses(model, batch), lr=0.05)
+    torch.testing.assert_close(doubled.model.state_dict(), plain.model.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_batch_larger_than_the_data_is_all_of_it(digits):
-    assert rows(digits, epochs=1, batch_size=1000)[0]["step"] == 1
+def test_a_batch_larger_than_the_data_is_all_of_it(task):
+    assert trained(task, batch_size=10_000).steps == 2
 
 
-def test_cosine_falls_to_nought_per_step(digits):
-    seen = learning_rates(digits, epochs=2)
-    assert seen == pytest.approx([1 + torch.tensor(torch.pi * step / 6).cos().item() for step in range(6)])
+def test_cosine_falls_to_zero_per_step(task):
+    expected = [2 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert learning_rates(task, epochs=2) == pytest.approx(expected)
 
 
-def test_warmup_rises_linearly_before_the_schedule(digits):
-    assert learning_rates(digits, epochs=2, schedule="constant", warmup_epochs=1) == pytest.approx(
-        [0.5, 1, 1.5, 2, 2, 2]
-    )
-    assert learning_rates(digits, epochs=2, warmup_epochs=1) == pytest.approx([0.5, 1, 1.5, 2, 1.5, 0.5])
+def test_warmup_rises_linearly_before_the_schedule(task):
+    found = learning_rates(task, epochs=2, warmup=1, schedule="constant")
+    assert found == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    assert learning_rates(task, steps=4, warmup=1, schedule="constant") == pytest.approx([1.0, 2.0, 2.0, 2.0])
 
 
-def test_steps_fall_at_their_milestones(digits):
-    seen = learning_rates(digits, epochs=3, schedule="step", milestones=[1, 2], gamma=0.5)
-    assert seen == pytest.approx([2.0] * 3 + [1.0] * 3 + [0.5] * 3)
+def test_steps_fall_at_their_milestones(task):
+    found = learning_rates(task, epochs=3, schedule="step", milestones=(1, 2), gamma=0.5)
+    assert found == pytest.approx([2.0] * 3 + [1.0] * 3 + [0.5] * 3)
 
 
-def test_before_step_sees_clipped_gradients_and_may_change_them(digits):
-    model, optimizer = small()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+def test_hooks_see_clipped_gradients_and_may_change_them(task):
+    model, optimizer = small(task)
     norms = []
 
-    def silence():
-        norms.append(torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm().item())
-        optimizer.zero_grad()
+    def look():
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+        for parameter in model.parameters():
+            parameter.grad.zero_()
 
-    fit(model, optimizer, digits, epochs=1, batch_size=50, seed=0, clip_norm=0.01, before_step=silence)
-    assert norms == pytest.approx([0.01] * STEPS, rel=1e-3)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_label_smoothing_raises_the_training_loss_only(digits):
-    def row(label_smoothing):
-        model, _ = small()
-        frozen = torch.optim.SGD(model.parameters(), lr=0.0)
-        return rows(digits, model=(model, frozen), epochs=1, label_smoothing=label_smoothing)[0]
-
-    plain, smoothed = row(0.0), row(0.5)
-    assert plain["train_loss"] != smoothed["train_loss"]
-    assert plain["validation_loss"] == smoothed["validation_loss"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit(model, optimizer, task, epochs=1, batch_size=50, seed=0, clip_norm=0.1, hooks=[Hook(before_step=look)])
+    assert norms == pytest.approx([0.1] * STEPS, rel=1e-3)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_divergence_is_a_result_and_no_error(digits):
-    model, optimizer = small(lr=1e30)
-    kept = []
-    fitted = fit(model, optimizer, digits, epochs=5, batch_size=50, seed=0, record=kept.append, schedule="constant")
+def test_divergence_is_a_result_and_no_error(task):
+    fitted = trained(task, lr=1e30)
     assert fitted.diverged
-    assert fitted.steps < 5 * STEPS
-    assert kept[-1]["diverged"] == 1
-    assert "train_loss" not in kept[-1]
+    assert fitted.rows[-1]["diverged"] == 1.0
+    assert fitted.steps < 6
 
 
-def test_the_precision_may_change_between_runs_and_leaves_no_trace(digits):
-    class Spy(nn.Linear):
-        dtypes = ()
-
-        def forward(self, x):
-            out = super().forward(x.flatten(1))
-            Spy.dtypes += (out.dtype,)
-            return out
-
-    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
-        model = Spy(64, 10)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        fit(model, optimizer, digits, epochs=1, batch_size=50, seed=0, mixed_precision=precision)
-        assert Spy.dtypes[-1] is dtype
-        model(torch.zeros(1, 64))
-        assert Spy.dtypes[-1] is torch.float32
+def test_the_precision_may_change_between_runs_and_leaves_no_trace(task):
+    plain = trained(task).model
+    half = trained(task, mixed_precision="bf16").model
+    assert not same_weights(plain, half)
+    assert same_weights(trained(task).model, plain)
+    assert all(parameter.dtype == torch.float32 for parameter in half.parameters())
 
 
-def test_evaluation_is_the_mean_over_all_examples_whatever_the_batch(digits):
-    model, _ = small()
-    x, y = digits.test.__getitems__(range(100))
-    with torch.no_grad():
-        loss, accuracy = F.cross_entropy(model(x), y).item(), (model(x).argmax(1) == y).float().mean().item()
-    for batch_size in (7, 512):
-        assert evaluate(model, digits.test, batch_size) == pytest.approx({"loss": loss, "accuracy": accuracy})
+def test_evaluation_scores_every_example_whatever_the_batch(task):
+    model, _ = small(task)
+    scores = lambda model, batch: {"loss": task.losses(model, batch)}  # noqa: E731
+    one = evaluate(model, task.held_out["test"], scores, batch_size=7)
+    other = evaluate(model, task.held_out["test"], scores, batch_size=100)
+    torch.testing.assert_close(one.scores["loss"], other.scores["loss"])
+    assert one.metrics["loss"] == pytest.approx(one.scores["loss"].mean().item())
+    assert len(one.scores["loss"]) == 100
 
 
-def test_evaluation_puts_every_module_back_into_its_mode(digits):
-    model, _ = small("convnet")
-    model[0].eval()
+def test_evaluation_puts_every_module_back_into_its_mode(task):
+    model, _ = small(task)
+    model.train()
+    next(iter(model.children())).eval()
     modes = [module.training for module in model.modules()]
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    evaluate(model, digits.test)
+    task.evaluate(model, "test")
     assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_evaluation_of_nothing_is_an_error():
-    with pytest.raises(UsageError, match="split must not be empty"):
-        evaluate(small()[0], load_images("digits", validation_fraction=0).validation)
-
-
-def test_training_does_not_leave_global_switches_behind(digits):
-    before = torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
-    rows(digits, epochs=1)
-    assert (torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled()) == before
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "cosin"}, r"schedule 'cosin' is not known: did you mean 'cosine'"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"steps": -1}, "steps must be above 0"),
+        ({"batch_size": 0}, "batch_size must be above 0"),
+        ({"epochs": 1, "steps": 1}, "either epochs or steps"),
+        ({"schedule": "linear"}, "schedule 'linear' is not known"),
+        ({"rows_at": 0}, "rows_at must be at least 1"),
     ],
 )
-def test_arguments_out_of_range_are_named(digits, options, message):
+def test_arguments_out_of_range_are_named(task, options, message):
     with pytest.raises(UsageError, match=message):
-        rows(digits, **options)
+        trained(task, **options)
 
 
 def test_seeding_covers_every_global_generator():
@@ -240,31 +219,142 @@ def test_seeding_covers_every_global_generator():
     import numpy as np
 
     def draw():
-        seed_everything(2**40)
+        seed_everything(5)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
+
+
+# resuming ---------------------------------------------------------------------------------------------------------
+
+
+def noisy_task():
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).long()
+
+    def build():
+        return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    pairs = [(a, int(b)) for a, b in zip(x, y, strict=True)]
+    return from_datasets(build, pairs[:48], pairs[48:])
+
+
+class Stopped(Exception):
+    pass
+
+
+class Average:
+    """Something with a state that belongs to the run."""
+
+    def __init__(self, model):
+        self.model, self.value, self.calls = model, torch.zeros(2, 16), 0
+
+    def update(self):
+        self.value = 0.9 * self.value + 0.1 * self.model[4].weight.detach()
+        self.calls += 1
+
+    def state_dict(self):
+        return {"value": self.value, "calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.value, self.calls = state["value"], state["calls"]
+
+
+def noisy_run(folder, stop=None, **options):
+    task = noisy_task()
+    torch.manual_seed(1)
+    model = task.build()
+    average, kept = Average(model), []
+
+    def step():
+        average.update()
+        if stop is not None and average.calls == stop:
+            raise Stopped
+
+    fitted = fit(
+        model, torch.optim.AdamW(model.parameters(), lr=0.01), task, epochs=5, batch_size=10, seed=7,
+        hooks=[Hook(after_step=step, state=average)], record=kept.append, folder=folder, **options,
+    )  # fmt: skip
+    return fitted, average, kept
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 10, 15])
+def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(tmp_path, stop):
+    whole, average, rows = noisy_run(None)
+    with pytest.raises(Stopped):
+        noisy_run(tmp_path, stop=stop, checkpoint_seconds=0.0)
+    resumed, again, kept = noisy_run(tmp_path, checkpoint_seconds=0.0)
+    assert same_weights(resumed.model, whole.model)
+    assert torch.equal(again.value, average.value)
+    assert again.calls == average.calls == 15
+    assert kept == rows
+
+
+def test_a_finished_run_is_read_back_and_not_trained_again(tmp_path):
+    whole, _, rows = noisy_run(tmp_path)
+    again, average, kept = noisy_run(tmp_path, stop=1)
+    assert same_weights(whole.model, again.model)
+    assert (kept, average.calls) == (rows, 15)
+
+
+def test_a_damaged_checkpoint_starts_over(tmp_path):
+    whole, *_ = noisy_run(tmp_path)
+    file = tmp_path / "fit.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    assert same_weights(noisy_run(tmp_path)[0].model, whole.model)
+
+
+def test_a_folder_serves_one_run_alone(tmp_path, task):
+    trained(task, folder=tmp_path)
+    with pytest.raises(UsageError, match="another training run"):
+        trained(task, folder=tmp_path, seed=1)
+    with pytest.raises(UsageError, match="another training run"):
+        trained(task, folder=tmp_path, lr=0.2)
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from pathlib import Path
+import test_train
+fitted, *_ = test_train.noisy_run(Path(sys.argv[1]), checkpoint_seconds=0.0)
+torch.save(fitted.model.state_dict(), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_bit_identical(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED.format(here=str(Path(__file__).parent)))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, script, tmp_path / "fit", tmp_path / "end.pt"])
+        wait = 2.5 + 2.5 * torch.rand((), generator=generator).item()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, script, tmp_path / "fit", tmp_path / "end.pt"], check=True)
+    whole, *_ = noisy_run(None)
+    ended = torch.load(tmp_path / "end.pt")
+    assert all(torch.equal(ended[name], tensor) for name, tensor in whole.model.state_dict().items())
 
 
 SCRIPT = """
 import sys
 import torch
 from accelerate import PartialState
-from weightsmith.lab.data import load_images
-from weightsmith.lab.models import build_model
-from weightsmith.lab.train import evaluate, fit
+from weightsmith.lab.tasks import TaskConfig, make_task
+from weightsmith.lab.train import fit
 
-digits = load_images("digits", train_examples=200, test_examples=101)
+task = make_task(TaskConfig(train_examples=200, test_examples=101, model="mlp"))
 torch.manual_seed(0)
-model, other = (build_model("mlp", channels=1, size=8, classes=10) for _ in range(2))
+model, other = task.build(), task.build()
 rows = []
 for net in (model, other):
-    fit(
-        net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), digits, epochs=2, batch_size=33, seed=0,
-        clip_norm=1.0, record=rows.append,
-    )
-state = PartialState()
-result = state.num_processes, rows, model.state_dict(), evaluate(model, digits.test)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    fit(net, optimizer, task, epochs=2, batch_size=33, seed=0, clip_norm=1.0, record=rows.append)
+state, found = PartialState(), task.evaluate(model, "test")
+result = state.num_processes, rows, model.state_dict(), dict(found.metrics), found.scores["loss"]
 torch.save(result, f"{sys.argv[1]}/{state.process_index}.pt")
 """
 
@@ -278,8 +368,8 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     runpy.run_path(str(script))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, script, tmp_path / "two"], env=environment, check=True, timeout=120, capture_output=True)
-    (_, rows, weights, test), (processes, *first), (_, *second) = (
+    subprocess.run([*launch, script, tmp_path / "two"], env=environment, check=True, timeout=180, capture_output=True)
+    (_, rows, weights, test, scores), (processes, *first), (_, *second) = (
         torch.load(tmp_path / file) for file in ("one/0.pt", "two/0.pt", "two/1.pt")
     )
     assert processes == 2
@@ -287,6 +377,19 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     assert second[0] == []  # the main process records
     for ours, theirs in zip(rows, first[0], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4)
-    for _, state, measured in (first, second):
+    for _, state, measured, each in (first, second):
         torch.testing.assert_close(state, weights, rtol=1e-5, atol=1e-6)
         assert measured == pytest.approx(test, rel=1e-4)
+        torch.testing.assert_close(each, scores, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_may_take_positional_or_keyword_inputs():
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return a - b
+
+    from weightsmith.lab.task import Batch
+
+    a, b = torch.ones(2), torch.zeros(2)
+    for inputs in ((a, b), [a, b], {"b": b, "a": a}):
+        assert torch.equal(forward(Two(), Batch(inputs, None, torch.arange(2))), a)

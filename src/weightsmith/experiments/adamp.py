@@ -259,7 +259,7 @@ EXPERIMENT = Experiment(
         "The norm is measured at one reference learning rate per family, the score at the rate that each arm's "
         "validation score prefers, seed by seed; every arm gets the same number of rates. A smaller norm means a "
         "larger effective step late in training, so an arm without projection can make up for it with another rate or "
-        "with weight decay: a gain in accuracy is not to be expected on every model. The share of projected tensors tells "
-        "whether the method does anything on this model at all: without normalization layers it only fires by chance."
+        "with weight decay: a gain in accuracy is not to be expected on every model. The share of projected tensors "
+        "tells whether the method does anything on this model at all: without normalization layers it fires by chance."
     ),
 )  # fmt: skip

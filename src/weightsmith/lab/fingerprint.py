@@ -3,10 +3,10 @@
 A run folder is named after the digest of configuration, experiment source, package, data and the user's own code.
 """
 
+import ast
 import hashlib
 import inspect
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -46,17 +46,36 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def code_digest(module: ModuleType) -> str:
-    """Changes when a module's source does, or that of a module beside it that has been imported."""
+    """Changes when a module's source does, or that of a module beside it which it imports, directly or not."""
     file = getattr(module, "__file__", None)
-    if file is None:
+    if file is None or not Path(file).is_file():
         return ""
-    root = Path(file).resolve().parent
-    files = {Path(file).resolve()}
-    for other in list(sys.modules.values()):
-        path = Path(getattr(other, "__file__", None) or "")
-        if path.suffix == ".py" and path.is_absolute() and path.is_file() and "site-packages" not in path.parts:
-            files |= {path.resolve()} if path.resolve().is_relative_to(root) else set()
-    return digest(*(path.read_bytes() for path in sorted(files)))
+    root, waiting, seen = Path(file).resolve().parent, [Path(file).resolve()], set[Path]()
+    while waiting:
+        path = waiting.pop()
+        if path not in seen:
+            seen.add(path)
+            waiting += _imports(path, root)
+    return digest(*(path.read_bytes() for path in sorted(seen)))
+
+
+def _imports(path: Path, root: Path) -> list[Path]:
+    """Files below ``root`` that a source file imports, read from its text: what has been imported so far varies."""
+    try:
+        tree = ast.parse(path.read_text())
+    except (SyntaxError, ValueError):
+        return []
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [(root, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = path.parents[node.level - 1] if node.level else root
+            names += [(base, node.module)] if node.module else []
+            names += [(base, f"{node.module}.{alias.name}" if node.module else alias.name) for alias in node.names]
+    files = [base.joinpath(*name.split(".")) for base, name in names]
+    found = [place for file in files for place in (file.with_suffix(".py"), file / "__init__.py")]
+    return [place for place in found if place.is_file() and place.resolve().is_relative_to(root)]
 
 
 def package_digest() -> str:

@@ -155,7 +155,7 @@ def fit(
     # its wrapper looks for other libraries on disk at every step, which a small network would feel
     plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
     take_step = optimizer.step if plain else stepper.step
-    asked = {"steps": total, "batch_size": batch_size, "seed": seed, "schedule": schedule}
+    asked = {"steps": total, "batch_size": batch_size, "seed": seed, "schedule": schedule, "begin": _begin(model, base)}
     parts = {"model": model, "optimizer": stepper, "scaler": accelerator.scaler} | {
         f"hook {index}": hook.state for index, hook in enumerate(hooks)
     }
@@ -257,6 +257,12 @@ def evaluate(
     if state.num_processes > 1:
         found = {name: reduce(values.to(state.device), "sum").cpu() for name, values in found.items()}
     return Outcome({name: values.double().mean().item() for name, values in found.items()}, found)
+
+
+def _begin(model: nn.Module, rates: Sequence[float]) -> list[float]:
+    """Tells one run from another by its first weights and learning rates."""
+    sums = [tensor.detach().double().sum().item() for tensor in model.parameters()]
+    return [*map(float, rates), *sums[:3], math.fsum(sums)]
 
 
 def _validation(task: Task, model: nn.Module) -> Row:

@@ -45,17 +45,20 @@ class Effect:
 
     def p(self, threshold: float) -> float:
         """Two-sided p-value of ``mean = threshold``."""
-        return float(p_value((self.mean - threshold) / self.error if self.error else math.nan, self.n))
+        distance = self.mean - threshold
+        if not self.error:  # all differences are equal to the last bit
+            return 0.0 if distance else 1.0
+        return float(p_value(distance / self.error, self.n))
 
     def half(self, level: float) -> float:
         """Half the width of the interval whose test has this level."""
         return float(stats.t.isf(level / 2, self.n - 1)) * self.error
 
-    def detectable(self, level: float, n: int | None = None) -> float:
-        """Smallest difference that ``n`` seeds would show at this level four times out of five."""
-        n = n or self.n
+    def detectable(self, level: float, n: Any = None) -> Any:
+        """Smallest difference that ``n`` seeds, a number or an array, show at this level four times out of five."""
+        n = self.n if n is None else n
         quantiles = stats.t.isf(level / 2, n - 1) + stats.t.ppf(_POWER, n - 1)
-        return float(quantiles) * math.sqrt(self.seeds / n + self.examples)
+        return quantiles * np.sqrt(self.seeds / n + self.examples)
 
 
 def p_value(t: Any, n: int) -> Any:

@@ -222,7 +222,7 @@ def _judgement(case: _Case, look: int | None, level: float, family_level: float,
         "level": level,
         "low": effect.mean - half,
         "high": effect.mean + half,
-        "detectable": excess.detectable(level),
+        "detectable": float(excess.detectable(level)),
     }
     if claim.paper_gain is not None:
         gain = claim.paper_gain * float(case.sizes.mean())
@@ -275,5 +275,6 @@ def _examples_limit(effect: Effect, worth: float | None, level: float) -> bool:
 
 def seeds_needed(effect: Effect, worth: float, level: float) -> int | None:
     """Smallest number of seeds that shows an effect of ``worth`` four times out of five; ``None``: none does."""
-    counts = (*range(3, 31), *range(35, 101, 5), *range(150, MOST_SEEDS + 1, 50))
-    return next((n for n in counts if effect.detectable(level, n) <= worth), None)
+    counts = np.array([*range(3, 31), *range(35, 101, 5), *range(150, MOST_SEEDS + 1, 50)])
+    enough = np.flatnonzero(effect.detectable(level, counts) <= worth)
+    return int(counts[enough[0]]) if len(enough) else None

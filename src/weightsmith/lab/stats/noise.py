@@ -28,4 +28,4 @@ def noise(values: Sequence[float], counts: Sequence[int] = COUNTS) -> dict[int, 
     if summary.n < 3:
         raise UsageError(f"the noise of a metric takes at least 3 seeds with finite values, got {summary.n}")
     effect = Effect(0.0, 2 * summary.sd**2, 0.0, summary.n)
-    return {n: effect.detectable(ALPHA, n) if summary.sd else math.nan for n in counts}
+    return {n: float(effect.detectable(ALPHA, n)) if summary.sd else math.nan for n in counts}

@@ -36,4 +36,4 @@ def step_of(values: Iterable[float]) -> float:
         return 0.0
     step = float(np.diff(known).min())
     counts = (known - known[0]) / step
-    return step if len(known) > 2 and bool(np.all(np.abs(counts - counts.round()) < 1e-4)) else 0.0
+    return step if bool(np.all(np.abs(counts - counts.round()) < 1e-4)) else 0.0
