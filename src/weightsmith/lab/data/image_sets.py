@@ -152,6 +152,8 @@ def _columns(name: str, table: Any, columns: tuple[str, ...]) -> tuple[str, str]
         return image, label
     images = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
     labels = [key for key, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if images and not labels and len(table.column_names) == 1:
+        raise UsageError(f"data {name!r} has no labels or one class only: a folder of images needs a folder per class")
     return (
         images[0] if images else column(name, table, None, IMAGE_COLUMNS, "images"),
         labels[0] if labels else column(name, table, None, LABEL_COLUMNS, "labels"),

@@ -7,9 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from weightsmith.core.errors import UsageError, unknown
-from weightsmith.core.load import load_object
 from weightsmith.lab.models.convnet import convnet
-from weightsmith.lab.models.external import from_function, from_hugging_face, hugging_face_config
+from weightsmith.lab.models.external import from_function, from_hugging_face
 from weightsmith.lab.models.mlp import mlp
 from weightsmith.lab.models.resnet import resnet
 from weightsmith.lab.models.vgg import vgg
@@ -60,24 +59,6 @@ def build_model(name: str, *, channels: int, size: int, classes: int, pretrained
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     return MODELS[name](**shape)
-
-
-def check_model(name: str) -> None:
-    """Fail early if a model is unavailable.
-
-    Args:
-        name: As in :func:`build_model`.
-
-    Raises:
-        UsageError: The name is unknown, or what it names is unavailable.
-        MissingExtra: ``transformers`` is needed and not installed.
-    """
-    if _is_hugging_face(name):
-        hugging_face_config(name)
-    elif ":" in name:
-        load_object(name, "model")
-    elif name not in MODELS:
-        raise unknown("model", name, MODELS)
 
 
 def _is_hugging_face(name: str) -> bool:

@@ -123,4 +123,14 @@ def from_datasets(
 def _identity(batches: Collated) -> str:
     """Digest of the length and of examples spread over the dataset."""
     at = torch.linspace(0, len(batches) - 1, min(_SAMPLE, len(batches))).long() if len(batches) else torch.tensor([])
-    return digest(str(len(batches)), *(pickle.dumps(batches.dataset[index]) for index in at.tolist()))
+    return digest(str(len(batches)), *(_content(batches.dataset[index]) for index in at.tolist()))
+
+
+def _content(item: Any) -> bytes:
+    if isinstance(item, Tensor):
+        return str(item.dtype).encode() + str(item.tolist()).encode()
+    if isinstance(item, Mapping):
+        return b"".join(str(key).encode() + _content(value) for key, value in item.items())
+    if isinstance(item, tuple | list):
+        return b"".join(map(_content, item))
+    return pickle.dumps(item)
