@@ -1,143 +1,202 @@
-"""The first experiments: their mechanics are true, their presets are real code, and they run on many processes."""
+"""What holds for every experiment, on several tasks."""
 
 import dataclasses
-import io
-import os
-import subprocess
-import sys
-from functools import partial
+import importlib
+import math
 
-import numpy as np
 import pytest
 import torch
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments import adamp, weight_compander
+from weightsmith.experiments import adamp, bone, flexround, mwa, ofq, weight_compander
 from weightsmith.lab import report
-from weightsmith.lab.record import Recorder, read_jobs
+from weightsmith.lab.job import Job
+from weightsmith.lab.record import JobResult, Recorder, plain_metrics, read_jobs
 from weightsmith.lab.run import run
+from weightsmith.lab.tasks import make_task
+from weightsmith.techniques import TECHNIQUES
 
-TINY_ADAMP = dataclasses.replace(adamp.EXPERIMENT.presets["smoke"], train_examples=200, epochs=1)
-TINY_COMPANDER = dataclasses.replace(weight_compander.EXPERIMENT.presets["smoke"], train_examples=200, epochs=1)
-BOTH = pytest.mark.parametrize(
-    ("experiment", "config"), [(adamp.EXPERIMENT, TINY_ADAMP), (weight_compander.EXPERIMENT, TINY_COMPANDER)]
-)
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """A folder with tiny data sets in the hub's layout under the names of the papers' data sets."""
-    datasets = pytest.importorskip("datasets")
-    image = pytest.importorskip("PIL.Image")
-    rng = np.random.default_rng(0)
-
-    def picture(size):
-        buffer = io.BytesIO()
-        image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    for name, column, label, size in (("cifar100", "img", "fine_label", 32), ("imagenet", "image", "label", 80)):
-        features = datasets.Features(
-            {column: datasets.Image(), label: datasets.ClassLabel(names=["cat", "dog", "owl"])}
-        )
-        for split, rows in (("train", 24), ("test", 12)):
-            table = {column: [picture(size) for _ in range(rows)], label: [i % 3 for i in range(rows)]}
-            (tmp_path / name).mkdir(exist_ok=True)
-            datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / name / f"{split}.parquet")
-    monkeypatch.setenv("WEIGHTSMITH_DATA", str(tmp_path))
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "cache"))
+SMALL = {"train_examples": 60, "test_examples": 12}
+CONFIGS = {
+    "adamp": {"epochs": 1, **SMALL},
+    "weight-compander": {"epochs": 1, **SMALL},
+    "ofq": {"epochs": 1, "pretrain_epochs": 1, "anneal_epochs": 1, **SMALL},
+    "bone": {"pretrain_epochs": 1, "steps": 4, "early": 2, **SMALL},
+    "mwa": {"pretrain_steps": 3, "steps": 6, "save_every": 1, **SMALL},
+    "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
+}
+TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 
 
-@BOTH
-def test_a_job_is_a_pure_function_of_config_arm_and_seed(experiment, config):
-    arm = experiment.arms(config)[1].name
-    first, second = Recorder(), Recorder()
-    assert experiment.job(config, arm, 0, first) == experiment.job(config, arm, 0, second)
-    assert first.rows == second.rows
-    assert experiment.job(config, arm, 1, Recorder()) != experiment.job(config, arm, 0, Recorder())
+def experiment_of(slug):
+    card = next(card for card in TECHNIQUES if card.slug == slug)
+    return importlib.import_module(card.experiment).EXPERIMENT
 
 
-@BOTH
-def test_every_arm_returns_every_metric_and_feeds_every_chart(experiment, config):
-    for arm in experiment.arms(config):
-        record = Recorder()
-        metrics = experiment.job(config, arm.name, 0, record)
-        assert set(metrics) == {metric.name for metric in experiment.metrics}
-        for chart in experiment.charts:
-            assert any({chart.x, chart.y} <= row.keys() and row["phase"] == chart.phase for row in record.rows)
+def small(slug, **changes):
+    experiment = experiment_of(slug)
+    return experiment, dataclasses.replace(experiment.preset("smoke"), **(CONFIGS[slug] | changes))
 
 
-@BOTH
-@pytest.mark.slow
-def test_the_paper_preset_is_real_code(experiment, config, stand_in, tmp_path):
-    shorter = {"epochs": 1, "batch_size": 8, "mixed_precision": None}
-    if experiment is adamp.EXPERIMENT:
-        shorter |= {"sgd_lrs": (0.1,), "adam_lrs": (0.001,), "without_decay": False}
-    else:
-        shorter |= {"scales": (1.0,), "milestones": (0.5,)}
-    paper = dataclasses.replace(experiment.presets["paper"], **shorter)
-    done = run(experiment, paper, preset="paper", seeds=1, out=tmp_path / "runs", workers=2)
+def do(experiment, config, arm, folder, seed=0):
+    task_start = None
+    if experiment.start is not None:
+        task_start = experiment.start(config, seed, folder / f"start-{arm}")
+    job = Job(arm, seed, Recorder(), folder / arm, torch.device("cpu"), start=task_start)
+    metrics, scores = plain_metrics(experiment.job(config, job))
+    return metrics, scores, job
+
+
+@pytest.mark.parametrize("slug", CONFIGS)
+def test_a_run_ends_in_a_report_and_measures_every_metric(tmp_path, slug):
+    experiment, config = small(slug)
+    done = run(experiment, config, preset="smoke", seeds=1, out=tmp_path, workers=1)
     assert not done.failures
-    assert len(list(read_jobs(done.folder))) == len(experiment.arms(paper))
-    assert "inconclusive" in report.to_markdown(report.load(done.folder))
+    jobs = [job for job in read_jobs(done.folder) if isinstance(job, JobResult)]
+    assert {job.arm for job in jobs} == {arm.name for arm in experiment.arms(config)}
+    measured = {name for job in jobs for name in job.metrics}
+    assert measured == {metric.name for metric in experiment.metrics(config)}
+    page = report.write(done.folder)
+    assert experiment.title in page.read_text()
+
+
+@pytest.mark.parametrize("slug", ["adamp", "bone", "mwa", "flexround", "weight-compander"])
+def test_every_experiment_runs_on_questions_too(tmp_path, slug):
+    experiment, config = small(slug, **TEXT)
+    arms = [arm.name for arm in experiment.arms(config)][-2:]
+    done = run(experiment, config, preset="smoke", seeds=1, arms=arms, out=tmp_path, workers=1)
+    assert [failure.error for failure in done.failures] == []
+
+
+def test_ofq_runs_on_sentences_too(tmp_path):
+    lines = "".join(f"text number {row},{row % 2}\n" for row in range(40))
+    (tmp_path / "s.csv").write_text("text,label\n" + lines)
+    experiment, config = small("ofq", task="sentences", data=str(tmp_path / "s.csv"), length=16)
+    done = run(experiment, config, seeds=1, arms=["fp", "statsq-qkr-cga"], out=tmp_path / "runs", workers=1)
+    assert [failure.error for failure in done.failures] == []
+
+
+@pytest.mark.parametrize(("slug", "arm"), [("adamp", "adamp"), ("weight-compander", "wc"), ("ofq", "lsq-dampening"),
+                                           ("mwa", "loss"), ("flexround", "flexround")])  # fmt: skip
+def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):
+    experiment, config = small(slug)
+    first, scores, _ = do(experiment, config, arm, tmp_path / "one")
+    second, again, _ = do(experiment, config, arm, tmp_path / "two")
+    timed = {name for name in first if name.startswith("seconds")}
+    assert {k: v for k, v in first.items() if k not in timed} == {k: v for k, v in second.items() if k not in timed}
+    assert all(torch.equal(scores[name], again[name]) for name in scores)
+
+
+@pytest.mark.parametrize("slug", CONFIGS)
+def test_a_job_that_resumes_gives_the_same_numbers(tmp_path, slug):
+    experiment, config = small(slug)
+    arm = [arm.name for arm in experiment.arms(config)][-1]
+    first, _, one = do(experiment, config, arm, tmp_path)
+    second, _, two = do(experiment, config, arm, tmp_path)  # the checkpoints of the first are still there
+    timed = ("seconds", "step_ms", "setup_ms")
+    assert {k: v for k, v in first.items() if not k.startswith(timed)} == pytest.approx(
+        {k: v for k, v in second.items() if not k.startswith(timed)}, nan_ok=True
+    )
+    assert len(one.record.rows) == len(two.record.rows)
+
+
+@pytest.mark.parametrize("slug", CONFIGS)
+def test_the_paper_preset_and_all_claims_are_consistent(slug):
+    experiment = experiment_of(slug)
+    for name in experiment.presets:
+        config = experiment.preset(name)
+        experiment.check(config)
+        described = experiment.describe(config)
+        assert 1 <= sum(claim["primary"] for claim in described["claims"]) <= 2
+        assert all(claim["worth"] for claim in described["claims"] if claim["primary"]) or slug == "ofq"
+        assert len({claim["text"] for claim in described["claims"]}) == len(described["claims"])
+
+
+@pytest.mark.parametrize("slug", CONFIGS)
+def test_no_experiment_holds_a_training_loop_or_a_switch_over_tasks(slug):
+    from pathlib import Path
+
+    source = Path(importlib.import_module(experiment_of(slug).job.__module__).__file__).read_text()
+    assert "task ==" not in source
+    assert source.count(".backward()") <= (1 if slug in ("adamp", "ofq") else 0)  # the plane problem, the penalty
+
+
+def test_every_arm_gets_the_same_number_of_trials(tmp_path):
+    experiment, config = small("adamp", adam_lrs=(0.003, 0.01), sgd_lrs=(0.1, 0.3), more_lrs=1)
+    for arm in ("sgd", "adamp", "muon"):
+        _, _, job = do(experiment, config, arm, tmp_path)
+        trials = [row for row in job.record.rows if row.get("phase") == "sweep"]
+        assert [row["trial"] for row in trials] == [1, 2, 3]
+        assert len({row["rate"] for row in trials}) == 3
+
+
+def test_a_job_whose_every_trial_diverged_says_so(tmp_path):
+    experiment, config = small("adamp", sgd_lrs=(1e30,))
+    metrics, _, job = do(experiment, config, "sgd", tmp_path)
+    assert job.diverged
+    assert math.isnan(metrics["score"])
+
+
+def test_momentum_inflates_the_norm_in_the_plane_and_projection_does_not(tmp_path):
+    experiment, config = small("adamp")
+    plain, projected = (do(experiment, config, arm, tmp_path)[0] for arm in ("sgd", "sgdp"))
+    assert plain["plane_norm"] > 3
+    assert projected["plane_norm"] < 1.5
+
+
+def test_a_new_adapter_leaves_the_network_as_it_was():
+    _, config = small("bone")
+    task = bone.changed(make_task(config))
+    model = config.network(task, 0)
+    batch = task.example()
+    before = task.losses(model, batch)
+    for arm in ("lora", "pissa", "miss", "col", "row", "full"):
+        adapted = bone._adapted(config, arm, config.network(task, 0))
+        torch.testing.assert_close(task.losses(adapted, batch), before, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_leaves_the_model_as_it_was(tmp_path):
+    experiment, config = small("mwa")
+    start = experiment.start(config, 0, tmp_path)
+    model = config.network(make_task(config), 0)
+    model.load_state_dict(start["weights"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with mwa._merged(model, config, start["constant"]["states"][-2:], [0.5, 0.5], "exact"):
+        assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_taught_student_has_the_gradients_of_the_distillation_loss():
+    from weightsmith.quantize.distillation import distillation_loss
+
+    _, config = small("ofq")
+    task = make_task(config)
+    student, teacher = config.network(task, 0), config.network(task, 1)
+    batch = task.example()
+    expected = torch.autograd.grad(
+        distillation_loss(student(batch.inputs), teacher(batch.inputs), batch.targets), student.head.weight
+    )[0]
+    with ofq._taught(student, teacher, task) as loss:
+        found = torch.autograd.grad(loss(student, batch), student.head.weight)[0]
+    torch.testing.assert_close(found, expected)
+    assert not student._forward_hooks
 
 
 @pytest.mark.parametrize(
-    ("momentum", "nesterov", "project_buffer", "norm", "steps"),
-    [(0.9, False, True, 1.57, 27), (0.9, True, False, 1.34, 14), (0.99, True, False, 1.37, 15)],
+    ("module", "changes", "message"),
+    [
+        (adamp, {"adam_lrs": ()}, "adam_lrs must hold learning rates above 0"),
+        (weight_compander, {"scales": (0.5, 1.0)}, "scales must start with 1"),
+        (ofq, {"mixed_precision": "fp16"}, "mixed_precision must be"),
+        (ofq, {"anneal_epochs": 0}, "anneal_epochs and pretrain_epochs must be above 0"),
+        (bone, {"early": 0}, "early must be between 1 and steps"),
+        (mwa, {"last": 99}, "last at most steps / save_every"),
+        (flexround, {"bits": (7,)}, "bits must be some of"),
+        (flexround, {"flexround_lrs": (0.1, 0.2)}, "the same number of"),
+        (adamp, {"epochs": 0}, "epochs must be above 0"),
+    ],
 )
-def test_the_plane_problem_gives_the_known_figures(momentum, nesterov, project_buffer, norm, steps, monkeypatch):
-    # start angle 2.6, learning rate 0.1, 400 steps: reference figures of the authors' package
-    from weightsmith.optim import SGDP
-
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(0.6, dtype=torch.float64))
-    make = lambda params, lr: SGDP(params, lr, momentum, nesterov=nesterov, project_buffer=project_buffer)  # noqa: E731
-    found = adamp._plane(make, 0, Recorder())
-    assert found == (pytest.approx(norm, abs=0.006), steps)
-
-
-@pytest.mark.parametrize(("momentum", "norm", "steps"), [(0.0, 1.09, 57), (0.9, 6.03, 56), (0.99, 59.6, 154)])
-def test_plain_momentum_inflates_the_norm_in_the_plane(momentum, norm, steps, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(0.6, dtype=torch.float64))
-    found = adamp._plane(partial(torch.optim.SGD, momentum=momentum), 0, Recorder())
-    assert found == (pytest.approx(norm, rel=0.005), steps)
-
-
-def test_a_reference_rate_outside_the_sweep_is_refused():
-    with pytest.raises(UsageError, match="adam_reference_lr must be one of adam_lrs"):
-        adamp.check(dataclasses.replace(TINY_ADAMP, adam_reference_lr=1.0))
-
-
-def test_the_arms_own_rate_must_be_among_the_scales():
-    with pytest.raises(UsageError, match="scales must contain 1"):
-        weight_compander.check(dataclasses.replace(TINY_COMPANDER, scales=(2.0,)))
-
-
-def test_a_rate_at_which_training_diverges_loses_the_sweep():
-    config = dataclasses.replace(TINY_ADAMP, sgd_lrs=(1e30, 0.1), model="mlp")
-    metrics = adamp.job(config, "sgd", 0, Recorder())
-    assert metrics["best_lr"] == 0.1
-
-
-def test_two_processes_train_an_experiment_to_the_same_weights(tmp_path):
-    script = f"""
-import dataclasses, sys, torch
-from pathlib import Path
-from weightsmith.experiments.adamp import EXPERIMENT
-from weightsmith.lab.run import run
-config = dataclasses.replace(EXPERIMENT.presets["smoke"], train_examples=200, epochs=2, model="mlp")
-done = run(EXPERIMENT, config, seeds=1, out=Path({str(tmp_path)!r}) / sys.argv[1], workers=1)
-assert not done.failures, done.failures
-"""
-    (tmp_path / "experiment.py").write_text(script)
-    # accelerate's own launcher starts one process only when told to stay on the CPU
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launch, tmp_path / "experiment.py", "two"], check=True, timeout=300, env=on_cpu)
-    subprocess.run([sys.executable, tmp_path / "experiment.py", "one"], check=True, timeout=300, env=on_cpu)
-    one, two = (
-        {job.arm: job.metrics for job in read_jobs(next((tmp_path / n / "adamp").iterdir()))} for n in ("one", "two")
-    )
-    assert one.keys() == two.keys()
-    for arm in one:
-        assert two[arm] == pytest.approx(one[arm], rel=1e-3, abs=1e-4)
+def test_what_cannot_run_is_refused_before_any_job(module, changes, message):
+    config = dataclasses.replace(module.EXPERIMENT.preset("smoke"), **changes)
+    with pytest.raises(UsageError, match=message):
+        module.EXPERIMENT.check(config)

@@ -32,6 +32,7 @@ from weightsmith.lab.trial import Recipe, Trial
 BASELINE = "baseline"
 _LOWER = ("loss", "error", "perplexity", "ppl", "nll", "mse", "rmse", "mae", "wer", "cer", "fid", "time", "seconds")
 _HIGHER = ("acc", "f1", "score", "auc", "bleu", "rouge", "precision", "recall", "reward", "iou", "map", "r2", "psnr")
+_CODE = {".py", ".sh", ".bash", ".r", ".R", ".jl", ".js", ".ts", ".lua", ".m", ".pl", ".rb", ".yaml", ".yml", ".toml"}
 _KEPT_LINES = 20  # of a failed command's output, in the error
 _PLACE = re.compile(r"\{(seed|folder|[A-Za-z_]\w*)\}")
 
@@ -124,7 +125,9 @@ def compare_commands(comparison: Comparison) -> Experiment[Comparison]:
                 f"arm {name!r}: unknown placeholder {{{sorted(found - known)[0]}}}; known: {sorted(known)}"
             )
         with contextlib.suppress(ValueError):
-            files |= {Path(word) for word in shlex.split(command) if Path(word).is_file()}
+            files |= {
+                Path(word) for word in shlex.split(command) if Path(word).suffix in _CODE and Path(word).is_file()
+            }
     texts = {name: ("", command) for name, command in comparison.arms}
     return _experiment("commands", comparison, texts, _command_job, files_digest(files))
 
