@@ -11,6 +11,11 @@ from weightsmith.lab.trial import Trial
 from weightsmith.techniques import TECHNIQUES
 
 
+@pytest.fixture(autouse=True)
+def _few_rounding_steps(monkeypatch):
+    monkeypatch.setattr(RECIPES["flexround"], "iterations", 5)
+
+
 def data():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(96, 12, generator=generator)

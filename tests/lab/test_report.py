@@ -6,24 +6,35 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
-from weightsmith.lab.claim import Arm, Chart, Claim, Experiment, Metric
 
 from weightsmith.core.errors import UsageError
+from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric
 from weightsmith.lab.record import JobResult, job_folder, write_job, write_run
-from weightsmith.lab.report import load, to_html, to_markdown, to_terminal, write
+from weightsmith.lab.report import (
+    export_figures,
+    load,
+    show,
+    to_html,
+    to_markdown,
+    to_terminal,
+    words,
+    write,
+    write_several,
+)
+from weightsmith.lab.report.receipt import deviations, read_receipt, write_receipt
 from weightsmith.lab.report.words import number
 
 NAN = math.nan
 ARMS = (Arm("new", "the technique"), Arm("old", "the baseline"))
-ACCURACY = Metric("acc", "Accuracy", "higher", ".2f", "Share of right answers.")
+ACCURACY = Metric("acc", "Accuracy", "higher", ".2f", help="Share of right answers.")
 LOSS = Metric("loss", "Loss", "lower", ".1f")
 CLAIMS = (
-    Claim("New beats old", "acc", "new", "old", paper="70.5 against 69.8"),
-    Claim("Old has the lower loss", "loss", "old", "new", better="lower"),
-    Claim("New beats old by a mile", "acc", "new", "old", margin=0.1),
+    Claim(text="New beats old", metric="acc", winner="new", loser="old", primary=True, paper="70.5 against 69.8"),
+    Claim(text="Old has the lower loss", metric="loss", winner="old", loser="new", worth=1.0),
+    Claim(text="New beats old by a mile", metric="acc", winner="new", loser="old", margin=0.1),
 )
-CURVE = Chart("Loss falls", "step", "loss", x_label="Step")
-# accuracy and loss by arm, then seed: claims supported, inconclusive, refuted
+CURVE = Chart(title="Loss", x="step", y="loss", x_label="Step")
+# accuracy and loss by arm, then seed: claims supported, undecided, refuted
 SCORES = {
     "new": [(0.90, 2.0), (0.92, 3.0), (0.94, 1.0)],
     "old": [(0.85, 1.0), (0.86, 4.0), (0.88, 1.5)],
@@ -34,20 +45,20 @@ def make_run(
     folder, scores=SCORES, *, arms=ARMS, metrics=(ACCURACY, LOSS), claims=CLAIMS, charts=(CURVE,), steps=3, **run
 ):
     experiment = Experiment(
-        "demo",
-        "A title",
-        "A question?",
-        {},
-        lambda c: arms,
-        lambda c: claims,
-        metrics,
-        dict,
-        charts,
+        slug="demo",
+        title="A title",
+        question="A question?",
+        presets={},
+        arms=lambda c: arms,
+        claims=lambda c: claims,
+        metrics=lambda c: metrics,
+        job=dict,
+        charts=charts,
         reading="Read so.",
     )
     seeds = list(range(max(map(len, scores.values()))))
     described = experiment.describe(None) | {"preset": "smoke", "config": {"lr": 0.1, "model": {"width": 8}}}
-    about = {"config_hash": "abc", "versions": {"torch": "2"}, "hardware": "a machine", "seeds": seeds}
+    about = {"plan": {"looks": [len(seeds)]}, "versions": {"torch": "2"}, "hardware": "a machine", "seeds": seeds}
     write_run(folder, described | about | run)
     for arm, values in scores.items():
         for seed, value in enumerate(values):
@@ -55,9 +66,8 @@ def make_run(
                 continue
             rows = [{"step": step, "loss": value[-1] / step} for step in range(1, steps + 1)]
             names = [metric.name for metric in metrics]
-            result = JobResult(
-                arm, seed, dict(zip(names, value, strict=True)), rows, 1e9, 90.0, 2**30, 1, {"torch": "2.1"}, "2 cores"
-            )
+            found = dict(zip(names, value, strict=True))
+            result = JobResult(arm, seed, found, False, rows, {}, 1e9, 90.0, 2**30, 1, {"torch": "2.1"}, "2 cores")
             write_job(folder, result)
     return folder
 
@@ -80,8 +90,8 @@ def data(spec):
 
 def test_verdicts_add_up_to_the_headline(tmp_path):
     report = load(make_run(tmp_path))
-    assert [judgement.verdict for judgement in report.judgements] == ["supported", "inconclusive", "refuted"]
-    assert report.headline == "1 of 3 claims supported, 1 refuted, 1 inconclusive"
+    assert [judgement.verdict for judgement in report.judgements] == ["supported", "undecided", "refuted"]
+    assert report.headline == "1 of 3 claims supported, 1 refuted, 1 undecided"
     assert report.progress == "6 of 6 jobs finished"
 
 
@@ -100,10 +110,11 @@ def test_every_output_shows_arms_verdicts_and_the_papers_figure(tmp_path, render
         "old",
         "supported",
         "refuted",
-        "inconclusive",
+        "undecided",
         "70.5 against 69.8",
         "0.92",
-        "1 of 3 claims",
+        "New beats old: holds here",
+        "Use new here.",
     ):
         assert expected in text
 
@@ -113,7 +124,7 @@ def test_markdown_table_marks_the_best_mean_and_the_spread(tmp_path):
     start = lines.index("| Arm | Seeds | Accuracy\u00a0↑ | Loss\u00a0↓ |")
     assert lines[start + 1 : start + 4] == [
         "| --- | ---: | ---: | ---: |",
-        "| **new** the technique | 3 | **0.92** ±0.02 | **2.0** ±1.0 |",
+        "| **new** the technique | 3 | **0.92** ±0.02 | 2.0 ±1.0 |",
         "| **old** the baseline | 3 | 0.86 ±0.02 | 2.2 ±1.6 |",
     ]
 
@@ -177,7 +188,7 @@ def test_terminal_fits_with_many_arms_and_metrics_and_cuts_no_number(tmp_path, w
 def test_an_unfinished_run_says_what_is_missing(tmp_path):
     report = load(make_run(tmp_path, SCORES | {"old": [SCORES["old"][0], None, None]}))
     assert report.progress == "4 of 6 jobs finished; missing: old (seeds 1, 2)"
-    assert {judgement.verdict for judgement in report.judgements} == {"inconclusive"}
+    assert {judgement.verdict for judgement in report.judgements} == {"undecided"}
     assert report.best(ACCURACY) == frozenset()
     for text in (to_html(report), to_markdown(report), printed(report)):
         assert "4 of 6 jobs finished" in text
@@ -200,8 +211,9 @@ def test_jobs_of_other_seeds_are_left_out_and_counted(tmp_path):
 def test_a_single_seed_has_no_spread_and_no_verdict(tmp_path):
     report = load(make_run(tmp_path, {"new": [(0.9, 1.0)], "old": [(0.8, 2.0)]}))
     text = to_markdown(report)
-    assert "| **new** the technique | 1 | **0.90** | **1.0** |" in text
-    assert "0 of 3 claims supported, 3 inconclusive" in text
+    assert "| **new** the technique | 1 | 0.90 | 1.0 |" in text
+    assert "1 seeds, at least 3 are needed" in text
+    assert "0 of 3 claims supported, 3 undecided" in text
     assert "nan" not in printed(report).lower()
     assert len(specs(to_html(report))) == 2 + 1  # no interval to draw
 
@@ -253,10 +265,9 @@ def test_scatter_draws_one_dot_per_row_of_its_phase_and_arms(tmp_path):
     assert [(row["arm"], row["x"]) for row in rows] == [("new", 1), ("new", 10)]  # a logarithm has no zero
 
 
-def test_a_chart_that_nobody_recorded_says_so(tmp_path):
-    assert "No job recorded numbers for step and speed." in to_html(
-        load(make_run(tmp_path, charts=(replace(CURVE, y="speed"),)))
-    )
+def test_a_chart_that_no_job_recorded_is_left_out(tmp_path):
+    page = to_html(load(make_run(tmp_path, charts=(replace(CURVE, title="Speed drawn", y="speed"),))))
+    assert "Speed drawn" not in page
 
 
 def test_no_claims_and_no_charts_leave_a_plain_report(tmp_path):
@@ -275,8 +286,11 @@ def test_a_relative_margin_is_shown_in_the_metrics_unit(tmp_path):
 def test_a_small_spread_is_not_rounded_to_nothing(tmp_path):
     scores = {"new": [(0.9, 1.0), (0.9002, 1.0), (0.9004, 1.0)], "old": [(0.1, 1.0)] * 3}
     text = to_markdown(load(make_run(tmp_path, scores, claims=())))
-    assert "**0.90** ±0.0002 | 1.0 ±0.0 |" in text
+    assert "0.90 ±0.0002 |" in text
     assert "0.10 ±0.00 |" in text
+    assert "| Accuracy" in text
+    assert "Loss\u00a0↓" not in text  # the same in every job: no column, but a line among the facts
+    assert "| Loss | 1 |" in text
 
 
 @pytest.mark.parametrize(
@@ -318,9 +332,100 @@ def test_a_damaged_description_is_refused(tmp_path, change):
         load(tmp_path)
 
 
-def test_a_damaged_job_is_refused_and_nothing_is_written(tmp_path):
+def test_a_damaged_job_is_named_and_left_out(tmp_path):
     folder = make_run(tmp_path)
     (job_folder(folder, "old", 1) / "result.json").write_text('{"arm": "o')
-    with pytest.raises(UsageError, match="only that job is repeated"):
-        write(folder)
-    assert not (folder / "report.html").exists()
+    page = write(folder).read_text()
+    assert "is damaged" in page
+    assert "seed 1 of an arm is missing" in page
+
+
+def test_the_first_screen_says_on_what_what_and_what_to_do(tmp_path):
+    task = {"name": "digits", "rows": {"train": 10, "test": 4}, "facts": {"data": "digits", "model": "mlp"}}
+    report = load(make_run(tmp_path, task=task))
+    first, finding, advice = words.answer(report)
+    assert first == "On digits; 10 train rows, 4 test rows; model mlp; 3 seeds per arm."
+    assert finding.startswith("New beats old: holds here (Accuracy: new +0.06 against old, interval")
+    assert advice == "Use new here."
+    page = to_html(report)
+    assert page.index("Use new here.") < page.index("Primary claims") < page.index("Mechanism claims")
+
+
+@pytest.mark.parametrize(
+    ("scores", "claim", "advice"),
+    [
+        ([(0.8, 0.9)] * 3, {}, "Do not use new here."),
+        ([(0.9, 0.9), (0.901, 0.9), (0.899, 0.9)], {"worth": 0.5}, "New makes no relevant difference here."),
+        ([(0.9, 0.8), (0.7, 0.9), (0.95, 0.8)], {"worth": 0.05}, "New is not decided: about"),
+        ([(math.nan, 0.8), (0.9, 0.8), (0.95, 0.8)], {}, "New is not decided: it takes more seeds."),
+    ],
+)
+def test_advice_follows_from_the_primary_claims(tmp_path, scores, claim, advice):
+    noise = (0.0, 0.001, -0.001)
+    runs = {
+        "new": [(new, 1.0) for new, _ in scores],
+        "old": [(old + shift, 1.0) for (_, old), shift in zip(scores, noise, strict=True)],
+    }
+    primary = Claim(text="New beats old", metric="acc", winner="new", loser="old", primary=True, **claim)
+    report = load(make_run(tmp_path, runs, claims=(primary,)))
+    assert words.answer(report)[-1].startswith(advice)
+
+
+def test_sweeps_are_drawn_against_the_number_of_trials(tmp_path):
+    folder = make_run(tmp_path)
+    for arm, gain in (("new", 0.1), ("old", 0.0)):
+        for seed in range(3):
+            rows = [
+                {"phase": "sweep", "trial": n, "rate": 0.1 * n, "score": 0.5, "acc": 0.5 + gain + 0.01 * seed * gain}
+                for n in (1, 2, 3)
+            ]
+            rows.append({"phase": "swept", "at_edge": 1.0})
+            job = job_folder(folder, arm, seed) / "metrics.jsonl"
+            job.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = to_html(load(folder))
+    assert "against the number of trials" in page
+    assert "at the edge of what was tried for new, old" in page
+
+
+def test_pictures_have_words_and_a_form_without_javascript(tmp_path):
+    page = to_html(load(make_run(tmp_path)))
+    assert page.count('role="img" aria-label="') == len(specs(page))
+    assert len(re.findall(r"<noscript><svg", page)) == len(specs(page))
+    assert "interval" in re.search(r'aria-label="(Accuracy[^"]*)"', page).group(1)
+
+
+def test_pictures_are_exported_as_files(tmp_path):
+    folder = make_run(tmp_path / "run")
+    files = export_figures(folder, tmp_path / "figures", "svg")
+    assert len(files) == len(specs(to_html(load(folder))))
+    assert all("var(--" not in file.read_text() for file in files)
+    with pytest.raises(UsageError, match="svg or png, got 'gif'"):
+        export_figures(folder, tmp_path, "gif")
+
+
+def test_several_runs_share_a_page_that_links_to_each(tmp_path):
+    folders = [make_run(tmp_path / name) for name in ("one", "two")]
+    page = write_several(folders, tmp_path / "report.html").read_text()
+    assert page.count("Use new here.") == 2
+    assert 'href="one/report.html"' in page
+
+
+def test_a_receipt_holds_a_run_without_curves_and_finds_deviations(tmp_path):
+    report = load(make_run(tmp_path / "run"))
+    path = tmp_path / "receipt.json"
+    write_receipt(report, "weightsmith run demo", path)
+    content = read_receipt(path)
+    assert "rows" not in json.dumps(content["jobs"])
+    assert content["claims"][0]["verdict"] == "supported"
+    assert deviations(content, report, 1e-6) == []
+    content["jobs"][0]["metrics"]["acc"] += 0.1
+    (found,) = deviations(content, report, 0.01)
+    assert (found.arm, found.seed, found.metric) == ("new", 0, "acc")
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="is no receipt"):
+        read_receipt(path)
+
+
+def test_show_prints_where_there_is_no_notebook(tmp_path, capsys):
+    show(make_run(tmp_path))
+    assert "Use new here." in capsys.readouterr().out

@@ -174,7 +174,7 @@ class OFQRecipe(Recipe):
 
         if example is None:
             raise UsageError("ofq needs a batch to set its scales: trial.model(model, example=batch)")
-        prepare_ofq_(model, weight_bits=4, activation_bits=4, qk_reparam="auto")
+        prepare_ofq_(model, weight_bits=4, activation_bits=4, qk_reparam="auto", keep_query_bias=True)
         return calibrate_(model, example)
 
 
@@ -182,16 +182,18 @@ class FlexRoundRecipe(Recipe):
     """4-bit rounding after training."""
 
     name, title, text = "flexround", "FlexRound", "4-bit weights, rounded after training"
+    iterations = 1000  # per block
 
     def finish(self, model: nn.Module, calibration: Any) -> nn.Module:
         from weightsmith.quantize import Grid, flexround_
 
         if calibration is None:
             raise UsageError("flexround needs inputs to calibrate with: trial.finish(model, calibration=inputs)")
+        options = {"seed": 0, "iterations": self.iterations}
         try:
-            flexround_(model, calibration, Grid(4), seed=0)
+            flexround_(model, calibration, Grid(4), **options)
         except UsageError:  # the model is no row of similar blocks; nothing has been changed
-            flexround_(model, calibration, Grid(4), seed=0, blocks="layers")
+            flexround_(model, calibration, Grid(4), blocks="layers", **options)
         return model
 
 

@@ -204,6 +204,8 @@ def fit(
             record(row)
         progress.save_if_due()
 
+    # the loss of the last step was taken before it: its damage shows in the weights alone
+    progress.diverged = progress.diverged or not all(bool(value.isfinite().all()) for value in model.parameters())
     if progress.diverged and not (progress.rows and progress.rows[-1].get("diverged")):
         progress.rows.append({"step": progress.step, "epoch": progress.step / epoch_steps, "diverged": 1.0})
         record(progress.rows[-1])

@@ -345,4 +345,4 @@ def _spec(chart: alt.LayerChart, height: int) -> dict[str, Any]:
     whole = chart.properties(
         width="container", height=height, autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
     )
-    return whole.add_params(focus).to_dict() | {"config": _CONFIG}
+    return whole.add_params(focus).to_dict(validate=False) | {"config": _CONFIG}

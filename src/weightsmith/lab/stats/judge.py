@@ -205,7 +205,7 @@ def _judgement(case: _Case, look: int | None, level: float, family_level: float,
     if case.not_run:
         return Judgement(claim, "not run", "one of its arms was left out")
     if effect is None or excess is None:
-        return Judgement(claim, "undecided", _too_few(case, 0), diverged=case.diverged, limit="seeds")
+        return Judgement(claim, "undecided", _too_few(case, seeds), diverged=case.diverged, limit="seeds")
     numbers: dict[str, Any] = {
         "n": effect.n,
         "difference": effect.mean,
