@@ -104,7 +104,7 @@ def test_writing_leaves_both_files_and_returns_the_page(tmp_path):
 
 @pytest.mark.parametrize("render", [to_html, to_markdown, printed])
 def test_every_output_shows_arms_verdicts_and_the_papers_figure(tmp_path, render):
-    text = render(load(make_run(tmp_path)))
+    text = re.sub(r"\s+", " ", render(load(make_run(tmp_path))))
     for expected in (
         "new",
         "old",
@@ -212,7 +212,7 @@ def test_a_single_seed_has_no_spread_and_no_verdict(tmp_path):
     report = load(make_run(tmp_path, {"new": [(0.9, 1.0)], "old": [(0.8, 2.0)]}))
     text = to_markdown(report)
     assert "| **new** the technique | 1 | 0.90 | 1.0 |" in text
-    assert "1 seeds, at least 3 are needed" in text
+    assert "at least 3 seeds are needed, the plan has 1" in text
     assert "0 of 3 claims supported, 3 undecided" in text
     assert "nan" not in printed(report).lower()
     assert len(specs(to_html(report))) == 2 + 1  # no interval to draw
@@ -337,7 +337,7 @@ def test_a_damaged_job_is_named_and_left_out(tmp_path):
     (job_folder(folder, "old", 1) / "result.json").write_text('{"arm": "o')
     page = write(folder).read_text()
     assert "is damaged" in page
-    assert "seed 1 of an arm is missing" in page
+    assert "is missing" in page
 
 
 def test_the_first_screen_says_on_what_what_and_what_to_do(tmp_path):

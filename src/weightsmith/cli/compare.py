@@ -103,10 +103,12 @@ def _noise(experiment: object, comparison: Comparison, options: RunOptions) -> i
     table = Table(box=None, pad_edge=False)
     table.add_column("seeds", justify="right")
     table.add_column(f"smallest difference in {comparison.metric} that they show, four times out of five")
-    for n, effect in noise(values).items():
+    found = noise(values, seeds=(3, 5, 10, 20, 50))
+    for n, effect in found.effects.items():
         table.add_row(str(n), f"{effect:.3g}")
-    spread = max(values) - min(values)
-    print_line(f"{len(values)} seeds of the baseline: {min(values):.5g} to {max(values):.5g}, a spread of {spread:.3g}")
+    print_line(
+        f"{found.n} seeds of the baseline: {min(values):.5g} to {max(values):.5g}, standard deviation {found.sd:.3g}"
+    )
     console.print(table)
     print_line("Two arms that vary alike are assumed; sharing seeds can only make it better.", "dim")
     return 0

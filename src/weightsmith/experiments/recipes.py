@@ -189,11 +189,10 @@ class FlexRoundRecipe(Recipe):
 
         if calibration is None:
             raise UsageError("flexround needs inputs to calibrate with: trial.finish(model, calibration=inputs)")
-        options = {"seed": 0, "iterations": self.iterations}
         try:
-            flexround_(model, calibration, Grid(4), **options)
+            flexround_(model, calibration, Grid(4), seed=0, iterations=self.iterations)
         except UsageError:  # the model is no row of similar blocks; nothing has been changed
-            flexround_(model, calibration, Grid(4), blocks="layers", **options)
+            flexround_(model, calibration, Grid(4), seed=0, iterations=self.iterations, blocks="layers")
         return model
 
 

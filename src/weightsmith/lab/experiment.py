@@ -75,9 +75,8 @@ class Claim:
         loser: The arm it is compared with.
         primary: One of the claims that the experiment exists for, two at most; the others are about the mechanism.
         margin: By how much at least, in the metric's unit; negative for "not worse by more than".
-        relative: ``margin`` and ``worth`` are fractions of the loser's absolute value, seed by seed.
-        worth: Smallest effect worth having, in the unit of ``margin`` and measured from it, decided before any run;
-            ``None``: any.
+        relative: ``margin``, ``worth`` and ``paper_gain`` are fractions of the loser's absolute value, seed by seed.
+        worth: Smallest effect worth having, in the unit of ``margin``, decided before any run; ``None``: any.
         paper: What the paper says, for the reader to compare.
         paper_gain: The paper's own gain ``s * (winner - loser)`` in the unit of ``margin``, where it gives a number.
     """

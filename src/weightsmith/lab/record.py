@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.lab.stats import Result
 
 Row = dict[str, float | int | str]
 
@@ -148,6 +149,15 @@ def read_jobs(run_folder: Path) -> Iterator[JobResult | UsageError]:
             yield read_job(path.parent)
         except UsageError as error:
             yield error
+
+
+def results_of(jobs: Iterable[JobResult]) -> dict[str, dict[int, Result]]:
+    """Finished jobs as :func:`weightsmith.lab.stats.judge` takes them."""
+    found: dict[str, dict[int, Result]] = {}
+    for job in jobs:
+        scores = {name: values.double().numpy() for name, values in job.scores.items()}
+        found.setdefault(job.arm, {})[job.seed] = Result(job.metrics, job.diverged, scores)
+    return found
 
 
 def put_aside(folder: Path) -> Path:

@@ -240,7 +240,7 @@ def _plan(seeds: Literal["auto"] | int | Sequence[int]) -> tuple[Plan, list[list
 
 def _decided(experiment: Experiment[Any], config: Any, folder: Path, plan: Plan, seeds: Sequence[int]) -> bool:
     jobs = [job for job in record.read_jobs(folder) if isinstance(job, JobResult) and job.seed in seeds]
-    return decided(judge(experiment.claims(config), experiment.metrics(config), jobs, plan=plan))
+    return decided(judge(experiment.claims(config), experiment.metrics(config), record.results_of(jobs), plan=plan))
 
 
 def _finished(works: Sequence[Work], result: Run) -> set[JobName]:

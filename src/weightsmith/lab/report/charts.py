@@ -31,7 +31,8 @@ from weightsmith.lab.report.series import (
     trials_of,
     until_first_end,
 )
-from weightsmith.lab.stats import ALPHA, Judgement, effect_of
+from weightsmith.lab.stats import LEVEL, Judgement
+from weightsmith.lab.stats.intervals import over_seeds
 
 LIGHT = {
     "arm-0": "#0072b2", "arm-1": "#d55e00", "arm-2": "#009e73", "arm-3": "#c7689b",
@@ -217,7 +218,9 @@ def _tuning(report: Report, judgement: Judgement) -> Figure | None:
         first, second = trials[0][count], trials[1][count]
         differences = np.array([sign * (first[seed] - second[seed]) for seed in first.keys() & second.keys()])
         if len(differences) >= 2:
-            half = effect_of(differences).half(judgement.level if math.isfinite(judgement.level) else ALPHA)
+            half = float(
+                over_seeds(differences).half_width(judgement.level if math.isfinite(judgement.level) else LEVEL)
+            )
             mean = float(differences.mean())
             rows.append({"x": count, "y": mean, "low": mean - half, "high": mean + half, "zero": 0.0})
     if len(rows) < 2:

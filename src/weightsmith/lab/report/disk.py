@@ -5,7 +5,7 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
 from weightsmith.lab.experiment import Arm, Chart, Claim, Metric
-from weightsmith.lab.record import JobResult, read_jobs, read_run
+from weightsmith.lab.record import JobResult, read_jobs, read_run, results_of
 from weightsmith.lab.report.html import to_html
 from weightsmith.lab.report.markdown import to_markdown
 from weightsmith.lab.report.model import Report
@@ -49,7 +49,7 @@ def load(run_folder: Path) -> Report:
         }
         for arm in arms
     }
-    judgements = tuple(judge(claims, metrics, jobs, plan=plan))
+    judgements = tuple(judge(claims, metrics, results_of(jobs), plan=plan))
     damaged = tuple(str(item) for item in read if not isinstance(item, JobResult))
     return Report(run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, judgements, plan, damaged)
 

@@ -43,7 +43,7 @@ def _claims(report: Report, judgements: Sequence[Judgement]) -> str:
     for judgement in judgements:
         found = words.evidence(report, judgement)
         interval = next((value for name, value in found.items() if name.endswith("interval")), words.NONE)
-        reason = f" ({_text(judgement.reason)})" if judgement.reason else ""
+        reason = f" ({_text(words.why(judgement))})" if words.why(judgement) else ""
         rows.append(
             [
                 f"{words.SYMBOLS[judgement.verdict]} **{judgement.verdict}**",

@@ -54,7 +54,7 @@ def _claims(report: Report) -> Table:
         found = words.evidence(report, judgement)
         compared, difference = found.pop("Compared"), found.pop("Difference")
         lines = [f"{compared} = {difference}; " + "; ".join(f"{k[:1].lower()}{k[1:]}: {v}" for k, v in found.items())]
-        lines += [f"Why: {judgement.reason}"] if judgement.reason else []
+        lines += [f"Why: {words.why(judgement)}"] if words.why(judgement) else []
         grid.add_row(verdict, Text.assemble(judgement.claim.text, ("\n" + "\n".join(lines), "dim")))
     return grid
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from weightsmith.lab.experiment import Metric
 from weightsmith.lab.report.model import Report
-from weightsmith.lab.stats import ALPHA, FEWEST_SEEDS, Judgement, Summary, Verdict
+from weightsmith.lab.stats import LEVEL, Judgement, Summary, Verdict
 
 NONE = "—"
 SYMBOLS: Mapping[Verdict, str] = {
@@ -27,11 +27,11 @@ METHOD = (
     "Positive differences are in the claim's favor. The interval comes from the mean and the spread of the differences "
     "(Student's t); where jobs kept a score per test example, it covers other seeds and other test examples.",
     "Primary claims and mechanism claims are two families. Each shows any false verdict with a probability of at most "
-    f"{ALPHA:.0%}: Holm's rule corrects for several claims, and levels found by simulation make it sound to look at "
+    f"{LEVEL:.0%}: Holm's rule corrects for several claims, and levels found by simulation make it sound to look at "
     "3, 5, 10 and 20 seeds and to stop early. The interval of a claim is as wide as that correction asks for.",
     "Supported: the interval lies beyond what the claim needs. Refuted: it lies on the other side. No relevant effect: "
     "it lies within the smallest effect worth having, which was set beforehand. Undecided: none of these; which does "
-    f"not mean that there is no difference. Fewer than {FEWEST_SEEDS} paired seeds decide nothing. A winner that "
+    "not mean that there is no difference. Fewer than 3 paired seeds decide nothing. A winner that "
     "diverged with any seed supports nothing.",
 )
 
@@ -97,7 +97,7 @@ def _advice(name: str, judgement: Judgement) -> str:
         return f"{name} makes no relevant difference here"
     if judgement.verdict == "not run":
         return f"{name} was not compared"
-    if judgement.limit == "examples":
+    if judgement.too_few == "examples" and judgement.seeds_needed is None:
         return f"{name} is not decided, and more seeds would not decide it: the test set is too small"
     more = (judgement.seeds_needed or 0) - judgement.n
     return f"{name} is not decided: {f'about {more} more seeds' if more > 0 else 'it takes more seeds'}"
@@ -142,6 +142,12 @@ def finding(report: Report, judgement: Judgement) -> str:
     return f"{claim.text}: {words} ({size})."
 
 
+def why(judgement: Judgement) -> str:
+    """The reason of a verdict where its numbers do not say it."""
+    told = judgement.verdict in ("undecided", "not run") or judgement.winner_diverged or judgement.loser_diverged
+    return judgement.reason if told else ""
+
+
 def evidence(report: Report, judgement: Judgement) -> dict[str, str]:
     """What a verdict rests on, by heading."""
     claim = judgement.claim
@@ -162,17 +168,21 @@ def evidence(report: Report, judgement: Judgement) -> dict[str, str]:
         found["Worth having"] = f"{signed(judgement.worth, spec)} or more"
     found["Paired seeds"] = str(judgement.n)
     if math.isfinite(judgement.p):
-        found["p-value"] = f"{p_value(judgement.p)} (decides below {judgement.level:.2g})"
-    if judgement.verdict == "undecided" and math.isfinite(judgement.detectable):
-        found["These runs could show"] = f"{signed(judgement.detectable, spec)} or more"
-        if judgement.limit == "examples":
-            found["Too few"] = "test examples; more seeds would not decide it"
-        elif judgement.seeds_needed is not None:
-            found["Seeds to show what is worth having"] = str(judgement.seeds_needed)
+        found["p-value"] = f"{p_value(judgement.p)}, corrected for looks and claims"
+    if math.isfinite(judgement.low):
+        found["Covers"] = f"other {judgement.over}"
+    if judgement.verdict == "undecided" and math.isfinite(judgement.smallest):
+        found["These runs could show"] = f"{signed(judgement.smallest, spec)} or more"
+        if judgement.too_few is not None:
+            found["Too few"] = {"seeds": "seeds", "examples": "test examples"}[judgement.too_few]
+        if judgement.seeds_needed is not None:
+            found["Seeds that would do"] = str(judgement.seeds_needed)
+        if judgement.examples_needed is not None:
+            found["Test examples that would do"] = f"{judgement.examples_needed:,}"
     if claim.paper:
         found["In the paper"] = claim.paper
-    if judgement.paper_excluded is not None:
-        found["The paper's gain"] = "outside the interval" if judgement.paper_excluded else "within the interval"
+    if judgement.excludes_paper is not None:
+        found["The paper's gain"] = "outside the interval" if judgement.excludes_paper else "within the interval"
     return found
 
 

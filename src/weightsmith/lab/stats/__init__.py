@@ -1,30 +1,31 @@
-"""From runs to verdicts: paired effects over seeds and test examples, looks, families of claims.
+"""What paired runs say about claims: summaries, looks, intervals, verdicts, power and noise. Pure functions.
 
-- ``judge``, ``Judgement``: a verdict per claim.
-- ``Plan``, ``decided``: when the data are looked at, and when a run may stop.
-- ``noise``: what some seeds can show at all.
-- ``summarize``: mean and spread of one metric.
+:func:`judge` gives one :class:`Judgement` per claim, :func:`decided` is the stop rule, :class:`Plan` the looks.
 """
 
-from weightsmith.lab.stats.effect import Effect, effect_of
-from weightsmith.lab.stats.judge import FEWEST_SEEDS, Judgement, Verdict, decided, judge
-from weightsmith.lab.stats.levels import ALPHA, LOOKS, Plan
-from weightsmith.lab.stats.noise import noise
-from weightsmith.lab.stats.summary import Summary, step_of, summarize
+from weightsmith.lab.stats.judgement import Judgement, Verdict, decided
+from weightsmith.lab.stats.looks import LEVEL, LOOKS, Plan, next_look
+from weightsmith.lab.stats.noise import Noise, noise
+from weightsmith.lab.stats.pairs import Result, Results
+from weightsmith.lab.stats.power import detectable, seeds_needed
+from weightsmith.lab.stats.summaries import Summary, summarize
+from weightsmith.lab.stats.verdicts import judge
 
 __all__ = [
-    "ALPHA",
-    "FEWEST_SEEDS",
+    "LEVEL",
     "LOOKS",
-    "Effect",
     "Judgement",
+    "Noise",
     "Plan",
+    "Result",
+    "Results",
     "Summary",
     "Verdict",
     "decided",
-    "effect_of",
+    "detectable",
     "judge",
+    "next_look",
     "noise",
-    "step_of",
+    "seeds_needed",
     "summarize",
 ]
