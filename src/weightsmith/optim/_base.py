@@ -243,12 +243,14 @@ class ProjectedOptimizer(Optimizer):
         """Tell what the last step did, group by group.
 
         Returns:
-            One entry per parameter group; all counts are 0 before the first step. On a GPU this waits for the device.
+            One entry per parameter group; all counts are 0 before the first step. On a GPU this waits for the device;
+            if parameters are sharded, all ranks must call it, and all get the same numbers.
         """
         stats = []
         for index, group in enumerate(self.param_groups):
-            views = [int(view) for view in self._views.get(index, [])]
-            norms = [float(torch.linalg.vector_norm(p.detach())) for p in group["params"] if p.dim() >= 2 and p.numel()]
+            views = [int(_whole(view)) for view in self._views.get(index, [])]
+            matrices = [p.detach() for p in group["params"] if p.dim() >= 2 and p.numel()]
+            norms = [float(_whole(torch.linalg.vector_norm(p))) for p in matrices]
             stats.append(
                 ProjectionStats(
                     channel=views.count(View.CHANNEL),
@@ -262,6 +264,11 @@ class ProjectedOptimizer(Optimizer):
 
 def _native(p: Tensor) -> bool:
     return type(p) in (Tensor, nn.Parameter)
+
+
+def _whole(value: Any) -> Any:
+    # float() of a distributed tensor is the share of this rank
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _as_rows(item: Item) -> Item | None:
