@@ -48,7 +48,7 @@ def fold_(model: Model, *, where: Where = None) -> Model:
         return model
     slots = [
         _Slot(f"{name}.{attribute}".lstrip("."), module, attribute, held)
-        for name, module in select(model, where, default=_is_parametrized).items()
+        for name, module in select(model, where or _is_parametrized, default=_is_parametrized).items()
         for attribute, held in _of(module).items()
     ]
     for slot in slots:
