@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
-from weightsmith.optim import SGDP, AdamP
+from weightsmith.optim import SGDP, AdamP, param_groups
 
 BOTH = pytest.mark.parametrize("optimizer_class", [AdamP, SGDP])
 FORMS = pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"capturable": True}], ids=str)
@@ -247,3 +247,21 @@ def test_options_that_are_not_offered_are_not_swallowed(optimizer_class, name):
 def test_only_vectors_warns_that_nothing_will_be_projected(optimizer_class):
     with pytest.warns(WeightsmithWarning, match="FSDP1"):
         optimizer_class([nn.Parameter(randn(5)), nn.Parameter(torch.tensor(1.0))])
+
+
+@BOTH
+def test_lazy_parameters_are_taken_and_step_once_their_shape_is_known(optimizer_class):
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    optimizer = optimizer_class(model.parameters())
+    assert math.isfinite(optimizer.projection_stats()[0].mean_norm)
+    with pytest.raises(UsageError, match=r"0\.weight, 0\.bias: lazy"):
+        param_groups(model, 0.1)
+    model(randn(3, 5)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 4
+
+
+@pytest.mark.filterwarnings("error")
+@BOTH
+def test_only_lazy_parameters_are_no_reason_to_warn(optimizer_class):
+    optimizer_class(nn.LazyLinear(4).parameters())
