@@ -141,7 +141,7 @@ def test_weights_of_a_recurrent_layer_fold():
     assert len(list(model.parameters())) == 4
 
 
-def test_parameters_keep_their_identity_so_that_an_optimiser_goes_on():
+def test_parameters_keep_their_identity_so_that_an_optimizer_goes_on():
     layer = nn.Linear(3, 3)
     weight = layer.weight
     parametrize.register_parametrization(layer, "weight", Twice())

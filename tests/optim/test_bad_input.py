@@ -106,7 +106,7 @@ def test_one_row_is_channel_and_one_column_never_fires(optimizer_class):
 
 
 @BOTH
-def test_a_transposed_convolution_before_normalisation_is_caught_by_the_layer_view(optimizer_class):
+def test_a_transposed_convolution_before_normalization_is_caught_by_the_layer_view(optimizer_class):
     torch.manual_seed(0)
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3, bias=False), nn.GroupNorm(1, 4, eps=0.0)).double()
     optimizer = optimizer_class(model.parameters())
@@ -116,7 +116,7 @@ def test_a_transposed_convolution_before_normalisation_is_caught_by_the_layer_vi
     assert viewed(optimizer) == "layer"
 
 
-def test_without_normalisation_about_eight_percent_of_steps_project_by_chance():
+def test_without_normalization_about_eight_percent_of_steps_project_by_chance():
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(16, 16)) for _ in range(1000)]
     optimizer = AdamP(params)

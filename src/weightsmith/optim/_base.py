@@ -184,8 +184,8 @@ class ProjectedOptimizer(Optimizer):
 
             move_(w, norms, displace, (g, *moments), keep=keep, eps=group["eps"])
         for dtype in {w.dtype for _, w, *_ in free}:
-            alike = [item for item in free if item[1].dtype == dtype]
-            self._advance_items([w for _, w, *_ in alike], alike, group=group, dense=True)
+            same = [item for item in free if item[1].dtype == dtype]
+            self._advance_items([w for _, w, *_ in same], same, group=group, dense=True)
         return views
 
     def _step_branchless(self, group: Group, items: list[Item]) -> list[View | Tensor]:
