@@ -3,9 +3,12 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import weightsmith as ws
@@ -312,3 +315,28 @@ def test_a_parametrization_that_says_it_is_invalid_is_refused_before_anything_ch
     with pytest.raises(UsageError, match=r"1\.weight is wrong"):
         ws.fold_(model)
     assert parametrize.is_parametrized(model[0])
+
+
+def test_a_sharded_model_is_refused_before_anything_changes(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = fully_shard(compand_(nn.Sequential(nn.Linear(4, 4))), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UsageError, match=r"0\.weight is sharded"):
+            ws.fold_(model)
+        assert parametrize.is_parametrized(model[0])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_tied_transformers_model_that_was_companded_saves_and_loads_after_folding(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    model = compand_(transformers.GPT2LMHeadModel(config), overflow="clip").eval()
+    ids = torch.arange(5)[None]
+    before = model(input_ids=ids).logits
+    ws.fold_(model).save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(loaded(input_ids=ids).logits, before)

@@ -36,7 +36,7 @@ def fold_(model: Model, *, where: Where = None) -> Model:
 
     Raises:
         UsageError: ``where`` is given and matches no parametrized module; an original is also used elsewhere with
-            another value, or is itself computed by a hook. Nothing has been changed then.
+            another value, is itself computed by a hook, or is sharded. Nothing has been changed then.
         ValueError: A folded value would not be finite, or a parametrization's own ``assert_valid(name)`` raises;
             nothing has been changed then.
     """
@@ -113,6 +113,11 @@ def _tied(slots: list[_Slot]) -> list[list[int]]:
 def _check_alone(model: nn.Module, slots: list[_Slot], values: list[Tensor]) -> None:
     """Refuse if the weight cannot take the place of its original without changing what else uses that."""
     first = slots[0]
+    if any(hasattr(original, "placements") for original in first.originals):
+        raise UsageError(
+            f"{first.name} is sharded, and what shards it would go on with its own copy: gather the state with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict, load it into a whole model, and fold that"
+        )
     stored = [*first.held._parameters.values(), *first.held._buffers.values()]
     if not all(any(original is tensor for tensor in stored) for original in first.originals):
         raise UsageError(
