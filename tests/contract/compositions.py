@@ -175,7 +175,8 @@ def _lora(model: nn.Module) -> nn.Module:
 
 
 def _unload(model: nn.Module) -> nn.Module:
-    return model.merge_and_unload() if isinstance(model, peft.PeftModel) else model
+    # PEFT leaves frozen what it has frozen
+    return model.merge_and_unload().requires_grad_(True) if isinstance(model, peft.PeftModel) else model
 
 
 def _ofq(model: nn.Module) -> nn.Module:
@@ -312,11 +313,15 @@ def outcome(first: str, then: str) -> str:
     Raises:
         Broken: Something was lost, left out or changed without a word.
     """
-    if not (VERBS[first].ours or VERBS[then].ours):
-        return NOT_OURS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = VERBS[first].apply(build())
+        return _outcome(first, then)
+
+
+def _outcome(first: str, then: str) -> str:
+    if not (VERBS[first].ours or VERBS[then].ours):
+        return NOT_OURS
+    model = VERBS[first].apply(build())
     train(model, _optimizer([first]))
     before, state = outputs(model), _state(model)
     verb = VERBS[then]
