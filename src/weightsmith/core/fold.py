@@ -14,6 +14,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.select import Where, select
 
 Model = TypeVar("Model", bound=nn.Module)
+_Holders = dict[int, list[tuple[str, nn.Module]]]
 
 
 @torch.no_grad()
@@ -62,11 +63,11 @@ def fold_(model: Model, *, where: Where = None) -> Model:
                 f"folding {slot.name} gives values that are not finite; the model is unchanged. "
                 "Look at the parametrization's own parameters: training has probably diverged"
             )
-    tied = _tied(slots)
+    tied, holders = _tied(slots), _holders(model)
     for group in tied:
-        _check_alone(model, [slots[i] for i in group], [values[i] for i in group])
+        _check_alone(holders, [slots[i] for i in group], [values[i] for i in group])
     for group in tied:
-        heir = _heir([slots[i] for i in group], values[group[0]], model)
+        heir = _heir([slots[i] for i in group], values[group[0]], holders)
         for i in group:
             _replace(slots[i], heir)
         heir.data = values[group[0]]
@@ -110,7 +111,7 @@ def _tied(slots: list[_Slot]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _check_alone(model: nn.Module, slots: list[_Slot], values: list[Tensor]) -> None:
+def _check_alone(holders: _Holders, slots: list[_Slot], values: list[Tensor]) -> None:
     """Refuse if the weight cannot take the place of its original without changing what else uses that."""
     first = slots[0]
     if any(hasattr(original, "placements") for original in first.originals):
@@ -129,7 +130,7 @@ def _check_alone(model: nn.Module, slots: list[_Slot], values: list[Tensor]) -> 
             raise UsageError(f"{_TIED.format(first.name, slot.name)} {_untie(f'{_list_name(slot)}.original')}")
     if not first.held.is_tensor:
         return  # the weight needs no original: it can have a parameter of its own
-    for name in _others(model, first.originals[0], slots):
+    for name in _others(holders, first.originals[0], slots):
         if not torch.equal(values[0], first.originals[0]):
             raise UsageError(f"{_TIED.format(first.name, name)} {_untie(name)}")
 
@@ -153,26 +154,29 @@ def _get(name: str) -> str:
     return f"model.get_submodule({name!r})"
 
 
-def _others(model: nn.Module, original: Tensor, slots: list[_Slot]) -> list[str]:
+def _holders(model: nn.Module) -> _Holders:
+    """Who uses each tensor, by its identity: qualified name and module."""
+    found: _Holders = {}
+    for name, module in model.named_modules():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            found.setdefault(id(tensor), []).append((f"{name}.{attribute}".lstrip("."), module))
+    return found
+
+
+def _others(holders: _Holders, original: Tensor, slots: list[_Slot]) -> list[str]:
     """Names under which a tensor is used, apart from these slots."""
     known = [slot.held for slot in slots]
-    return [
-        f"{name}.{attribute}".lstrip(".")
-        for name, module in model.named_modules()
-        if not any(module is held for held in known)
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is original
-    ]
+    return [name for name, module in holders[id(original)] if not any(module is held for held in known)]
 
 
-def _heir(slots: list[_Slot], value: Tensor, model: nn.Module) -> Tensor:
+def _heir(slots: list[_Slot], value: Tensor, holders: _Holders) -> Tensor:
     """Return the tensor that goes on as the weight."""
     originals = slots[0].originals
     if slots[0].held.is_tensor:
         return originals[0]
     trains = any(original.requires_grad for original in originals)
     for original in originals:
-        if original.shape == value.shape and original.dtype == value.dtype and not _others(model, original, slots):
+        if original.shape == value.shape and original.dtype == value.dtype and not _others(holders, original, slots):
             return original.requires_grad_(trains)
     if any(isinstance(original, nn.Parameter) for original in originals):
         return nn.Parameter(value, trains)
