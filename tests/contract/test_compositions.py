@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("peft")
 
-from compositions import REFUSED, VERBS, Broken, build, outcome, outputs, read
+import compositions
+from compositions import FOREIGN, REFUSED, VERBS, Broken, build, outcome, outputs, read
 
 from weightsmith.core.errors import UsageError
 
@@ -16,6 +18,46 @@ PAGE = read()
 @pytest.mark.parametrize("then", VERBS)
 def test_a_pair_does_what_the_page_says(first, then):
     assert outcome(first, then) == PAGE[first, then]
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(self.norm(self.first(x)).relu().mean((2, 3)))))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first, self.second = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 9, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(self.embedding(x)))))).mean(1)
+
+
+OTHERS = {
+    Convolutional: torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(1)),
+    Tied: torch.randint(9, (12, 5), generator=torch.Generator().manual_seed(1)),
+}
+# PEFT does not know a convolution that carries an adapter of ours
+DIFFERENT = {(Convolutional, "apply_bone_", "PEFT LoRA"): FOREIGN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", VERBS)
+@pytest.mark.parametrize("then", VERBS)
+@pytest.mark.parametrize("network", OTHERS)
+def test_other_networks_do_what_the_page_says(network, first, then, monkeypatch):
+    monkeypatch.setattr(compositions, "Net", network)
+    monkeypatch.setattr(compositions, "data", lambda: OTHERS[network])
+    assert outcome(first, then) == DIFFERENT.get((network, first, then), PAGE[first, then])
 
 
 REFUSED_PAIRS = [pair for pair, cell in PAGE.items() if cell == REFUSED]
