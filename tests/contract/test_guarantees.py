@@ -1,5 +1,6 @@
 """The chains that the documentation promises, run from the page itself and checked by other means."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -16,10 +17,15 @@ PAGE = (Path(__file__).parents[2] / "docs" / "composes.md").read_text()
 BLOCK = re.compile(r"^```(python|py|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def run(heading, **names):
-    """Run a section of the page, its shell commands too, and return its variables."""
+ADAPTER = "From an adapter under Trainer to plain transformers"
+
+
+def run(heading, *, commands_on=False, **names):
+    """Run a section of the page, its shell commands too, or from these on, and return its variables."""
     section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    for language, text in BLOCK.findall(section):
+    blocks = BLOCK.findall(section)
+    first = [language for language, _ in blocks].index("bash") if commands_on else 0
+    for language, text in blocks[first:]:
         if language == "bash":
             for line in text.splitlines():
                 with pytest.raises(SystemExit) as ended:
@@ -63,27 +69,57 @@ def logits_of(model):
         return model.eval()(torch.arange(8)[None]).logits
 
 
-def test_an_adapter_under_trainer_ends_in_plain_transformers(base):
+NAME = "model.layers.0.self_attn.q_proj.weight"
+STEPS = (2, 4, 6, 8)
+
+
+def load(folder):
     import transformers
 
-    peft = pytest.importorskip("peft")
-    names = run("From an adapter under Trainer to plain transformers", rows=base)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    merged = load("merged")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    start, got = (model.get_parameter(name).detach() for model in (load("base"), merged))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def assert_average_of(members, merged):
+    """The merged weight is the base's plus a weighted mean of what each checkpoint changed in it."""
+    start, got = load("base").get_parameter(NAME).detach(), merged.get_parameter(NAME).detach()
     assert not torch.equal(got, start)
-    members = [
-        peft.PeftModel.from_pretrained(load("base"), f"run/checkpoint-{step}").merge_and_unload().get_parameter(name)
-        for step in (2, 4, 6, 8)
-    ]
-    updates = torch.stack([(member.detach() - start).flatten().double() for member in members], 1)
+    updates = torch.stack([(member.get_parameter(NAME).detach() - start).flatten().double() for member in members], 1)
     shares = torch.linalg.lstsq(updates, (got - start).flatten().double()).solution
     assert ((shares > 0) & (shares < 1)).all()
     assert float(shares.sum()) == pytest.approx(1.0, abs=1e-3)
     torch.testing.assert_close((updates @ shares).float().view_as(got), got - start, rtol=1e-4, atol=1e-6)
+
+
+def assert_rounded(small, merged):
+    """What plain transformers loads is the merged model on its grid."""
     ws.quantize.round_to_nearest_(merged, grid=ws.quantize.Grid(4, search="minmax"))
-    torch.testing.assert_close(logits_of(names["small"]), logits_of(merged), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits_of(small), logits_of(merged), rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_under_trainer_ends_in_plain_transformers(base):
+    peft = pytest.importorskip("peft")
+    names = run(ADAPTER, rows=base)
+    merged = load("merged")
+    checkpoints = [f"run/checkpoint-{step}" for step in STEPS]
+    assert_average_of([peft.PeftModel.from_pretrained(load("base"), c).merge_and_unload() for c in checkpoints], merged)
+    assert_rounded(names["small"], merged)
+
+
+@pytest.mark.parametrize("variant", ["miss", "row", "col"])
+def test_a_bone_adapter_under_trainer_ends_in_plain_transformers(base, variant):
+    import transformers
+
+    callback = importlib.import_module("weightsmith.integrations.bone").BoneCheckpointCallback()
+    model = ws.adapt.apply_bone_(load("base"), ws.adapt.BoneConfig(r=4, variant=variant))
+    arguments = transformers.TrainingArguments("run", max_steps=8, save_steps=2, logging_steps=1, learning_rate=0.01)
+    transformers.Trainer(model, arguments, train_dataset=base, callbacks=[callback]).train()
+    names = run(ADAPTER, commands_on=True, transformers=transformers)
+    merged = load("merged")
+    members = [
+        ws.adapt.unload_bone_(ws.adapt.load_bone(load("base"), f"run/checkpoint-{step}"), merge=True) for step in STEPS
+    ]
+    assert_average_of(members, merged)
+    assert_rounded(names["small"], merged)
 
 
 AGAIN = """
