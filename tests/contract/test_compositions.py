@@ -6,8 +6,9 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-import compositions
-from compositions import FOREIGN, REFUSED, VERBS, Broken, build, outcome, outputs, read
+import verbs
+from compositions import FOREIGN, REFUSED, Broken, outcome, read
+from verbs import VERBS, build, outputs
 
 from weightsmith.core.errors import UsageError
 
@@ -55,8 +56,8 @@ DIFFERENT = {(Convolutional, "apply_bone_", "PEFT LoRA"): FOREIGN}
 @pytest.mark.parametrize("then", VERBS)
 @pytest.mark.parametrize("network", OTHERS)
 def test_other_networks_do_what_the_page_says(network, first, then, monkeypatch):
-    monkeypatch.setattr(compositions, "Net", network)
-    monkeypatch.setattr(compositions, "data", lambda: OTHERS[network])
+    monkeypatch.setattr(verbs, "Net", network)
+    monkeypatch.setattr(verbs, "data", lambda: OTHERS[network])
     assert outcome(first, then) == DIFFERENT.get((network, first, then), PAGE[first, then])
 
 
