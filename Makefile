@@ -33,8 +33,9 @@ bench: $(INSTALLED)  ## every performance target beside its peer
 docs: $(INSTALLED) tables  ## the site, in site/
 	$(BIN)/mkdocs build --strict
 
-tables: $(INSTALLED)  ## what README and docs repeat of the cards
+tables: $(INSTALLED)  ## what README and docs repeat of the cards, and what composes
 	$(BIN)/python docs/tables.py
+	$(BIN)/python tests/contract/compositions.py
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff format .

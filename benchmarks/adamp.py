@@ -1,14 +1,17 @@
 """One step of AdamP beside torch's fused AdamW and the authors' package, on the shapes of two networks.
 
-    OMP_NUM_THREADS=1 python benchmarks/adamp.py [--compile] [--rounds N]
+    OMP_NUM_THREADS=1 python benchmarks/adamp.py [--compile] [--rounds N] [--only steps|training]
 
-The learning rate is 0, so weights stay where they are and gradients made orthogonal to them stay orthogonal.
+Steps: the learning rate is 0, so weights stay where they are and gradients made orthogonal to them stay orthogonal.
+Training: forward, backward and step of whole networks, on small batches, where the step weighs most.
 """
 
 import argparse
+import copy
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification
 
 from _timing import interleave, show
 from weightsmith.optim import AdamP
@@ -66,6 +70,33 @@ def official() -> ModuleType:
     return importlib.import_module("adamp")
 
 
+def training() -> dict[str, tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """Networks with a small batch each."""
+    generator = torch.Generator().manual_seed(0)
+    images = {"pixel_values": torch.randn(8, 3, 96, 96, generator=generator), "labels": torch.arange(8)}
+    ids = torch.randint(8192, (4, 128), generator=generator)
+    config = GPT2Config(vocab_size=8192, n_positions=128, n_embd=384, n_layer=6, n_head=6)
+    return {
+        "ResNet-50, 8 images of 96 x 96": (ResNetForImageClassification(ResNetConfig(num_labels=1000)), images),
+        "GPT, 4 x 128 tokens": (GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}),
+    }
+
+
+def train_once(
+    model: nn.Module, batch: dict[str, torch.Tensor], make: Callable[..., torch.optim.Optimizer]
+) -> Callable[[], object]:
+    """A whole training step of a copy of the model."""
+    model = copy.deepcopy(model).train()
+    optimizer = make(model.parameters(), lr=1e-4, weight_decay=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def extra_memory(step: Callable[[], object]) -> float:
     """Most MB that a step has allocated at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -75,11 +106,20 @@ def extra_memory(step: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Print one table per network."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", action="store_true", help="also torch.compile(optimizer.step); takes minutes")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", choices=("steps", "training"))
     arguments = parser.parse_args()
+    if arguments.only != "training":
+        compare_steps(arguments)
+    if arguments.only != "steps":
+        compare_training(arguments.rounds)
+
+
+def compare_steps(arguments: argparse.Namespace) -> None:
+    """Print a table of optimizer steps per list of tensors."""
     options = {"lr": 0.0, "weight_decay": 0.01}
     for name, shapes in (("ResNet-50", resnet50()), ("GPT-like", gpt())):
         ours = AdamP(parameters(shapes), **options)
@@ -97,6 +137,16 @@ def main() -> None:
         title = f"{name}: {len(shapes)} tensors, {elements:.1f} M, {torch.get_num_threads()} threads"
         show(title, interleave(steps, rounds=arguments.rounds), baseline="torch AdamW fused")
         print(f"a step of AdamP needed {memory:.1f} MB beside its state; {ours.projection_stats()[0]}\n")
+
+
+def compare_training(rounds: int) -> None:
+    """Print a table of training steps per network."""
+    makers = {"torch AdamW fused": partial(torch.optim.AdamW, fused=True), "AdamP": AdamP}
+    for name, (model, batch) in training().items():
+        steps = {optimizer: train_once(model, batch, make) for optimizer, make in makers.items()}
+        elements = sum(p.numel() for p in model.parameters()) / 1e6
+        title = f"training {name}: {elements:.1f} M, {torch.get_num_threads()} threads"
+        show(title, interleave(steps, rounds=rounds), baseline="torch AdamW fused")
 
 
 if __name__ == "__main__":

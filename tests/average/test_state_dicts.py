@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from weightsmith.average import LAWA, average_state_dicts, ema, swa
@@ -104,3 +105,15 @@ def test_settings_out_of_range_are_refused():
         ema(model, 1)
     with pytest.raises(UsageError, match="k must be at least 1, got 0"):
         LAWA(model, 0)
+
+
+@pytest.mark.parametrize("average", [ema, swa, LAWA])
+def test_a_pruned_model_in_the_middle_of_training_is_averaged(average):
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    loss = model(x).sum()
+    averaged = average(model)
+    loss.backward()
+    averaged.update_parameters(model)
+    assert torch.equal(averaged(x), model(x))
+    assert int((averaged.module[0].weight == 0).sum()) == 8

@@ -20,7 +20,7 @@ def numbered(cases):
 
 
 def pairs(rewrites, names=MODELS, *, refused=False, one=False, when=lambda rewrite: True):
-    """Parametrise by every rewrite with the models that it takes, or refuses, or with just the first that it takes."""
+    """Parametrize by every rewrite with the models that it takes, or refuses, or with just the first that it takes."""
     chosen = []
     for case in numbered(rewrites):
         (rewrite,) = case.values
@@ -106,7 +106,7 @@ def assert_resumes(start, x, path):
     """Saving, loading and going on equals never having stopped.
 
     Args:
-        start: Makes a model, its optimiser, and whatever else has state.
+        start: Makes a model, its optimizer, and whatever else has state.
         x: Inputs.
         path: A file.
     """

@@ -196,7 +196,7 @@ def test_where_touches_only_what_it_names(rewrite, name):
     assert all(key.startswith("blocks.1.") for key in changed)
 
 
-# optimisers
+# optimizers
 
 
 @optimizer

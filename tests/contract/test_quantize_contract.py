@@ -1,4 +1,4 @@
-"""What only quantisation promises: weights on a grid, in a model that is otherwise the user's, and runs that resume."""
+"""What only quantization promises: weights on a grid, in a model that is otherwise the user's, and runs that resume."""
 
 import copy
 import functools

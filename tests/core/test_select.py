@@ -62,3 +62,15 @@ def test_a_model_without_anything_suitable_is_named():
 def test_other_types_are_refused(model, where):
     with pytest.raises(TypeError, match="where must be"):
         ws.select(model, where, default=is_linear)
+
+
+def test_what_an_adapter_adds_is_no_layer_of_the_model_but_what_it_trains_in_full_is(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        nn.ModuleDict({"net": model}), peft.LoraConfig(target_modules=["attn"], modules_to_save=["head"])
+    )
+    chosen = [name.removeprefix("base_model.model.net.") for name in ws.select(adapted, None, default=is_linear)]
+    attn = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn.base_layer", "mlp")]
+    assert chosen == [*attn, "head.original_module", "head.modules_to_save.default"]
+    assert len(ws.select(adapted, "*attn*", default=is_linear)) == 2
+    assert len(ws.select(adapted, lambda name, _: "lora_A" in name, default=is_linear)) == 2

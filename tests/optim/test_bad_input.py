@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
-from weightsmith.optim import SGDP, AdamP
+from weightsmith.optim import SGDP, AdamP, param_groups
 
 BOTH = pytest.mark.parametrize("optimizer_class", [AdamP, SGDP])
 FORMS = pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"capturable": True}], ids=str)
@@ -106,7 +106,7 @@ def test_one_row_is_channel_and_one_column_never_fires(optimizer_class):
 
 
 @BOTH
-def test_a_transposed_convolution_before_normalisation_is_caught_by_the_layer_view(optimizer_class):
+def test_a_transposed_convolution_before_normalization_is_caught_by_the_layer_view(optimizer_class):
     torch.manual_seed(0)
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3, bias=False), nn.GroupNorm(1, 4, eps=0.0)).double()
     optimizer = optimizer_class(model.parameters())
@@ -116,7 +116,7 @@ def test_a_transposed_convolution_before_normalisation_is_caught_by_the_layer_vi
     assert viewed(optimizer) == "layer"
 
 
-def test_without_normalisation_about_eight_percent_of_steps_project_by_chance():
+def test_without_normalization_about_eight_percent_of_steps_project_by_chance():
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(16, 16)) for _ in range(1000)]
     optimizer = AdamP(params)
@@ -247,3 +247,21 @@ def test_options_that_are_not_offered_are_not_swallowed(optimizer_class, name):
 def test_only_vectors_warns_that_nothing_will_be_projected(optimizer_class):
     with pytest.warns(WeightsmithWarning, match="FSDP1"):
         optimizer_class([nn.Parameter(randn(5)), nn.Parameter(torch.tensor(1.0))])
+
+
+@BOTH
+def test_lazy_parameters_are_taken_and_step_once_their_shape_is_known(optimizer_class):
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    optimizer = optimizer_class(model.parameters())
+    assert math.isfinite(optimizer.projection_stats()[0].mean_norm)
+    with pytest.raises(UsageError, match=r"0\.weight, 0\.bias: lazy"):
+        param_groups(model, 0.1)
+    model(randn(3, 5)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 4
+
+
+@pytest.mark.filterwarnings("error")
+@BOTH
+def test_only_lazy_parameters_are_no_reason_to_warn(optimizer_class):
+    optimizer_class(nn.LazyLinear(4).parameters())

@@ -37,7 +37,7 @@ def run(optimizer, start, stop):
         generator = torch.Generator().manual_seed(t)
         for p in params:
             g = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            if p.dim() == 4:  # as behind a normalisation: orthogonal to the weight
+            if p.dim() == 4:  # as behind a normalization: orthogonal to the weight
                 rows, weights = g.flatten(1), p.detach().flatten(1)
                 g = (rows - (rows * weights).sum(1, True) / weights.square().sum(1, True) * weights).view_as(p)
             p.grad = g

@@ -71,6 +71,16 @@ def _mean(tensors: list[Tensor], shares: list[float]) -> Tensor:
     return total.to(newest.dtype)
 
 
+def _copyable(model: nn.Module) -> nn.Module:
+    # pruning and other hooks leave what they computed last, with its graph, which cannot be copied; each forward pass
+    # computes it anew
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+    return model
+
+
 def ema(model: nn.Module, decay: float = 0.999) -> AveragedModel:
     """Keep an exponential moving average of a model while it trains: ``avg = decay avg + (1 - decay) theta``.
 
@@ -80,7 +90,7 @@ def ema(model: nn.Module, decay: float = 0.999) -> AveragedModel:
     """
     if not 0 <= decay < 1:
         raise UsageError(f"decay must be at least 0 and below 1, got {decay}")
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    return AveragedModel(_copyable(model), multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def swa(model: nn.Module) -> AveragedModel:
@@ -91,7 +101,7 @@ def swa(model: nn.Module) -> AveragedModel:
     Args:
         model: What trains.
     """
-    return AveragedModel(model)
+    return AveragedModel(_copyable(model))
 
 
 class LAWA(AveragedModel):
@@ -111,7 +121,7 @@ class LAWA(AveragedModel):
     def __init__(self, model: nn.Module, k: int = 4) -> None:
         if k < 1:
             raise UsageError(f"k must be at least 1, got {k}")
-        super().__init__(model)
+        super().__init__(_copyable(model))
         self._latest: deque[dict[str, Tensor]] = deque(maxlen=k)
 
     def update_parameters(self, model: nn.Module) -> None:

@@ -58,7 +58,7 @@ def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
     """Smallest and largest code of a two's-complement (signed) or plain binary integer.
 
     Args:
-        bits: Word length, 1 to 16.
+        bits: Bit width, 1 to 16.
         signed: ``True``: ``[-2^(bits-1), 2^(bits-1) - 1]``; ``False``: ``[0, 2^bits - 1]``.
 
     Raises:

@@ -7,6 +7,9 @@ Every verb takes the same argument, read by this one file:
 - a list of globs, of which a leading ``!`` excludes: ``["blocks.*", "!*.attn.*"]``; exclusions alone start from the
   technique's own choice;
 - a predicate ``(name, module) -> bool``.
+
+The small matrices that an adapter library (PEFT) hangs on a layer are no layers of the model: only a predicate chooses
+them, so that ``"*.q_proj*"`` means the same with and without adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,15 +47,28 @@ def select(
         >>> list(select(net, "2", default=lambda name, module: isinstance(module, nn.Linear)))
         ['2']
     """
-    can = supported or default
-    candidates = {name: module for name, module in model.named_modules() if can(name, module)}
-    chosen = {name: module for name, module in candidates.items() if _predicate(where, default)(name, module)}
+    can, wanted = supported or default, _predicate(where, default)
+    inside = () if callable(where) else _adapters(model)
+    candidates = {
+        name: module for name, module in model.named_modules() if can(name, module) and not name.startswith(inside)
+    }
+    chosen = {name: module for name, module in candidates.items() if wanted(name, module)}
     if not chosen:
         if where is None:
             raise UsageError(f"where=None matches nothing: {type(model).__name__} has no module this can be applied to")
         pattern = where if isinstance(where, str) else next(iter(where), "") if isinstance(where, Sequence) else ""
         raise UsageError(f"where={where!r} matches nothing that this can be applied to; {near(pattern, candidates)}")
     return chosen
+
+
+def _adapters(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of what adapters have added to layers; whole layers that they train in place stay in."""
+    return tuple(
+        f"{name}.{added}.".lstrip(".")
+        for name, module in model.named_modules()
+        for added in getattr(module, "adapter_layer_names", ())  # PEFT's layers say so
+        if added != "modules_to_save"
+    )
 
 
 def _predicate(where: Where, default: Predicate) -> Predicate:

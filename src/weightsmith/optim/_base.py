@@ -1,4 +1,9 @@
-"""What AdamP and SGDP share: the step in its two forms, state from elsewhere, and statistics."""
+"""What AdamP and SGDP share: their steps made fast for many weights, state from elsewhere, and statistics.
+
+What a step *is* stands in ``adamp_step_`` and ``sgdp_step_``. Here it is computed in two ways: on the CPU each weight
+is looked at first, and all that move freely go to one fused kernel; elsewhere both answers are computed and one is
+chosen on the device, so that the host never waits.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -7,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -47,7 +53,7 @@ class ProjectedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         self._views: dict[int, list[View | Tensor]] = {}
         super().__init__(params, defaults)
-        if all(p.dim() < 2 for group in self.param_groups for p in group["params"]):
+        if all(not is_lazy(p) and p.dim() < 2 for group in self.param_groups for p in group["params"]):
             warnings.warn(
                 f"{type(self).__name__} was given no parameter of two dimensions or more, so nothing will be "
                 "projected; if the model was flattened (FSDP1, ZeRO), shard it with FSDP2 instead",
@@ -178,8 +184,8 @@ class ProjectedOptimizer(Optimizer):
 
             move_(w, norms, displace, (g, *moments), keep=keep, eps=group["eps"])
         for dtype in {w.dtype for _, w, *_ in free}:
-            alike = [item for item in free if item[1].dtype == dtype]
-            self._advance_items([w for _, w, *_ in alike], alike, group=group, dense=True)
+            same = [item for item in free if item[1].dtype == dtype]
+            self._advance_items([w for _, w, *_ in same], same, group=group, dense=True)
         return views
 
     def _step_branchless(self, group: Group, items: list[Item]) -> list[View | Tensor]:
@@ -243,12 +249,14 @@ class ProjectedOptimizer(Optimizer):
         """Tell what the last step did, group by group.
 
         Returns:
-            One entry per parameter group; all counts are 0 before the first step. On a GPU this waits for the device.
+            One entry per parameter group; all counts are 0 before the first step. On a GPU this waits for the device;
+            if parameters are sharded, all ranks must call it, and all get the same numbers.
         """
         stats = []
         for index, group in enumerate(self.param_groups):
-            views = [int(view) for view in self._views.get(index, [])]
-            norms = [float(torch.linalg.vector_norm(p.detach())) for p in group["params"] if p.dim() >= 2 and p.numel()]
+            views = [int(_whole(view)) for view in self._views.get(index, [])]
+            matrices = [p.detach() for p in group["params"] if not is_lazy(p) and p.dim() >= 2 and p.numel()]
+            norms = [float(_whole(torch.linalg.vector_norm(p))) for p in matrices]
             stats.append(
                 ProjectionStats(
                     channel=views.count(View.CHANNEL),
@@ -262,6 +270,11 @@ class ProjectedOptimizer(Optimizer):
 
 def _native(p: Tensor) -> bool:
     return type(p) in (Tensor, nn.Parameter)
+
+
+def _whole(value: Any) -> Any:
+    # float() of a distributed tensor is the share of this rank
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _as_rows(item: Item) -> Item | None:

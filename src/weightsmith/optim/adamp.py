@@ -1,6 +1,6 @@
 """AdamP: Adam with decoupled decay that does not let momentum inflate scale-invariant weights.
 
-A weight that is followed by a normalisation keeps its function when its length changes, but its effective step size is
+A weight that is followed by a normalization keeps its function when its length changes, but its effective step size is
 ``lr / ||w||^2``; momentum makes ``||w||`` grow, so steps shrink too early. Where a weight looks scale-invariant, AdamP
 drops the part of the step that only changes the length, and most of the decay, no longer needed against growth.
 
@@ -8,7 +8,8 @@ drops the part of the step that only changes the length, and most of the decay, 
     u  = m / (sqrt(v / (1 - b2^k)) + eps)
     w <- (1 - lr weight_decay rho) w - lr / (1 - b1^k) project(u)
 
-with ``rho = wd_ratio`` where ``u`` was projected, else 1.
+with ``rho = wd_ratio`` where ``u`` was projected, else 1. ``adamp_step_`` is exactly that for one weight; ``AdamP``
+computes the same for all weights of a model, faster.
 
 Source: "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", arXiv 2006.08217,
 Algorithm 2; bias correction, the two views of a tensor and ``wd_ratio`` as in the authors' code.
@@ -22,7 +23,41 @@ from torch.optim.optimizer import ParamsT
 
 from weightsmith.core.errors import UsageError
 from weightsmith.optim._base import Group, ProjectedOptimizer
-from weightsmith.optim.projection import materialized
+from weightsmith.optim.projection import invariant_view, materialized, project
+
+
+@torch.no_grad()
+def adamp_step_(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    k: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    delta: float = 0.1,
+    wd_ratio: float = 0.1,
+    nesterov: bool = False,
+) -> None:
+    """Make step number ``k`` (from 1) of one real weight, in place: the reference.
+
+    ``w``, its gradient ``g`` and its moments ``m`` and ``v``, which start at 0, have one shape; options as in `AdamP`.
+    """
+    beta1, beta2 = betas
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    ahead = beta1 * m + (1 - beta1) * g if nesterov else m
+    u = ahead / ((v / (1 - beta2**k)).sqrt() + eps)
+    rho = 1.0
+    if w.dim() >= 2:
+        view = invariant_view(w, g, delta=delta, eps=eps)  # none, channel or layer
+        u = project(u, w, view, eps=eps)
+        rho = wd_ratio if view else 1.0
+    w.mul_(1 - lr * weight_decay * rho)
+    w.sub_(u, alpha=lr / (1 - beta1**k))
 
 
 class AdamP(ProjectedOptimizer):

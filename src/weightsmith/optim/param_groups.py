@@ -3,6 +3,9 @@
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from weightsmith.core.errors import UsageError
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -14,7 +17,13 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Returns:
         Groups for any optimizer; a group without parameters is left out.
+
+    Raises:
+        UsageError: A parameter is lazy, so that its dimensions are unknown.
     """
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise UsageError(f"{', '.join(lazy)}: lazy parameters have no dimensions yet: run one batch through the model")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},

@@ -16,6 +16,7 @@ first is cheaper than computing both answers.
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +75,9 @@ def invariant_view(w: Tensor, g: Tensor, *, delta: float, eps: float) -> Tensor:
         A ``View`` as a 0-d int8 tensor.
     """
     gw, gg, ww = row_dot(g, w), row_dot(g, g), row_dot(w, w)
-    channel = cosine(gw, gg.sqrt(), ww.sqrt(), eps).max() < delta / math.sqrt(w.numel() / len(w))
+    orthogonal = cosine(gw, gg.sqrt(), ww.sqrt(), eps) < delta / math.sqrt(w.numel() / len(w))
+    # counted, because a maximum is undefined on a rank whose shard has no rows
+    channel = (~orthogonal).sum() == 0
     layer = cosine(gw.sum(), gg.sum().sqrt(), ww.sum().sqrt(), eps) < delta / math.sqrt(w.numel())
     return (channel + 2 * (layer & ~channel)).to(torch.int8)
 
@@ -96,7 +99,10 @@ def project(u: Tensor, w: Tensor, view: Tensor, *, eps: float) -> Tensor:
     overall = wu.sum() / (ww.sum().sqrt() + eps) ** 2
     # `.value`: torch.compile does not compare a tensor with a member of an enumeration
     pull = torch.where(view == View.CHANNEL.value, per_row, torch.where(view == View.LAYER.value, overall, 0.0))
-    return u - (materialized(pull).view(-1, *[1] * (w.dim() - 1)) * w).to(u.dtype)
+    projected = u - (materialized(pull).view(-1, *[1] * (w.dim() - 1)) * w).to(u.dtype)
+    # a distributed tensor of one column comes back whole on every rank
+    placements = getattr(u, "placements", None)
+    return cast(Any, projected).redistribute(placements=placements) if placements else projected
 
 
 def materialized(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ The same projection as AdamP (see there), on heavy-ball or Nesterov momentum wit
     w <- (1 - lr weight_decay rho / (1 - momentum)) w - lr project(u)
 
 Dividing by ``1 - momentum`` gives decay the size that coupled L2 decay accumulates to in ``torch.optim.SGD``, so that
-the same ``weight_decay`` means the same strength.
+the same ``weight_decay`` means the same strength. ``sgdp_step_`` is exactly that for one weight; ``SGDP`` computes the
+same for all weights of a model, faster.
 
 Source: "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", arXiv 2006.08217,
 Algorithm 1; the two views of a tensor, ``wd_ratio`` and the decay as in the authors' code.
@@ -21,6 +22,40 @@ from torch.optim.optimizer import ParamsT
 
 from weightsmith.core.errors import UsageError
 from weightsmith.optim._base import Group, ProjectedOptimizer
+from weightsmith.optim.projection import invariant_view, project
+
+
+@torch.no_grad()
+def sgdp_step_(
+    w: Tensor,
+    g: Tensor,
+    b: Tensor,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    eps: float = 1e-8,
+    delta: float = 0.1,
+    wd_ratio: float = 0.1,
+    project_buffer: bool = False,
+) -> None:
+    """Make one step of one real weight, in place: the reference.
+
+    ``w``, its gradient ``g`` and its momentum ``b``, which starts at 0, have one shape; options as in `SGDP`.
+    """
+    b.mul_(momentum).add_(g, alpha=1 - dampening)
+    u = g + momentum * b if nesterov else b
+    rho = 1.0
+    if w.dim() >= 2:
+        view = invariant_view(w, g, delta=delta, eps=eps)  # none, channel or layer
+        u = project(u, w, view, eps=eps)
+        rho = wd_ratio if view else 1.0
+        if project_buffer and not nesterov:
+            b.copy_(u)
+    w.mul_(1 - lr * weight_decay * rho / (1 - momentum))
+    w.sub_(u, alpha=lr)
 
 
 class SGDP(ProjectedOptimizer):
