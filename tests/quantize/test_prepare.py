@@ -254,7 +254,7 @@ def test_a_tied_weight_is_quantised_once_for_all_owners():
             return self.head(self.body(self.embedding(x)))
 
     model = Tied()
-    with pytest.warns(WeightsmithWarning, match="head is tied: its weight is quantised once, for all 2 owners"):
+    with pytest.warns(WeightsmithWarning, match="head is tied: its weight is quantized once, for all 2 owners"):
         prepare_ofq_(model, activation_bits=None, ends_bits=None)
     assert torch.equal(model.head.weight, model.embedding.weight)
     assert torch.equal(model.head.weight, statsq(model.head.parametrizations.weight.original, 2))
@@ -360,7 +360,8 @@ class Separate(nn.Module):
         self.q, self.k, self.v, self.proj = (nn.Linear(64, 64) for _ in range(4))
 
     def forward(self, x):
-        raise NotImplementedError
+        q, k, v = (layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def test_evaluation_and_training_see_the_same_weights():

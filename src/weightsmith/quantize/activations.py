@@ -168,8 +168,17 @@ def quantize_activations_(
 def quantise_input_(layer: nn.Module, quantiser: nn.Module) -> None:
     """Let a layer quantise its input; a quantiser that is there already is replaced."""
     if not hasattr(layer, _INPUT):
-        layer.register_forward_pre_hook(_quantise_input)
+        layer.register_forward_pre_hook(_quantise_input, with_kwargs=True)
     layer.add_module(_INPUT, quantiser)
+
+
+def release_input_(layer: nn.Module) -> None:
+    """Let a layer take its input as it comes again."""
+    if hasattr(layer, _INPUT):
+        delattr(layer, _INPUT)
+        hooks = layer._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _quantise_input]:
+            del hooks[key], layer._forward_pre_hooks_with_kwargs[key]
 
 
 def activation_quantisers(module: nn.Module) -> Iterator[StaticActivation]:
@@ -177,8 +186,12 @@ def activation_quantisers(module: nn.Module) -> Iterator[StaticActivation]:
     return (inner for inner in module.modules() if isinstance(inner, StaticActivation))
 
 
-def _quantise_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.input_quantizer(args[0]), *args[1:])  # type: ignore[operator]
+def _quantise_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    quantize: Any = layer.input_quantizer
+    if args:
+        return (quantize(args[0]), *args[1:]), kwargs
+    first, *_ = kwargs
+    return args, {**kwargs, first: quantize(kwargs[first])}
 
 
 def _quantise_output(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
