@@ -148,6 +148,7 @@ def quantize_activations_(
         default=lambda name, module: is_quantisable(name, module) and module is not head,
         supported=is_quantisable,
     )
+    _refuse_trained(model, layers)
     keys_and_values = select(model, ["*k_proj", "*v_proj"], default=is_quantisable) if kv_bits is not None else {}
     if mode == "dynamic":
         for layer in layers.values():
@@ -163,6 +164,28 @@ def quantize_activations_(
         layer.add_module(_OUTPUT, DynamicActivation(kv_bits))
         layer.register_forward_hook(_quantise_output)
     return model
+
+
+def _refuse_trained(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Layers whose inputs `prepare_ofq_` quantizes, or that quantized attention uses without calling them."""
+    inside = {
+        f"{name}.{part}": name
+        for name, module in model.named_modules()
+        if hasattr(module, "query_key_sites")
+        for part in (child for child, _ in module.named_children())
+    }
+    for name, layer in layers.items():
+        held = getattr(layer, _INPUT, None)
+        if held is not None and not isinstance(held, StaticActivation | DynamicActivation):
+            raise UsageError(
+                f"the input of {name} is quantized by prepare_ofq_ already: leave it out of where, or prepare with "
+                "activation_bits=None"
+            )
+        if name in inside:
+            raise UsageError(
+                f"{name} belongs to attention that prepare_ofq_ has converted, which does not call it: leave it out of "
+                "where, or prepare with activation_bits"
+            )
 
 
 def quantise_input_(layer: nn.Module, quantiser: nn.Module) -> None:

@@ -146,9 +146,10 @@ def _compared(original: nn.Module, parts: Parts, calls: list[Call], product: boo
             return reason
         checked |= set(given_kinds(bind(parts.arguments, call.args, call.kwargs)))
     call = calls[0]
-    for name, value in _options(parts, call):
+    given = bind(parts.arguments, call.args, call.kwargs)
+    for name, value in _options(parts, given[parts.arguments[0]]):
         with contextlib.suppress(Exception):  # it does not take this, or the stand-in does not
-            if _difference(original, stand_in, Call(call.args, {**call.kwargs, name: value})) is None:
+            if _difference(original, stand_in, Call((), {**given, name: value})) is None:
                 checked |= set(given_kinds({name: value}))
     if _is_random(original, call) != _is_random(stand_in, call):
         return "its dropout is not where it was looked for"
@@ -219,13 +220,12 @@ def _guess(probe: nn.Module, parts: Parts) -> Call:
     return _randomized(Call((layer.weight.new_empty(2, tokens, layer.in_features),), {}), parts)
 
 
-def _options(parts: Parts, call: Call) -> Iterator[tuple[str, Any]]:
+def _options(parts: Parts, hidden: Tensor) -> Iterator[tuple[str, Any]]:
     """What else the module can be given, in every form that the converted one knows."""
-    hidden = bind(parts.arguments, call.args, call.kwargs)[parts.arguments[0]]
     batch, tokens = hidden.shape[:2]
     added = torch.randn(batch, tokens, tokens, generator=torch.Generator().manual_seed(2)).to(hidden)
     visible = (added > 0) | torch.eye(tokens, dtype=torch.bool, device=hidden.device)
-    for name in parts.arguments[max(1, len(call.args)) :]:
+    for name in parts.arguments[1:]:
         if name in MASKS:
             for mask in (visible, added):
                 yield from ((name, mask[0]), (name, mask), (name, mask[:, None]))

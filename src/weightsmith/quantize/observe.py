@@ -7,7 +7,7 @@ over all of its blocks, so none of its layers is a last one.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +98,12 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))
         handles.append(layer.register_forward_hook(lambda _, args, output, name=name: after(name, output)))
-    for name in attentions:
-        handles.append(
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: called(name, args, kwargs), with_kwargs=True
-            )
+    handles += [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: called(name, args, kwargs), with_kwargs=True
         )
+        for name in attentions
+    ]
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -211,4 +211,4 @@ def _last(module: nn.Module) -> nn.Module | None:
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    return (cast(nn.Module, inner) for inner in module.modules() if is_layer("", inner))
+    return (inner for inner in module.modules() if is_layer("", inner))

@@ -194,8 +194,20 @@ def _quantizer(fact: dict[str, Any], beside: nn.Module) -> ActivationQuantizer:
     return quantizer
 
 
-def _comparable(facts: dict[str, Any]) -> Any:
+def _comparable(facts: Any) -> Any:
     """Without what calibration decides, and tuples as lists."""
     if isinstance(facts, dict):
         return {key: _comparable(value) for key, value in facts.items() if key not in ("signed", "shifts", "checked")}
     return [*facts] if isinstance(facts, tuple) else facts
+
+
+def refuse_to_save(*_: Any, **__: Any) -> None:
+    """Take the place of ``save_pretrained`` where plain transformers could not read what it writes.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        "transformers cannot read this model back: it has quantized activations or query-key products, which its class "
+        "knows nothing of. save_quantized(model, folder) writes a folder that load_quantized reads"
+    )

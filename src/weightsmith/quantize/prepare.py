@@ -76,19 +76,21 @@ def prepare_ofq_(
     attention_names: Mapping[str, str] | None = None,
     example: Any = None,
 ) -> Model:
-    """Quantise weights and activations while training goes on with floating-point latents.
+    """Quantize weights and activations while training goes on with floating-point latents.
 
-    Weights become parametrisations: parameters keep their identity, and ``fold_`` leaves grid values in plain layers.
+    Weights become parametrizations: parameters keep their identity, and ``fold_`` leaves grid values in plain layers.
     Inputs of the layers pass an ``input_quantizer``, a sub-module of the layer. In attention, query, key and value,
-    the softmax and (with ``qk_reparam``) the query-key product are quantised as well. Pretrained weights stay; with
-    ``qk_reparam`` the biases of query and key are dropped. Biases, norms and embeddings stay in floating point.
+    the softmax and (with ``qk_reparam``) the query-key product are quantized as well. Pretrained weights stay; with
+    ``qk_reparam`` the biases of query and key are dropped. Biases, norms and embeddings stay in floating point, and so
+    do inputs of ``nn.MultiheadAttention``. What was done where, and what was left, is in `ofq_report`.
 
     Args:
         model: Changed in place, after everything has been checked.
         weight_bits: Word length of weights, 1 to 8.
         activation_bits: Word length of activations, 1 to 8; ``None``: they stay in floating point.
-        qk_reparam: Quantise the product of query and key weights instead of each. ``True`` refuses attention where
-            something acts on query or key; ``"auto"`` quantises their weights there and warns; ``False`` everywhere.
+        qk_reparam: Quantize the product of query and key weights instead of each. Attention that does more than the
+            converted module would, quantizers off, keeps its forward: only its linear layers are quantized, with a
+            warning (``"auto"``) or not at all, with an error (``True``). ``False``: no product anywhere.
         weight: ``"statsq"``, or ``"lsq"`` for the baseline with a learnt scale.
         ends_bits: Word length of the first layer and the classifiers, weights (LSQ) and inputs; ``None``: as the rest.
         granularity: Which activations share a step: those of a ``"token"`` (the paper; fixes the sequence length),
@@ -97,15 +99,18 @@ def prepare_ofq_(
         image_shift: Give the input of a first convolution two learnt shifts per pixel, as the authors' code does.
         where: Which layers: ``None`` (every linear and convolution layer), glob(s) over module names, or a predicate.
             Attention is quantised inside when all its projections are chosen.
-        attention_names: Attribute names of an attention that is not recognised, by role: ``qkv``, or ``q``, ``k`` and
+        attention_names: Attribute names of an attention that is not recognized, by role: ``qkv``, or ``q``, ``k`` and
             ``v``; ``out``; ``heads``.
+        example: What the model takes, as for `calibrate_`; a few samples will do. It shows how attention is called and
+            which layers are the first and the last. ``None``: random inputs for a transformers model; else attention is
+            called with hidden states alone, and names and order of modules decide on the ends.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        UsageError: An argument is out of range, nothing matches, a weight is not finite, lazy or parametrised already,
-            attention is refused, or a tied weight has an owner that cannot be quantised.
+        UsageError: An argument is out of range, nothing matches, a weight is not finite, lazy or parametrized already,
+            the example does not fit, attention is refused, or a tied weight has an owner that cannot be quantized.
     """
     plan = make_plan(weight_bits, activation_bits, ends_bits, weight, granularity, keep_query_bias)
     if qk_reparam not in (True, False, "auto"):
@@ -178,6 +183,7 @@ def reparameterize_qk_(
         keep_query_bias: As for `prepare_ofq_`.
         where: Which attention modules: ``None`` (all), glob(s) over module names, or a predicate.
         attention_names: As for `prepare_ofq_`.
+        example: As for `prepare_ofq_`.
 
     Returns:
         ``model`` itself.
@@ -318,7 +324,7 @@ def _attentions(
             'qk_reparam="auto" or False to quantize the weights of query and key there, or leave it out of where'
         )
     if plan.activation_bits is not None or qk_reparam:
-        others = {**dict.fromkeys(all_of_it.refused.values())}
+        others = dict.fromkeys(all_of_it.refused.values())
         warnings.warn(
             f"the inside of {_some(all_of_it.refused)} stays in floating point ({'; '.join(others)}); only the linear "
             "layers there are quantized",
