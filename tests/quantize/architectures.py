@@ -1,10 +1,16 @@
 """Small configs of many transformers families: what `prepare_ofq_` is tried on, and what the docs' table lists."""
 
+import re
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from weightsmith.quantize.preparation import ofq_report
+from weightsmith.quantize.prepare import prepare_ofq_
 
 _TEXT = {
     "vocab_size": 32,
@@ -141,3 +147,27 @@ def _batch(model: nn.Module) -> dict[str, torch.Tensor]:
     hidden[1, 5:] = 0
     batch = {"input_ids": ids, "attention_mask": hidden}
     return batch | {"decoder_input_ids": ids} if held.config.is_encoder_decoder else batch
+
+
+def rows() -> list[str]:
+    """The table of the docs, a line each."""
+    return [_row(family) for family in FAMILIES]
+
+
+def _row(family: str) -> str:
+    model, batch = build(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepare_ofq_(model, example=batch())
+    report = ofq_report(model)
+    converted = sum(done == "query-key product" for done in report.attention.values())
+    reasons = dict.fromkeys(re.sub(r" by \S+ of their size", "", done) for done in report.attention.values())
+    reasons.pop("query-key product", None)
+    all_of_them = len(report.attention)
+    share = f"{converted} of {all_of_them}" if all_of_them else "none found"
+    ends = ", ".join(f"`{name}`" for name in report.ends if "continuous_position_bias" not in name) or "none"
+    return f"| {family} | {share} | {'; '.join(reasons)} | {ends} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(rows()) + "\n")

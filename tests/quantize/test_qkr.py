@@ -262,7 +262,7 @@ class Rotary(Separate):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Between(q_norm=nn.LayerNorm(4)), "normalised"),
+        (lambda: Between(q_norm=nn.LayerNorm(4)), "normalized"),
         (lambda: Between(logit_scale=nn.Parameter(torch.ones(2, 1, 1))), "cosines"),
         (lambda: Between(rotary_emb=nn.Module()), "rotary"),
         (lambda: Rotary(8, 2), "rotary"),

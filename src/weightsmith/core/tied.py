@@ -22,7 +22,13 @@ def register_shared_(owners: list[tuple[nn.Module, str]], parametrization: nn.Mo
             declare_shared_(module, attribute)
 
 
-def declare_shared_(module: nn.Module, attribute: str) -> None:
-    """Say to ``save_pretrained`` that the tensors of a parametrization are kept under another name as well."""
+def declare_shared_(module: nn.Module, attribute: str, part: str = "") -> None:
+    """Say to ``save_pretrained`` that tensors of a parametrization are kept under another name as well.
+
+    Args:
+        module: The parametrized module.
+        attribute: Its parametrized attribute.
+        part: How the names of these tensors begin; ``""``: all of them are shared.
+    """
     held: Any = module.parametrizations[attribute]  # type: ignore[index]
-    held._tied_weights_keys = {"": ""}
+    held._tied_weights_keys = {**getattr(held, "_tied_weights_keys", {}), part: part}

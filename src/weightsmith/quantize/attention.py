@@ -27,9 +27,9 @@ _HEADS = ("num_heads", "num_attention_heads", "heads")
 DROPOUTS = ("attn_drop", "attn_dropout", "attention_dropout", "dropout")
 _ROLES = ("qkv", "q", "k", "v", "out", "heads")
 _BETWEEN = {
-    "query and key are normalised": ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm"),
+    "query and key are normalized": ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm"),
     "a rotary embedding turns query and key": ("rotary_emb", "rotary_embedding", "rope", "rotary"),
-    "its output is normalised before the projection": ("norm",),
+    "its output is normalized before the projection": ("norm",),
     "its logits are cosines": ("logit_scale", "continuous_position_bias_mlp", "cpb_mlp"),
 }
 _ROTARY_ARGUMENTS = ("position_embeddings", "rope", "freqs_cis", "rotary_pos_emb")

@@ -113,7 +113,10 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
         with torch.enable_grad(), torch.random.fork_rng():
             out = run_batch(model, example)
         for tensor in _outputs(out):
-            seen.ends |= _heads(tensor, made)
+            heads = _heads(tensor, made)
+            seen.ends |= heads
+            if isinstance(out, Mapping) and not heads:  # what comes after is made from the same hidden states
+                break
     finally:
         for handle in handles:
             handle.remove()
@@ -125,10 +128,9 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
 
 
 def _outputs(out: Any) -> list[Tensor]:
-    """The tensors that a model gives; of a mapping (transformers) the first, other than a loss."""
-    tensors = [leaf for leaf in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(leaf, Tensor)]
-    tensors = [tensor for tensor in tensors if tensor.grad_fn is not None and tensor.dim()]
-    return tensors[:1] if isinstance(out, Mapping) else tensors
+    """The tensors that a model gives, other than losses; of a mapping (transformers) those at its top."""
+    leaves = list(out.values()) if isinstance(out, Mapping) else tree_leaves(out)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None and leaf.dim()]
 
 
 def _heads(output: Tensor, made: Mapping[Any, str]) -> set[str]:
