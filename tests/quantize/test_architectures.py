@@ -216,9 +216,29 @@ def test_a_large_weight_that_no_layer_has_is_named_with_its_share():
 
 def test_layers_that_carry_adapters_are_named():
     plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model = apply_bone_(plain, BoneConfig(rank=2, where="0"))
+    model = apply_bone_(plain, BoneConfig(r=2, where="0"))
     with pytest.warns(WeightsmithWarning, match=r"0\.weight .* stays in floating point"):
         prepare_ofq_(model, activation_bits=None)
+
+
+def test_adapters_of_peft_stay_in_float_and_are_named():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("ViT")[0], peft.LoraConfig(target_modules=["fc1"], r=2))
+    with pytest.warns(WeightsmithWarning, match=r"adapters .*fc1\.lora_A.* stay in floating point"):
+        prepare_ofq_(model, activation_bits=None)
+    assert any(name.endswith("fc1.base_layer.weight") for name in bits(model))
+    assert not any("lora" in name for name in bits(model))
+
+
+@quiet
+def test_a_model_may_be_prepared_in_two_steps():
+    model, batch = build("ViT")
+    prepare_ofq_(model, where="*.mlp.*", example=batch())
+    prepare_ofq_(model, where=["!*.mlp.*", "!*.patch_embeddings.*"], example=batch())
+    assert not any(held.calibrated for held in model.modules() if isinstance(held, ActivationQuantizer))
+    assert ofq_report(model).ends == ("classifier",)
+    assert len(ofq_report(model).attention) == 2
+    assert output(calibrate_(model, batch()), batch()).isfinite().all()
 
 
 def test_a_report_needs_a_preparation():

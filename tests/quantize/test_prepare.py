@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.nn.utils import prune
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.core.fold import fold_
@@ -260,12 +261,12 @@ def test_companding_over_a_prepared_model_is_refused():
 
 def test_the_advice_on_pruned_layers_works():
     model = net()
-    nn.utils.prune.l1_unstructured(model[2], "weight", 0.5)
+    prune.l1_unstructured(model[2], "weight", 0.5)
     with pytest.raises(UsageError, match=r"weight of 2 comes from a hook.*prune\.remove"):
         prepare_ofq_(model)
     with pytest.raises(UsageError, match=r"2\.weight comes from a hook.*prune\.remove"):
         choose_layers(model, None)
-    nn.utils.prune.remove(model[2], "weight")
+    prune.remove(model[2], "weight")
     assert choose_layers(model, None).keys() == {"0", "2", "4"}
     prepare_ofq_(model)
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from weightsmith.core.errors import UsageError
 from weightsmith.quantize.convert import Call
+from weightsmith.quantize.lsq import ActivationQuantizer
 from weightsmith.quantize.plan import is_layer
 
 _HEADS = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "lm_head")
@@ -106,8 +107,11 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
     ]
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fresh = [held for held in model.modules() if isinstance(held, ActivationQuantizer) and not held.calibrated]
     try:
         model.eval()
+        for quantizer in fresh:
+            quantizer.calibrating = True
         for parameter, _ in flags:
             parameter.requires_grad_(parameter.is_floating_point())
         with torch.enable_grad(), torch.random.fork_rng():
@@ -120,6 +124,9 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
     finally:
         for handle in handles:
             handle.remove()
+        for quantizer in fresh:
+            quantizer.calibrating = False
+            quantizer.reset()
         for module, training in modes:
             module.training = training
         for parameter, flag in flags:

@@ -115,7 +115,13 @@ def prepare_ofq_(
     plan = make_plan(weight_bits, activation_bits, ends_bits, weight, granularity, keep_query_bias)
     if qk_reparam not in (True, False, "auto"):
         raise UsageError(f'qk_reparam must be True, False or "auto", got {qk_reparam!r}')
-    chosen = select(model, where, default=_is_chosen)
+    adapters = _adapters(model)
+    chosen = select(
+        model,
+        where,
+        default=lambda name, module: _is_chosen(name, module) and name not in adapters,
+        supported=_is_chosen,
+    )
     layers = {name: module for name, module in chosen.items() if not isinstance(module, nn.MultiheadAttention)}
     slots = [_Slot(name, layer, "weight") for name, layer in layers.items()]
     for name, module in chosen.items():
@@ -152,7 +158,16 @@ def prepare_ofq_(
 
     done = dict.fromkeys(attentions.found, "query-key product" if qk_reparam else "inside")
     record_(model, {**done, **attentions.refused}, ends & {slot.layer for slot in slots}, seen.by)
-    if where is None and (left := overlooked(model)):
+    left = {} if where is not None else overlooked(model)
+    left = {name: share for name, share in left.items() if name.removesuffix(".weight") not in adapters}
+    if where is None and adapters:
+        warnings.warn(
+            f"the adapters {_some(adapters)} stay in floating point, and what they add is not on the grid: merge them "
+            "first if it shall be",
+            WeightsmithWarning,
+            stacklevel=2,
+        )
+    if left:
         warnings.warn(
             f"{', '.join(f'{name} ({share:.1%} of all matrices)' for name, share in left.items())} stays in floating "
             "point: it belongs to no plain linear layer or convolution",
@@ -254,6 +269,17 @@ def calibrate_(model: Model, batch: Any) -> Model:
 
 def _is_chosen(name: str, module: nn.Module) -> bool:
     return is_layer(name, module) or type(module) is nn.MultiheadAttention
+
+
+def _adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers that PEFT has put beside a layer of the model."""
+    return {
+        f"{name}.{inner}".lstrip("."): part
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+        for inner, part in module.named_modules()
+        if is_layer(inner, part) and inner.partition(".")[0] != "base_layer"
+    }
 
 
 def _check(slots: list[_Slot]) -> None:
