@@ -208,6 +208,7 @@ ALONGSIDE = {
     "weightsmith.quantize.quantized_weights",
     "weightsmith.quantize.calibrate_",
     "weightsmith.quantize.finish_ofq_",
+    "weightsmith.quantize.ofq_report",
     "weightsmith.quantize.statsq",
     "weightsmith.adapt.BoneConfig",
     "weightsmith.adapt.set_adapter_",

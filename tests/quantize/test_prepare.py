@@ -6,18 +6,23 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.nn.utils import prune
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.core.fold import fold_
 from weightsmith.lab.models import build_model
+from weightsmith.lab.models.vit import Mlp
+from weightsmith.quantize.activations import quantize_activations_
 from weightsmith.quantize.cache import cached_weights
 from weightsmith.quantize.export import load_quantized, save_quantized
 from weightsmith.quantize.finish import check_finite, finish_ofq_, integer_weights
 from weightsmith.quantize.grid import quantized_weights
+from weightsmith.quantize.layers import choose_layers
 from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight
 from weightsmith.quantize.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
 from weightsmith.quantize.statsq import StatsQ, statsq
 from weightsmith.quantize.weight_quantizer import sites
+from weightsmith.reparam import compand_
 
 CONTRACT = runpy.run_path("tests/contract/models.py")
 MODELS = pytest.mark.parametrize("name", list(CONTRACT["MODELS"]))
@@ -242,6 +247,99 @@ def test_a_model_is_prepared_only_once():
         prepare_ofq_(net().to("meta"))
 
 
+def test_a_parametrization_on_top_of_a_quantizer_is_refused():
+    model = prepare_ofq_(net(), activation_bits=None)
+    nn.utils.parametrize.register_parametrization(model[2], "weight", nn.Identity())
+    with pytest.raises(UsageError, match=r"2\.weight is quantized, and Identity moves it off its grid"):
+        finish_ofq_(model)
+
+
+def test_companding_over_a_prepared_model_is_refused():
+    with pytest.raises(UsageError, match="is quantized by LSQWeight"):
+        compand_(prepare_ofq_(net(), activation_bits=None), allow_existing=True)
+
+
+def test_the_advice_on_pruned_layers_works():
+    model = net()
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    with pytest.raises(UsageError, match=r"weight of 2 comes from a hook.*prune\.remove"):
+        prepare_ofq_(model)
+    with pytest.raises(UsageError, match=r"2\.weight comes from a hook.*prune\.remove"):
+        choose_layers(model, None)
+    prune.remove(model[2], "weight")
+    assert choose_layers(model, None).keys() == {"0", "2", "4"}
+    prepare_ofq_(model)
+
+
+def test_a_model_that_trains_on_its_grid_says_what_saving_needs(tmp_path):
+    with pytest.raises(UsageError, match="finish_ofq_ first"):
+        save_quantized(prepare_ofq_(net()), tmp_path / "folder")
+
+
+def test_inputs_are_quantized_once_whatever_came_before():
+    model, x = net(), torch.randn(8, 6)
+    quantize_activations_(model, bits=8)
+    calibrate_(prepare_ofq_(model), x)
+    assert all(len(layer._forward_pre_hooks) == 1 for layer in model if isinstance(layer, nn.Linear))
+    calls = []
+    model[2].input_quantizer.register_forward_hook(lambda *_: calls.append(1))
+    model(x)
+    assert calls == [1]
+    with pytest.raises(UsageError, match="input of 0 is quantized by prepare_ofq_ already"):
+        quantize_activations_(model)
+
+
+def test_attention_gives_up_the_quantizers_that_its_projections_had():
+    model, x = vit(), torch.randn(4, 1, 8, 8)
+    quantize_activations_(model, bits=8)
+    calibrate_(prepare_ofq_(model, example=x), x)
+    assert not model.blocks[0].attn.qkv._forward_pre_hooks
+    assert {"blocks.0.attn.product"} <= {site.name for site in sites(model)}
+    weights_only = prepare_ofq_(vit(), activation_bits=None)
+    with pytest.raises(UsageError, match=r"blocks.0.attn.qkv belongs to attention"):
+        quantize_activations_(weights_only)
+
+
+def test_a_layer_may_be_called_with_a_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.second(input=self.first(input=x))
+
+    x = torch.randn(4, 6)
+    model = calibrate_(prepare_ofq_(Named(), example=[x]), [x])
+    assert model.first.input_quantizer.calibrated
+    assert model(x).shape == (4, 2)
+
+
+def test_the_ends_are_found_by_running_not_by_the_order_of_registration():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out, self.middle, self.into = nn.Linear(6, 2), nn.Linear(6, 6), nn.Linear(4, 6)
+
+        def forward(self, x):
+            return self.out(self.middle(self.into(x).relu()).relu())
+
+    model = prepare_ofq_(Backwards(), activation_bits=None, example=torch.randn(3, 4))
+    bits = {site.name: site.quantizer.bits for site in sites(model)}
+    assert bits == {"out.weight": 8, "middle.weight": 2, "into.weight": 8}
+
+
+def test_without_an_example_no_block_is_taken_for_a_head():
+    class Headless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Conv2d(1, 8, 2)
+            self.blocks = nn.ModuleList(Mlp(8, 16) for _ in range(2))
+
+    model = prepare_ofq_(Headless(), activation_bits=None)
+    assert [site.name for site in sites(model) if site.quantizer.bits == 8] == ["embed.weight"]
+
+
 def test_a_tied_weight_is_quantised_once_for_all_owners():
     class Tied(nn.Module):
         def __init__(self):
@@ -254,7 +352,7 @@ def test_a_tied_weight_is_quantised_once_for_all_owners():
             return self.head(self.body(self.embedding(x)))
 
     model = Tied()
-    with pytest.warns(WeightsmithWarning, match="head is tied: its weight is quantised once, for all 2 owners"):
+    with pytest.warns(WeightsmithWarning, match="head is tied: its weight is quantized once, for all 2 owners"):
         prepare_ofq_(model, activation_bits=None, ends_bits=None)
     assert torch.equal(model.head.weight, model.embedding.weight)
     assert torch.equal(model.head.weight, statsq(model.head.parametrizations.weight.original, 2))
@@ -360,7 +458,8 @@ class Separate(nn.Module):
         self.q, self.k, self.v, self.proj = (nn.Linear(64, 64) for _ in range(4))
 
     def forward(self, x):
-        raise NotImplementedError
+        q, k, v = (layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def test_evaluation_and_training_see_the_same_weights():

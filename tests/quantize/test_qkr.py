@@ -113,6 +113,11 @@ class Windowed(Separate):
         apart = at[:, :, None] - at[:, None] + 2
         self.relative_position_index = apart[0] * 5 + apart[1]
 
+    def forward(self, x, mask=None):
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        mask = 0 if mask is None else mask.repeat(len(x) // len(mask), 1, 1)[:, None]
+        return super().forward(x, bias + mask)
+
 
 class Shifted(nn.Module):
     """Cuts 6 x 6 images, rolled by one, into windows and hides what the roll has brought together."""
@@ -257,7 +262,7 @@ class Rotary(Separate):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Between(q_norm=nn.LayerNorm(4)), "normalised"),
+        (lambda: Between(q_norm=nn.LayerNorm(4)), "normalized"),
         (lambda: Between(logit_scale=nn.Parameter(torch.ones(2, 1, 1))), "cosines"),
         (lambda: Between(rotary_emb=nn.Module()), "rotary"),
         (lambda: Rotary(8, 2), "rotary"),
@@ -267,10 +272,10 @@ def test_reparameterisation_is_refused_where_something_lies_between(make, reason
     model = make()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UsageError, match=f'{reason}.*qk_reparam="auto"'):
-        prepare_ofq_(model)
+        prepare_ofq_(model, qk_reparam=True)
     assert model.state_dict().keys() == before.keys()
     with pytest.warns(WeightsmithWarning, match="stays in floating point"):
-        prepare_ofq_(model, qk_reparam="auto", ends_bits=None)
+        prepare_ofq_(model, ends_bits=None)
     assert {"q.weight", "k.weight", "v.weight", "proj.weight"} == integer_weights(model).keys()
 
 
@@ -287,7 +292,10 @@ def test_unusual_names_can_be_told():
             self.many = 2
 
         def forward(self, x):
-            return self.ends(x)
+            q, k, v = (
+                layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.asks, self.answers, self.gives)
+            )
+            return self.ends(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     names = {"q": "asks", "k": "answers", "v": "gives", "out": "ends", "heads": "many"}
     assert find_parts("", Odd(), names).heads == 2
@@ -304,7 +312,10 @@ def test_unusual_names_can_be_told():
 @pytest.mark.parametrize(("heads", "message"), [(3, "do not divide its width 8"), ("two", "number of heads")])
 def test_heads_must_be_a_number_that_divides_the_width(heads, message):
     with pytest.raises(UsageError, match=message):
-        prepare_ofq_(Between(num_heads=heads))
+        prepare_ofq_(Between(num_heads=heads), qk_reparam=True)
+    with pytest.warns(WeightsmithWarning, match=message):
+        prepare_ofq_(model := Between(num_heads=heads))
+    assert type(model) is Between
 
 
 @quiet
@@ -316,8 +327,19 @@ def test_attention_of_older_libraries_returns_its_pair_and_honours_masks():
             self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
             self.dropout = nn.Dropout(0.5)
 
-        def forward(self, hidden_states, attention_mask=None, head_mask=None) -> tuple[torch.Tensor, ...]:
-            raise NotImplementedError
+        def forward(self, hidden_states, attention_mask=None, head_mask=None):
+            heads = (2, 4)
+            q, k, v = (
+                layer(hidden_states).unflatten(-1, heads).transpose(1, 2)
+                for layer in (self.query, self.key, self.value)
+            )
+            logits = q @ k.transpose(-1, -2) / 2
+            if attention_mask is not None:
+                hide = attention_mask.dtype == torch.bool
+                logits = logits.masked_fill(~attention_mask, -1e9) if hide else logits + attention_mask
+            weights = self.dropout(logits.softmax(-1))
+            weights = weights if head_mask is None else weights * head_mask
+            return (weights @ v).transpose(1, 2).flatten(2), weights
 
     torch.manual_seed(0)
     model = SelfAttention()
@@ -337,9 +359,10 @@ def test_attention_of_older_libraries_returns_its_pair_and_honours_masks():
 def test_a_cache_or_another_source_is_refused():
     class Cross(Separate):
         def forward(self, x, encoder_hidden_states=None):
-            raise NotImplementedError
+            return super().forward(x)
 
-    model = calibrate_(prepare_ofq_(Cross(8, 2)), torch.randn(2, 3, 8))
+    x = torch.randn(2, 3, 8)
+    model = calibrate_(prepare_ofq_(Cross(8, 2), example=x), x)
     with pytest.raises(UsageError, match="encoder_hidden_states must be None"):
         model(torch.randn(2, 3, 8), torch.randn(2, 4, 8))
     with pytest.raises(UsageError, match=r"\(batch, tokens, channels\)"):

@@ -270,3 +270,37 @@ def test_fold_refuses_a_learnt_pair_that_has_left_its_range(name, value):
     with pytest.raises(UsageError):
         fold_(model)
     assert nn.utils.parametrize.is_parametrized(model)
+
+
+@pytest.mark.parametrize("share", ["layer", "model"])
+def test_a_companded_language_model_with_tied_embeddings_is_saved_by_its_own_method(share, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    config = transformers.OPTConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16
+    )
+    model = compand_(transformers.OPTForCausalLM(config), learnable=True, share=share)
+    model.save_pretrained(tmp_path)
+    saved, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    held = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
+    assert {tensor.data_ptr() for tensor in state.values()} == held
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
+    fold_(model).save_pretrained(tmp_path / "folded")
+    again = transformers.OPTForCausalLM.from_pretrained(tmp_path / "folded")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_curve_on_top_of_a_quantizer_is_refused() -> None:
+    class Rounding(nn.Module):
+        final = True
+
+        def forward(self, w):
+            return w.round()
+
+    model = small()
+    parametrize.register_parametrization(model[4], "weight", Rounding())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UsageError, match="weight of 4 is quantized by Rounding: a curve would move it off its grid"):
+        compand_(model, allow_existing=True)
+    assert untouched(model, before)

@@ -10,6 +10,7 @@ after training
 ``Report``, ``BlockReport``, ``LayerReport``               what was done, and how large the errors are
 during training
 ``prepare_ofq_``, ``calibrate_``, ``reparameterize_qk_``   train a transformer at 2 to 4 bits
+``ofq_report``, ``OFQReport``                              what was converted, and what stays in floating point
 ``ConfidenceGuidedAnnealing``, ``distillation_loss``       the second stage, and the teacher
 ``OscillationTracker``, ``IterativeFreezing``, ...         watch weights oscillate, and other ways to stop them
 ``statsq``, ``lsq``                                        the quantisers, as functions
@@ -40,6 +41,7 @@ from weightsmith.quantize.lrq import LRQ
 from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight, lsq
 from weightsmith.quantize.oscillation import Dampening, IterativeFreezing, OscillationTracker, boundary_occupancy
 from weightsmith.quantize.pack import pack_rows, unpack_rows
+from weightsmith.quantize.preparation import OFQReport, ofq_report
 from weightsmith.quantize.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
 from weightsmith.quantize.report import BlockReport, LayerReport, Report
 from weightsmith.quantize.rtn import RoundToNearest
@@ -70,6 +72,7 @@ __all__ = [
     "LSQWeight",
     "LayerReport",
     "LearningOptions",
+    "OFQReport",
     "OscillationTracker",
     "QuantizedWeight",
     "Report",
@@ -90,6 +93,7 @@ __all__ = [
     "integer_weights",
     "load_quantized",
     "lsq",
+    "ofq_report",
     "pack_rows",
     "prepare_ofq_",
     "quantize_activations_",

@@ -4,7 +4,8 @@ A folder holds
 
 - ``quantization_config.json``: ``quant_method`` and ``version``; per quantised tensor its ``bits``, ``symmetric``,
   ``granularity``, ``axis``, ``offset`` and ``shape``; ``tied``: names that are other names' tensors;
-  ``activations``: the layers whose inputs are quantised, and how;
+  ``activations``: the layers whose inputs are quantised, and how; ``ofq``: what `finish_ofq_` has left that is not in
+  the model's class (attention, quantizers of activations), or null;
 - ``weights/``: safetensors, for a tensor ``T`` on a grid ``T.codes`` and (asymmetric) ``T.zero_point`` as bytes, and
   ``T.scale``; everything else as it is;
 - for a transformers model also ``config.json``. There is no ``model.safetensors`` at the top, so that nobody loads the
@@ -29,6 +30,7 @@ from weightsmith.core.files import write_atomically
 from weightsmith.quantize.activations import DynamicActivation, StaticActivation, quantise_input_
 from weightsmith.quantize.grid import QuantizedWeight
 from weightsmith.quantize.pack import pack_rows, unpack_rows
+from weightsmith.quantize.preparation import describe, restore_
 
 CONFIG = "quantization_config.json"
 METHOD = "weightsmith"
@@ -63,6 +65,7 @@ def write(model: nn.Module, weights: dict[str, QuantizedWeight], folder: Path) -
         "tensors": packed,
         "tied": tied,
         "activations": dict(_activations(model)),
+        "ofq": describe(model),
     }
     write_checkpoint({**plain, **tensors}, folder / _WEIGHTS)
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -88,8 +91,15 @@ def tied(folder: Path) -> dict[str, str]:
     return _config(folder)["tied"]
 
 
+def changes_modules(folder: Path) -> bool:
+    """Whether the model has other modules and parameters than its class makes."""
+    return bool(_config(folder).get("ofq"))
+
+
 def quantise_inputs_(model: nn.Module, folder: Path) -> None:
     """Give layers the activation quantisers that they were saved with; their values come with the state dict."""
+    if changes_modules(folder):
+        restore_(model, _config(folder)["ofq"])
     for name, (kind, bits) in _config(folder)["activations"].items():
         quantiser = DynamicActivation(bits) if kind == "dynamic" else StaticActivation(torch.zeros(1), bits)
         quantise_input_(model.get_submodule(name), quantiser)

@@ -148,6 +148,7 @@ def quantize_activations_(
         default=lambda name, module: is_quantisable(name, module) and module is not head,
         supported=is_quantisable,
     )
+    _refuse_trained(model, layers)
     keys_and_values = select(model, ["*k_proj", "*v_proj"], default=is_quantisable) if kv_bits is not None else {}
     if mode == "dynamic":
         for layer in layers.values():
@@ -165,11 +166,42 @@ def quantize_activations_(
     return model
 
 
+def _refuse_trained(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Layers whose inputs `prepare_ofq_` quantizes, or that quantized attention uses without calling them."""
+    inside = {
+        f"{name}.{part}": name
+        for name, module in model.named_modules()
+        if hasattr(module, "query_key_sites")
+        for part in (child for child, _ in module.named_children())
+    }
+    for name, layer in layers.items():
+        held = getattr(layer, _INPUT, None)
+        if held is not None and not isinstance(held, StaticActivation | DynamicActivation):
+            raise UsageError(
+                f"the input of {name} is quantized by prepare_ofq_ already: leave it out of where, or prepare with "
+                "activation_bits=None"
+            )
+        if name in inside:
+            raise UsageError(
+                f"{name} belongs to attention that prepare_ofq_ has converted, which does not call it: leave it out of "
+                "where, or prepare with activation_bits"
+            )
+
+
 def quantise_input_(layer: nn.Module, quantiser: nn.Module) -> None:
     """Let a layer quantise its input; a quantiser that is there already is replaced."""
     if not hasattr(layer, _INPUT):
-        layer.register_forward_pre_hook(_quantise_input)
+        layer.register_forward_pre_hook(_quantise_input, with_kwargs=True)
     layer.add_module(_INPUT, quantiser)
+
+
+def release_input_(layer: nn.Module) -> None:
+    """Let a layer take its input as it comes again."""
+    if hasattr(layer, _INPUT):
+        delattr(layer, _INPUT)
+        hooks = layer._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _quantise_input]:
+            del hooks[key], layer._forward_pre_hooks_with_kwargs[key]
 
 
 def activation_quantisers(module: nn.Module) -> Iterator[StaticActivation]:
@@ -177,8 +209,12 @@ def activation_quantisers(module: nn.Module) -> Iterator[StaticActivation]:
     return (inner for inner in module.modules() if isinstance(inner, StaticActivation))
 
 
-def _quantise_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.input_quantizer(args[0]), *args[1:])  # type: ignore[operator]
+def _quantise_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    quantize: Any = layer.input_quantizer
+    if args:
+        return (quantize(args[0]), *args[1:]), kwargs
+    first, *_ = kwargs
+    return args, {**kwargs, first: quantize(kwargs[first])}
 
 
 def _quantise_output(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:

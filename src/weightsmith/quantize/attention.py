@@ -24,17 +24,23 @@ from weightsmith.quantize.weight_quantizer import Site
 _QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q", "k", "v"))
 _OUT = ("o_proj", "out_proj", "proj", "to_out")
 _HEADS = ("num_heads", "num_attention_heads", "heads")
-_DROPOUT = ("attn_drop", "attn_dropout", "attention_dropout", "dropout")
+DROPOUTS = ("attn_drop", "attn_dropout", "attention_dropout", "dropout")
 _ROLES = ("qkv", "q", "k", "v", "out", "heads")
 _BETWEEN = {
-    "query and key are normalised": ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm"),
+    "query and key are normalized": ("q_norm", "k_norm", "query_norm", "key_norm", "q_layernorm", "k_layernorm"),
     "a rotary embedding turns query and key": ("rotary_emb", "rotary_embedding", "rope", "rotary"),
-    "its output is normalised before the projection": ("norm",),
+    "its output is normalized before the projection": ("norm",),
     "its logits are cosines": ("logit_scale", "continuous_position_bias_mlp", "cpb_mlp"),
 }
 _ROTARY_ARGUMENTS = ("position_embeddings", "rope", "freqs_cis", "rotary_pos_emb")
-_CROSS = ("encoder_hidden_states", "key_value_states", "context")
-_PAST = ("past_key_values", "past_key_value", "layer_past")
+SOURCES = ("encoder_hidden_states", "key_value_states", "context")
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+MASKS = ("attention_mask", "attn_mask", "mask")
+_HARMLESS = ("output_attentions", "use_cache")
+
+
+class NotUnderstood(UsageError):
+    """A module looks like attention and does not fit together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +55,10 @@ class Parts:
         out: Output projection within the module, ``""`` when it is elsewhere.
         heads: Number of query heads.
         width: Of all query heads together.
-        arguments: Names of what the original ``forward`` takes after its first argument.
-        pair: Whether that returns the attention weights as well.
+        arguments: Names of what the original ``forward`` takes.
+        returns: Length of the tuple that it returns, the output and the attention weights; 0: the output alone.
+        checked: Kinds of optional argument with which the converted module has been compared; ``None``: not looked at.
+        gone: Projections that a finished module no longer has.
     """
 
     qkv: str = ""
@@ -61,7 +69,9 @@ class Parts:
     heads: int = 1
     width: int = 1
     arguments: tuple[str, ...] = ()
-    pair: bool = False
+    returns: int = 0
+    checked: tuple[str, ...] | None = None
+    gone: tuple[str, ...] = ()
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -102,24 +112,17 @@ def find_parts(name: str, module: nn.Module, names: Mapping[str, str] | None = N
     holders = (module, getattr(module, "config", None))
     heads = next((getattr(holder, key) for holder in holders for key in keys if hasattr(holder, key)), None)
     if not isinstance(heads, int):
-        raise UsageError(
-            f"{name} looks like attention and does not tell its number of heads: pass "
+        raise NotUnderstood(
+            f"{name or 'it'} looks like attention and does not tell its number of heads: pass "
             'attention_names={"heads": "..."} with the name of the attribute, or leave it out of where'
         )
     first = cast(nn.Linear, getattr(module, parts.projections[0]))
     width = first.out_features // (3 if parts.qkv else 1)
     if heads < 1 or width % heads:
-        raise UsageError(f"{name} has {heads} heads, which do not divide its width {width}")
+        raise NotUnderstood(f"{name or 'it'} has {heads} heads, which do not divide its width {width}")
     if parts.qkv and first.out_features != 3 * width:
         return None
-    pair = "tuple" in str(inspect.signature(module.forward).return_annotation).lower()
-    return replace(
-        parts,
-        heads=heads,
-        width=width,
-        arguments=_arguments(module),
-        pair=pair or type(module).__module__.startswith("transformers"),
-    )
+    return replace(parts, heads=heads, width=width, arguments=_arguments(module))
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -148,18 +151,15 @@ class QuantizedAttention(nn.Module):
     query_bias: nn.Parameter | None
     logit_bias: nn.Parameter | None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Map ``(B, T, C)`` to the same shape, in a pair with the attention weights where the original returns one."""
-        given = dict(zip(self.parts.arguments, args, strict=False)) | kwargs
-        refused = next((key for key in (*_CROSS, *_PAST) if given.get(key) is not None), None)
-        if refused is not None:
-            raise UsageError(f"quantised attention is self-attention without a cache: {refused} must be None")
-        if x.dim() != 3:
-            raise UsageError(f"quantised attention takes (batch, tokens, channels), got {tuple(x.shape)}")
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Take what the original takes, hidden states ``(B, T, C)`` first, and return what it returns."""
+        given = bind(self.parts.arguments, args, kwargs)
+        self._check(given)
+        x = given[self.parts.arguments[0]]
         x = _apply(self.input_quantizer, x)
         reparameterised = self.product is not None or self.product_weight is not None
         logits = self._product_logits(x) if reparameterised else self._plain_logits(x)
-        logits = _masked(logits, self._position_bias(), given)
+        logits = _masked(logits, self._position_bias(), given, causal=self._is_causal(given))
         full = torch.promote_types(logits.dtype, torch.float32)
         weights = _apply(self.softmax_quantizer, logits.softmax(-1, dtype=full).to(x.dtype))
         weights = self._dropped(weights)
@@ -170,7 +170,27 @@ class QuantizedAttention(nn.Module):
         if self.parts.out:
             out = getattr(self, self.parts.out)(out)
             out = getattr(self, "proj_drop", nn.Identity())(out)
-        return (out, weights) if self.parts.pair else out
+        return (out, weights)[: self.parts.returns] if self.parts.returns else out
+
+    def _check(self, given: Mapping[str, Any]) -> None:
+        refused = next((key for key in (*SOURCES, *CACHES) if given.get(key) is not None), None)
+        if refused is not None:
+            raise UsageError(
+                f"quantized attention is self-attention without a cache: {refused} must be None (use_cache=False in a "
+                "transformers config)"
+            )
+        x = given[self.parts.arguments[0]]
+        if x.dim() != 3:
+            raise UsageError(f"quantized attention takes (batch, tokens, channels), got {tuple(x.shape)}")
+        if self.parts.checked is None:
+            return
+        for name in self.parts.arguments[1:]:
+            unknown = [kind for kind in given_kinds({name: given.get(name)}) if kind not in self.parts.checked]
+            if unknown:
+                raise UsageError(
+                    f"quantized attention has not been compared with the original for {unknown[0]}: prepare the model "
+                    "with an example= that has it"
+                )
 
     def _plain_logits(self, x: Tensor) -> Tensor:
         q = self._split(_apply(self.query_quantizer, self._project(x, 0)))
@@ -199,6 +219,14 @@ class QuantizedAttention(nn.Module):
             return q, k
         return getattr(self, self.parts.q).weight, getattr(self, self.parts.k).weight
 
+    def clear_(self) -> None:
+        """Take every quantizer off."""
+        for module in ("input", "query", "key", "value", "softmax", "product"):
+            setattr(self, f"{module}_quantizer", None)
+        self.product = None
+        for parameter in ("product_weight", "product_shift", "query_bias", "logit_bias"):
+            self.register_parameter(parameter, None)
+
     @torch.no_grad()
     def finish_(self) -> None:
         """Put the quantised product in the place of the weights that it is made from; for inference alone."""
@@ -209,6 +237,12 @@ class QuantizedAttention(nn.Module):
         if self.query_bias is not None:
             self.logit_bias = nn.Parameter(query_key_bias(self.query_bias, wk, self.parts.heads))
         self.product, self.query_bias = None, None
+        self.remove_projections_()
+
+    @torch.no_grad()
+    def remove_projections_(self) -> None:
+        """Remove the projections of query and key; the rows of the value stay of a fused one."""
+        gone = self.parts.projections[:2]
         if self.parts.qkv:
             fused = getattr(self, self.parts.qkv)
             value = nn.Linear(fused.in_features, fused.out_features // 3, bias=fused.bias is not None)
@@ -217,9 +251,9 @@ class QuantizedAttention(nn.Module):
                 value.bias = nn.Parameter(fused.bias.chunk(3)[2].clone())
             setattr(self, self.parts.qkv, value)
         else:
-            delattr(self, self.parts.q)
-            delattr(self, self.parts.k)
-        self.parts = replace(self.parts, qkv="", q="", k="", v=self.parts.qkv or self.parts.v)
+            for name in gone:
+                delattr(self, name)
+        self.parts = replace(self.parts, qkv="", q="", k="", v=self.parts.qkv or self.parts.v, gone=gone)
 
     def query_key_sites(self, prefix: str) -> list[Site]:
         """The quantised product, if there is one, as a place that holds codes."""
@@ -241,6 +275,15 @@ class QuantizedAttention(nn.Module):
         y = y.unflatten(-1, (-1, width)).transpose(1, 2)
         return y if y.shape[1] == self.parts.heads else y.repeat_interleave(self.parts.heads // y.shape[1], 1)
 
+    def _is_causal(self, given: Mapping[str, Any]) -> bool:
+        if given.get("is_causal") is not None:
+            return bool(given["is_causal"])
+        if any(given.get(key) is not None for key in MASKS):
+            return False
+        # transformers: its kernels hide later tokens by themselves when there is no mask, plain operations never do
+        kernel = getattr(getattr(self, "config", None), "_attn_implementation", None)
+        return kernel not in (None, "eager") and getattr(self, "is_causal", False) is True
+
     def _head_width(self) -> int:
         return self.parts.width // self.parts.heads
 
@@ -261,7 +304,7 @@ class QuantizedAttention(nn.Module):
         return None
 
     def _dropped(self, weights: Tensor) -> Tensor:
-        for name in _DROPOUT:
+        for name in DROPOUTS:
             dropout = getattr(self, name, None)
             if isinstance(dropout, nn.Module):
                 return dropout(weights)
@@ -280,17 +323,17 @@ def _apply(quantizer: ActivationQuantizer | None, x: Tensor) -> Tensor:
     return x if quantizer is None else quantizer(x)
 
 
-def _masked(logits: Tensor, bias: Tensor | None, given: Mapping[str, Any]) -> Tensor:
+def _masked(logits: Tensor, bias: Tensor | None, given: Mapping[str, Any], *, causal: bool) -> Tensor:
     if bias is not None:
         logits = logits + bias
-    mask = next((given[key] for key in ("attention_mask", "attn_mask", "mask") if given.get(key) is not None), None)
+    mask = next((given[key] for key in MASKS if given.get(key) is not None), None)
     if mask is not None:
         if mask.dim() == 3:  # (windows, T, T): the same for every image of the batch
             mask = mask.repeat(len(logits) // len(mask), 1, 1)[:, None]
         if mask.dim() == 2 and mask.shape != logits.shape[-2:]:
             raise UsageError(f"a mask must be (T, T), (windows, T, T) or (B, 1, T, T), got {tuple(mask.shape)}")
         logits = _without(logits, ~mask) if mask.dtype == torch.bool else logits + mask
-    if given.get("is_causal"):
+    if causal:
         logits = _without(logits, torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1))
     return logits
 
@@ -299,9 +342,25 @@ def _without(logits: Tensor, hidden: Tensor) -> Tensor:
     return logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
 
 
+def bind(arguments: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a call; cheaper than ``inspect``, and ``torch.compile`` follows it."""
+    return {**dict(zip(arguments, args, strict=False)), **kwargs}
+
+
+def given_kinds(given: Mapping[str, Any]) -> list[str]:
+    """Word what a call is given on top of its hidden states: name, and for tensors kind and dimensions."""
+    return [
+        f"{name} ({'bool' if value.dtype == torch.bool else 'number'}, {value.dim()}-d)"
+        if isinstance(value, Tensor)
+        else name
+        for name, value in given.items()
+        if value is not None and value is not False and name not in _HARMLESS
+    ]
+
+
 def _arguments(module: nn.Module) -> tuple[str, ...]:
     taken = inspect.signature(module.forward).parameters.values()
-    return tuple(argument.name for argument in taken if argument.kind is not argument.VAR_KEYWORD)[1:]
+    return tuple(a.name for a in taken if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY))
 
 
 def _all_linear(module: nn.Module, names: tuple[str, ...]) -> bool:

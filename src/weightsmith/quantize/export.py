@@ -18,6 +18,7 @@ from weightsmith.core.files import folder_atomically
 from weightsmith.quantize import _compressed, _gptq, _native
 from weightsmith.quantize._onnx import export_onnx
 from weightsmith.quantize.grid import QuantizedWeight, attach_, quantized_weights
+from weightsmith.quantize.weight_quantizer import sites
 
 __all__ = ["Format", "export_onnx", "load_quantized", "save_quantized"]
 
@@ -50,6 +51,8 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
     if format not in get_args(Format):
         raise unknown("format", format, get_args(Format))
     weights = quantized_weights(model)
+    if not weights and next(sites(model), None) is not None:
+        raise UsageError("the model is being trained on its grid: finish_ofq_ first, which leaves quantized weights")
     if not weights:
         raise UsageError("the model has no quantised weights: quantise it first, for example with round_to_nearest_")
     layout = _FOREIGN.get(format, _compressed)
@@ -112,16 +115,26 @@ def _from_config(folder: Path, state: dict[str, Tensor], weights: dict[str, Quan
     if not hasattr(transformers, architecture):
         raise UsageError(f"transformers has no {architecture}, which {folder} holds: pass model=, an instance")
     full = state | {name: quantized.dequantize() for name, quantized in weights.items()}
+    if layout is _native and _native.changes_modules(folder):
+        model = getattr(transformers, architecture)(config).to(config.dtype)
+        _fill(model, state, weights, layout, folder)
+        _set_generation(model, folder)
+        return model.eval()
     later = {name: full.pop(name) for name in list(full) if ".input_quantizer." in name}
     model = getattr(transformers, architecture).from_pretrained(
         None, config=config, state_dict=full, dtype=config.dtype or "auto"
     )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    _set_generation(model, folder)
     if later:
         layout.quantise_inputs_(model, folder)
         model.load_state_dict(later, strict=False)
     return model.eval()
+
+
+def _set_generation(model: Any, folder: Path) -> None:
+    if (folder / "generation_config.json").is_file():
+        transformers = require("transformers", extra="hf", purpose=f"the model in {folder}")
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def _fill(

@@ -3,7 +3,7 @@
 A grid must come from the latents: measuring the scale of weights that are on a grid already gives another one.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.fold import fold_
 from weightsmith.quantize.attention import QuantizedAttention
 from weightsmith.quantize.grid import QuantizedWeight, attach_
+from weightsmith.quantize.preparation import describe, refuse_to_save
 from weightsmith.quantize.weight_quantizer import WeightQuantizer, sites
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,7 +38,8 @@ def finish_ofq_(model: Model) -> Model:
     """End quantisation-aware training: plain weights with grid values, which ``save_quantized`` knows the integers of.
 
     Query and key weights give way to their quantised product, as ``product_weight`` of the attention; a fused
-    projection is left with its value rows. Activation quantisers stay.
+    projection is left with its value rows. Activation quantizers stay. A transformers model with either is no longer
+    what its class computes: its ``save_pretrained`` refuses, and ``save_quantized`` writes it.
 
     Args:
         model: What `prepare_ofq_` returned, trained.
@@ -57,6 +59,9 @@ def finish_ofq_(model: Model) -> Model:
     for name, quantized in weights.items():
         owner, _, attribute = name.rpartition(".")
         attach_(model.get_submodule(owner), quantized, "product_weight" if attribute == "product" else attribute)
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained") and describe(module) is not None:
+            cast(Any, module).save_pretrained = refuse_to_save
     return model
 
 

@@ -73,8 +73,13 @@ def choose_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
 
 
 def _check(name: str, module: nn.Module, owners: dict[int, list[str]]) -> None:
-    if parametrize.is_parametrized(module, "weight") or "weight" not in module._parameters:
-        raise UsageError(f"{name}.weight is computed from something else: weightsmith.fold_ (or bake) it first")
+    if parametrize.is_parametrized(module, "weight"):
+        raise UsageError(f"{name}.weight is computed from something else: weightsmith.fold_ it first")
+    if "weight" not in module._parameters:
+        raise UsageError(
+            f"{name}.weight comes from a hook, such as that of torch.nn.utils.prune: remove that first (prune.remove), "
+            "or leave it out of where"
+        )
     weight = module._parameters["weight"]
     if isinstance(weight, UninitializedParameter) or weight is None or weight.is_meta:
         raise UsageError(f"{name}.weight has no values yet: run the model once, or load its weights, first")

@@ -9,40 +9,56 @@ Source: "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 20
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
+from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.core.select import Where, select
-from weightsmith.quantize.attention import Parts, QuantizedAttention, find_parts, obstacle, quantized_class
-from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight
-from weightsmith.quantize.qkr import QueryKeyProduct, query_key_product
-from weightsmith.quantize.statsq import StatsQ
-from weightsmith.quantize.weight_quantizer import WeightQuantizer, check_bits
+from weightsmith.core.tied import register_shared_
+from weightsmith.quantize.activations import quantise_input_
+from weightsmith.quantize.attention import NotUnderstood, Parts, find_parts, obstacle
+from weightsmith.quantize.convert import faithful_parts, quantize_attention_
+from weightsmith.quantize.lsq import ActivationQuantizer
+from weightsmith.quantize.observe import Observed, observe, run_batch
+from weightsmith.quantize.plan import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    Plan,
+    WeightMethod,
+    activation_quantizer,
+    is_layer,
+    make_plan,
+)
+from weightsmith.quantize.preparation import overlooked, record_
+from weightsmith.quantize.weight_quantizer import WeightQuantizer
 
 Model = TypeVar("Model", bound=nn.Module)
-WeightMethod = Literal["statsq", "lsq"]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_HEADS = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "lm_head")
 _ACTIVATIONS = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Softmax, nn.Hardswish, nn.Mish)
 _PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d)
-_GRANULARITIES = ("token", "channel", "tensor")
 
 
-class _Plan(NamedTuple):
-    weight_bits: int
-    activation_bits: int | None
-    ends_bits: int
-    weight: WeightMethod
-    granularity: str
-    keep_query_bias: bool
+class _Attentions(NamedTuple):
+    """Attention modules that are converted, and why others are not."""
+
+    found: dict[str, Parts]
+    refused: dict[str, str]
+
+
+class _Slot(NamedTuple):
+    """A weight that is chosen: its layer's name, the module that holds it, and under which attribute."""
+
+    layer: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self.module, self.attribute))
 
 
 def prepare_ofq_(
@@ -50,7 +66,7 @@ def prepare_ofq_(
     *,
     weight_bits: int = 2,
     activation_bits: int | None = 2,
-    qk_reparam: bool | Literal["auto"] = True,
+    qk_reparam: bool | Literal["auto"] = "auto",
     weight: WeightMethod = "statsq",
     ends_bits: int | None = 8,
     granularity: Literal["token", "channel", "tensor"] = "token",
@@ -58,20 +74,23 @@ def prepare_ofq_(
     image_shift: bool = False,
     where: Where = None,
     attention_names: Mapping[str, str] | None = None,
+    example: Any = None,
 ) -> Model:
-    """Quantise weights and activations while training goes on with floating-point latents.
+    """Quantize weights and activations while training goes on with floating-point latents.
 
-    Weights become parametrisations: parameters keep their identity, and ``fold_`` leaves grid values in plain layers.
+    Weights become parametrizations: parameters keep their identity, and ``fold_`` leaves grid values in plain layers.
     Inputs of the layers pass an ``input_quantizer``, a sub-module of the layer. In attention, query, key and value,
-    the softmax and (with ``qk_reparam``) the query-key product are quantised as well. Pretrained weights stay; with
-    ``qk_reparam`` the biases of query and key are dropped. Biases, norms and embeddings stay in floating point.
+    the softmax and (with ``qk_reparam``) the query-key product are quantized as well. Pretrained weights stay; with
+    ``qk_reparam`` the biases of query and key are dropped. Biases, norms and embeddings stay in floating point, and so
+    do inputs of ``nn.MultiheadAttention``. What was done where, and what was left, is in `ofq_report`.
 
     Args:
         model: Changed in place, after everything has been checked.
         weight_bits: Word length of weights, 1 to 8.
         activation_bits: Word length of activations, 1 to 8; ``None``: they stay in floating point.
-        qk_reparam: Quantise the product of query and key weights instead of each. ``True`` refuses attention where
-            something acts on query or key; ``"auto"`` quantises their weights there and warns; ``False`` everywhere.
+        qk_reparam: Quantize the product of query and key weights instead of each. Attention that does more than the
+            converted module would, quantizers off, keeps its forward: only its linear layers are quantized, with a
+            warning (``"auto"``) or not at all, with an error (``True``). ``False``: no product anywhere.
         weight: ``"statsq"``, or ``"lsq"`` for the baseline with a learnt scale.
         ends_bits: Word length of the first layer and the classifiers, weights (LSQ) and inputs; ``None``: as the rest.
         granularity: Which activations share a step: those of a ``"token"`` (the paper; fixes the sequence length),
@@ -80,41 +99,81 @@ def prepare_ofq_(
         image_shift: Give the input of a first convolution two learnt shifts per pixel, as the authors' code does.
         where: Which layers: ``None`` (every linear and convolution layer), glob(s) over module names, or a predicate.
             Attention is quantised inside when all its projections are chosen.
-        attention_names: Attribute names of an attention that is not recognised, by role: ``qkv``, or ``q``, ``k`` and
+        attention_names: Attribute names of an attention that is not recognized, by role: ``qkv``, or ``q``, ``k`` and
             ``v``; ``out``; ``heads``.
+        example: What the model takes, as for `calibrate_`; a few samples will do. It shows how attention is called and
+            which layers are the first and the last. ``None``: random inputs for a transformers model; else attention is
+            called with hidden states alone, and names and order of modules decide on the ends.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        UsageError: An argument is out of range, nothing matches, a weight is not finite, lazy or parametrised already,
-            attention is refused, or a tied weight has an owner that cannot be quantised.
+        UsageError: An argument is out of range, nothing matches, a weight is not finite, lazy or parametrized already,
+            the example does not fit, attention is refused, or a tied weight has an owner that cannot be quantized.
     """
-    plan = _plan(weight_bits, activation_bits, ends_bits, weight, granularity, keep_query_bias)
-    layers = select(model, where, default=_is_layer)
-    _check(layers)
-    attentions = _attentions(model, layers, qk_reparam, activation_bits, attention_names)
-    ends = set() if ends_bits is None else _ends(model)
-    originals = {name: id(layer.weight) for name, layer in layers.items()}
-    owners = _owners(model, layers)
-    after_activation = {name for name in layers if _follows_activation(model, name)}
-    inside = {f"{name}.{part}".lstrip(".") for name, (parts, _) in attentions.items() for part in parts.projections}
+    plan = make_plan(weight_bits, activation_bits, ends_bits, weight, granularity, keep_query_bias)
+    if qk_reparam not in (True, False, "auto"):
+        raise UsageError(f'qk_reparam must be True, False or "auto", got {qk_reparam!r}')
+    adapters = _adapters(model)
+    chosen = select(
+        model,
+        where,
+        default=lambda name, module: _is_chosen(name, module) and name not in adapters,
+        supported=_is_chosen,
+    )
+    layers = {name: module for name, module in chosen.items() if not isinstance(module, nn.MultiheadAttention)}
+    slots = [_Slot(name, layer, "weight") for name, layer in layers.items()]
+    for name, module in chosen.items():
+        if isinstance(module, nn.MultiheadAttention):
+            slots += _packed(name, module)
+    _check(slots)
+    converts = bool(qk_reparam) or activation_bits is not None
+    candidates = _candidates(model, layers, attention_names, strict=qk_reparam is True) if converts else {}
+    seen = observe(model, candidates, example)
+    attentions = _attentions(model, candidates, seen, plan, qk_reparam, attention_names)
+    ends = seen.ends if ends_bits is not None else set()
+    owners = _owners(model, slots)
+    unsigned = {name for name in layers if _follows_activation(model, name)} - seen.signed
+    inside = {f"{name}.{part}".lstrip(".") for name, parts in attentions.found.items() for part in parts.projections}
+    quantizers: dict[int, WeightQuantizer] = {}
+    inputs: dict[str, ActivationQuantizer] = {}
+    for layer, module, attribute in slots:
+        if layer not in inside:
+            held = getattr(module, attribute)
+            if id(held) not in quantizers:
+                quantizers[id(held)] = plan.slot_quantizer(module, held, end=layer in ends)
+            if activation_bits is not None and layer in layers:
+                pixels = image_shift and layer in ends and isinstance(module, CONVOLUTIONS)
+                inputs[layer] = _input_quantizer(layer, module, plan, layer in ends, layer in unsigned, pixels=pixels)
 
-    if not keep_query_bias:
-        _warn_of_biases(model, attentions)
-    for name, (parts, product) in attentions.items():
-        _quantize_attention_(name, model.get_submodule(name), parts, plan, product=product)
-    done: set[int] = set()
-    for name, layer in layers.items():
-        if name not in inside:
-            if originals[name] not in done:
-                done.add(originals[name])
-                quantizer = _weight_quantizer(layer, plan, end=name in ends)
-                for owner in owners[originals[name]]:
-                    parametrize.register_parametrization(owner, "weight", quantizer)
-            if activation_bits is not None:
-                shift = image_shift and name in ends and isinstance(layer, _CONVOLUTIONS)
-                _quantize_input_(name, layer, plan, name in ends, name in after_activation, pixels=shift)
+    if qk_reparam and not keep_query_bias:
+        _warn_of_biases(model, attentions.found)
+    for name, parts in attentions.found.items():
+        quantize_attention_(name, model.get_submodule(name), parts, plan, product=bool(qk_reparam))
+    for key, quantizer in quantizers.items():
+        register_shared_([(slot.module, slot.attribute) for slot in owners[key]], quantizer)
+    for name, input_quantizer in inputs.items():
+        quantise_input_(layers[name], input_quantizer)
+
+    done = dict.fromkeys(attentions.found, "query-key product" if qk_reparam else "inside")
+    record_(model, {**done, **attentions.refused}, ends & {slot.layer for slot in slots}, seen.by)
+    left = {} if where is not None else overlooked(model)
+    left = {name: share for name, share in left.items() if name.removesuffix(".weight") not in adapters}
+    if where is None and adapters:
+        warnings.warn(
+            f"the adapters {_some(adapters)} stay in floating point, and what they add is not on the grid: merge them "
+            "first if it shall be",
+            WeightsmithWarning,
+            stacklevel=2,
+        )
+    if left:
+        warnings.warn(
+            f"{', '.join(f'{name} ({share:.1%} of all matrices)' for name, share in left.items())} stays in floating "
+            "point: it belongs to no plain linear layer or convolution",
+            WeightsmithWarning,
+            stacklevel=2,
+        )
     return model
 
 
@@ -127,6 +186,7 @@ def reparameterize_qk_(
     keep_query_bias: bool = False,
     where: Where = None,
     attention_names: Mapping[str, str] | None = None,
+    example: Any = None,
 ) -> Model:
     """Quantise attention alone: the query-key product, the value weight, and the tensors between them.
 
@@ -138,6 +198,7 @@ def reparameterize_qk_(
         keep_query_bias: As for `prepare_ofq_`.
         where: Which attention modules: ``None`` (all), glob(s) over module names, or a predicate.
         attention_names: As for `prepare_ofq_`.
+        example: As for `prepare_ofq_`.
 
     Returns:
         ``model`` itself.
@@ -145,19 +206,22 @@ def reparameterize_qk_(
     Raises:
         UsageError: As for `prepare_ofq_`; also when there is no attention.
     """
-    plan = _plan(weight_bits, activation_bits, None, "statsq", granularity, keep_query_bias)
+    plan = make_plan(weight_bits, activation_bits, None, "statsq", granularity, keep_query_bias)
     chosen = select(model, where, default=lambda name, module: find_parts(name, module, attention_names) is not None)
-    projections = {
-        f"{name}.{part}".lstrip("."): module.get_submodule(part)
-        for name, module in chosen.items()
-        for part in cast(Parts, find_parts(name, module, attention_names)).projections
-    }
-    _check(projections)
-    attentions = _attentions(model, projections, True, activation_bits, attention_names)
+    candidates = {name: cast(Parts, find_parts(name, module, attention_names)) for name, module in chosen.items()}
+    slots = [
+        _Slot(f"{name}.{part}".lstrip("."), chosen[name].get_submodule(part), "weight")
+        for name, parts in candidates.items()
+        for part in parts.projections
+    ]
+    _check(slots)
+    seen = observe(model, candidates, example)
+    attentions = _attentions(model, candidates, seen, plan, True, attention_names)
     if not keep_query_bias:
-        _warn_of_biases(model, attentions)
-    for name, (parts, _) in attentions.items():
-        _quantize_attention_(name, model.get_submodule(name), parts, plan, product=True)
+        _warn_of_biases(model, attentions.found)
+    for name, parts in attentions.found.items():
+        quantize_attention_(name, model.get_submodule(name), parts, plan, product=True)
+    record_(model, dict.fromkeys(attentions.found, "query-key product"), set(), seen.by)
     return model
 
 
@@ -169,7 +233,7 @@ def calibrate_(model: Model, batch: Any) -> Model:
 
     Args:
         model: What `prepare_ofq_` returned.
-        batch: What the model takes: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        batch: What the model takes: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
 
     Returns:
         ``model`` itself.
@@ -184,10 +248,7 @@ def calibrate_(model: Model, batch: Any) -> Model:
         quantizer.reset()
         quantizer.calibrating = True
     try:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
+        run_batch(model, batch)
     finally:
         for quantizer in quantizers:
             quantizer.calibrating = False
@@ -206,40 +267,39 @@ def calibrate_(model: Model, batch: Any) -> Model:
     return model
 
 
-def _plan(
-    weight_bits: int, activation_bits: int | None, ends_bits: int | None, weight: str, granularity: str, keep: bool
-) -> _Plan:
-    check_bits(weight_bits, "weight_bits")
-    for argument, bits in {"activation_bits": activation_bits, "ends_bits": ends_bits}.items():
-        if bits is not None:
-            check_bits(bits, argument)
-    if weight not in ("statsq", "lsq"):
-        raise unknown("weight", weight, ("statsq", "lsq"))
-    if granularity not in _GRANULARITIES:
-        raise unknown("granularity", granularity, _GRANULARITIES)
-    return _Plan(weight_bits, activation_bits, ends_bits or weight_bits, cast(WeightMethod, weight), granularity, keep)
+def _is_chosen(name: str, module: nn.Module) -> bool:
+    return is_layer(name, module) or type(module) is nn.MultiheadAttention
 
 
-def _is_layer(_name: str, module: nn.Module) -> bool:
-    # a subclass of Linear may use its weight in its own way, as the output projection of nn.MultiheadAttention does
-    kind = type(module)
-    return kind in (nn.Linear, *_CONVOLUTIONS) or (
-        parametrize.is_parametrized(module) and kind.__bases__[0] in (nn.Linear, *_CONVOLUTIONS)
-    )
+def _adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers that PEFT has put beside a layer of the model."""
+    return {
+        f"{name}.{inner}".lstrip("."): part
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+        for inner, part in module.named_modules()
+        if is_layer(inner, part) and inner.partition(".")[0] != "base_layer"
+    }
 
 
-def _check(layers: Mapping[str, nn.Module]) -> None:
+def _check(slots: list[_Slot]) -> None:
     narrow = []
-    for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
-            raise UsageError(f"the weight of {name or type(layer).__name__} is made by something else: fold_ it first")
-        weight = cast(Tensor, layer.weight)
+    for name, layer, attribute in slots:
+        shown = name or type(layer).__name__
+        if parametrize.is_parametrized(layer, attribute):
+            raise UsageError(f"the weight of {shown} is made by something else: fold_ it first")
+        if attribute not in layer._parameters:
+            raise UsageError(
+                f"the weight of {shown} comes from a hook, such as that of torch.nn.utils.prune: remove that first "
+                "(prune.remove makes a pruned weight plain; training will fill its zeros), or leave it out of where"
+            )
+        weight = cast(Tensor, getattr(layer, attribute))
         if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
-            raise UsageError(f"the weight of {name or type(layer).__name__} has no values yet: materialise it first")
+            raise UsageError(f"the weight of {shown} has no values yet: load its weights, or run it once, first")
         if not weight.isfinite().all():
-            raise UsageError(f"the weight of {name or type(layer).__name__} holds NaN or infinite values")
-        if weight.numel() == weight.shape[1 if isinstance(layer, _TRANSPOSED) else 0]:
-            narrow.append(name or type(layer).__name__)
+            raise UsageError(f"the weight of {shown} holds NaN or infinite values")
+        if weight.numel() == weight.shape[1 if isinstance(layer, TRANSPOSED) else 0]:
+            narrow.append(shown)
     if narrow:
         warnings.warn(
             f"{', '.join(narrow)} has one weight per output: it always lies on a rounding threshold, and its size is "
@@ -251,182 +311,133 @@ def _check(layers: Mapping[str, nn.Module]) -> None:
 
 def _attentions(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    candidates: Mapping[str, Parts | str],
+    seen: Observed,
+    plan: Plan,
     qk_reparam: bool | str,
-    activation_bits: int | None,
     names: Mapping[str, str] | None,
-) -> dict[str, tuple[Parts, bool]]:
-    """Attention modules that get a forward of ours: their parts, and whether query and key are multiplied."""
-    if qk_reparam not in (True, False, "auto"):
-        raise UsageError(f'qk_reparam must be True, False or "auto", got {qk_reparam!r}')
-    chosen = {id(layer) for layer in layers.values()}
-    found: dict[str, tuple[Parts, bool]] = {}
-    refused: dict[str, str] = {}
-    for name, module in model.named_modules():
-        parts = find_parts(name, module, names)
-        if parts is None or not all(id(getattr(module, part)) in chosen for part in parts.projections):
-            continue
-        reason = obstacle(module)
-        if reason is not None:
-            refused[name] = reason
-        elif qk_reparam or activation_bits is not None:
-            found[name] = parts, bool(qk_reparam)
-    if names and not found and not refused:
+) -> _Attentions:
+    """Compare every candidate with what it would become; refuse, or say what is left in floating point.
+
+    Raises:
+        UsageError: ``qk_reparam=True`` is not possible somewhere.
+    """
+    all_of_it = _Attentions({}, {})
+    for name, parts in candidates.items():
+        module = model.get_submodule(name)
+        outcome = parts if isinstance(parts, str) else obstacle(module) or parts
+        if isinstance(outcome, Parts):
+            if seen.by_run and name not in seen.calls:
+                outcome = f"{seen.by} does not reach it"
+            else:
+                calls = seen.calls.get(name, [])
+                quantized_inputs = plan.activation_bits is not None
+                outcome = faithful_parts(
+                    module, outcome, calls, product=bool(qk_reparam), quantized_inputs=quantized_inputs
+                )
+        if isinstance(outcome, Parts):
+            all_of_it.found[name] = outcome
+        else:
+            all_of_it.refused[name] = outcome
+    if names and not candidates:
         raise UsageError(f"attention_names={dict(names)} fits no module of the model whose projections are chosen")
-    if refused and qk_reparam is True:
-        name, reason = next(iter(refused.items()))
+    if not all_of_it.refused:
+        return all_of_it
+    name, reason = next(iter(all_of_it.refused.items()))
+    if qk_reparam is True:
         raise UsageError(
-            f"qk_reparam=True is not possible in {name}: {reason} between projection and dot product. Pass "
-            'qk_reparam="auto" or False to quantise the weights of query and key there, or leave it out of where'
+            f"qk_reparam=True is not possible in {name or type(model).__name__}: {reason}. Pass "
+            'qk_reparam="auto" or False to quantize the weights of query and key there, or leave it out of where'
         )
-    if refused and (activation_bits is not None or qk_reparam == "auto"):
+    if plan.activation_bits is not None or qk_reparam:
+        others = dict.fromkeys(all_of_it.refused.values())
         warnings.warn(
-            f"the inside of {', '.join(refused)} stays in floating point ({next(iter(refused.values()))}); only its "
-            "linear layers are quantised",
+            f"the inside of {_some(all_of_it.refused)} stays in floating point ({'; '.join(others)}); only the linear "
+            "layers there are quantized",
             WeightsmithWarning,
             stacklevel=3,
         )
+    return all_of_it
+
+
+def _candidates(
+    model: nn.Module, layers: Mapping[str, nn.Module], names: Mapping[str, str] | None, *, strict: bool
+) -> dict[str, Parts | str]:
+    """Modules that look like attention and whose projections are all chosen; a reason in the place of unknown parts."""
+    chosen = {id(layer) for layer in layers.values()}
+    found: dict[str, Parts | str] = {}
+    for name, module in model.named_modules():
+        try:
+            parts = find_parts(name, module, names)
+        except NotUnderstood as error:
+            if strict:
+                raise
+            found[name] = str(error)
+            continue
+        if parts is not None and all(id(getattr(module, part)) in chosen for part in parts.projections):
+            found[name] = parts
     return found
 
 
-def _ends(model: nn.Module) -> set[str]:
-    """The classifiers, and the first layer unless an embedding comes before it."""
-    names = [name for name, module in model.named_modules() if _is_layer(name, module)]
-    embedded = any(isinstance(module, nn.Embedding) for module in model.modules())
-    return {name for name in names if name.rpartition(".")[2] in _HEADS} | {names[-1]} | set(names[: not embedded])
+def _some(names: Iterable[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    held = [name or "the model" for name in names]
+    return ", ".join(held[:most]) + (f" and {len(held) - most} more" if len(held) > most else "")
 
 
-def _owners(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[int, list[nn.Module]]:
-    """Modules that share a chosen weight, by the weight's id."""
-    chosen = {id(layer.weight): name for name, layer in reversed(list(layers.items()))}
-    owners: dict[int, list[nn.Module]] = {}
+def _packed(name: str, module: nn.MultiheadAttention) -> Iterator[_Slot]:
+    """The weights of torch's attention, which is no composition of layers."""
+    for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        if module._parameters.get(attribute) is not None:
+            yield _Slot(f"{name}.{attribute}".lstrip("."), module, attribute)
+    if "weight" in module.out_proj._parameters:
+        yield _Slot(f"{name}.out_proj".lstrip("."), module.out_proj, "weight")
+
+
+def _owners(model: nn.Module, slots: list[_Slot]) -> dict[int, list[_Slot]]:
+    """Every place of the chosen weights, by the weight's id."""
+    chosen = {id(slot.weight): slot.layer for slot in reversed(slots)}
+    packed = {(id(slot.module), slot.attribute) for slot in slots}
+    owners: dict[int, list[_Slot]] = {}
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if id(parameter) in chosen:
-                if attribute != "weight" or isinstance(module, parametrize.ParametrizationList):
+                usual = attribute == "weight" or (id(module), attribute) in packed
+                if not usual or isinstance(module, parametrize.ParametrizationList):
                     raise UsageError(
-                        f"{chosen[id(parameter)]} is tied to {name}.{attribute}, which cannot be quantised"
+                        f"{chosen[id(parameter)]} is tied to {name}.{attribute}, which cannot be quantized"
                     )
-                owners.setdefault(id(parameter), []).append(module)
+                owners.setdefault(id(parameter), []).append(_Slot(name, module, attribute))
     tied = {chosen[key]: shared for key, shared in owners.items() if len(shared) > 1}
     for name, shared in tied.items():
         warnings.warn(
-            f"{name} is tied: its weight is quantised once, for all {len(shared)} owners",
+            f"{name} is tied: its weight is quantized once, for all {len(shared)} owners",
             WeightsmithWarning,
             stacklevel=3,
         )
     return owners
 
 
-def _weight_quantizer(layer: nn.Module, plan: _Plan, *, end: bool) -> WeightQuantizer:
-    axis = 1 if isinstance(layer, _TRANSPOSED) else 0
-    if end:
-        return LSQWeight(cast(Tensor, layer.weight), plan.ends_bits, axis)
-    return _quantizer(cast(Tensor, layer.weight), plan, axis)
-
-
-def _quantizer(w: Tensor, plan: _Plan, axis: int = 0, first_row: int = 0) -> WeightQuantizer:
-    if plan.weight == "lsq":
-        return LSQWeight(w, plan.weight_bits, axis, first_row)
-    return StatsQ(plan.weight_bits, axis, first_row)
-
-
-def _quantize_input_(
-    name: str, layer: nn.Module, plan: _Plan, end: bool, after_activation: bool, *, pixels: bool
-) -> None:
+def _input_quantizer(
+    name: str, layer: nn.Module, plan: Plan, end: bool, after_activation: bool, *, pixels: bool
+) -> ActivationQuantizer:
     bits = cast(int, plan.ends_bits if end else plan.activation_bits)
     if isinstance(layer, nn.Linear):
-        axis = None if end else {"token": -2, "channel": -1, "tensor": None}[plan.granularity]
+        axis = None if end else plan.token_axis
         shifts: tuple[int, ...] | None = (layer.in_features,)
     else:
         spatial = cast(Tensor, layer.weight).dim() - 2
         axis = None if plan.granularity == "tensor" else -(spatial + 1)
         shifts = () if pixels else None
-    quantizer = _activations(f"the input of {name}", layer, bits, axis, False if after_activation else None, shifts)
-    layer.add_module("input_quantizer", quantizer)
-    layer.register_forward_pre_hook(_quantized_input)
+    return activation_quantizer(f"the input of {name}", layer, bits, axis, False if after_activation else None, shifts)
 
 
-def _quantized_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (cast(nn.Module, module.input_quantizer)(args[0]), *args[1:])
-
-
-def _activations(
-    name: str,
-    beside: nn.Module,
-    bits: int,
-    axis: int | None,
-    signed: bool | None,
-    shifts: tuple[int, ...] | None = None,
-) -> ActivationQuantizer:
-    like = next(beside.parameters())
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    quantizer = ActivationQuantizer(bits, axis, signed=signed, shifts=shifts, dtype=dtype, device=like.device)
-    quantizer.name = name
-    return quantizer
-
-
-def _quantize_attention_(name: str, attention: nn.Module, parts: Parts, plan: _Plan, *, product: bool) -> None:
-    attention.__class__ = quantized_class(cast(Any, type(attention)))
-    ours = cast(QuantizedAttention, attention)
-    ours.parts = parts
-    layers = [cast(nn.Linear, getattr(attention, part)) for part in parts.projections]
-    first = layers[0]
-    width = parts.width
-    wq, wk = first.weight.chunk(3)[:2] if parts.qkv else (first.weight, layers[1].weight)
-    for module in ("input", "query", "key", "value", "softmax", "product"):
-        setattr(ours, f"{module}_quantizer", None)
-    ours.product = None
-    for parameter in ("product_weight", "product_shift", "query_bias", "logit_bias"):
-        ours.register_parameter(parameter, None)
-    if product:
-        made = query_key_product(wq.detach(), wk.detach(), parts.heads)
-        ours.product = QueryKeyProduct(parts.heads, _quantizer(made.requires_grad_(wq.requires_grad), plan))
-        _drop_biases(ours, layers, width, keep=plan.keep_query_bias)
-
-    if plan.activation_bits is not None:
-        token = {"token": -2, "channel": -1, "tensor": None}[plan.granularity]
-        inner = partial(_activations, beside=attention, bits=plan.activation_bits)
-        ours.input_quantizer = inner(f"the input of {name}", axis=token, signed=True, shifts=(first.in_features,))
-        values = width if parts.qkv else layers[2].out_features
-        rest = None if plan.granularity == "tensor" else -1
-        ours.value_quantizer = inner(f"the value of {name}", axis=rest, signed=True, shifts=(values,))
-        softmax = None if plan.granularity == "tensor" else -2
-        ours.softmax_quantizer = inner(f"the softmax of {name}", axis=softmax, signed=False)
-        if product:
-            ours.product_quantizer = inner(f"the query-key product of {name}", axis=token, signed=True)
-            ours.product_shift = nn.Parameter(first.weight.new_zeros(parts.heads * first.in_features))
-        else:
-            keys = width if parts.qkv else layers[1].out_features
-            ours.query_quantizer = inner(f"the query of {name}", axis=token, signed=True, shifts=(width,))
-            ours.key_quantizer = inner(f"the key of {name}", axis=token, signed=True, shifts=(keys,))
-    for role, layer in enumerate(layers):
-        free = product and not parts.qkv and role < 2
-        if not free:
-            first_row = 2 * width if product and parts.qkv else 0
-            quantizer = _quantizer(layer.weight, plan, first_row=first_row)
-            parametrize.register_parametrization(layer, "weight", quantizer)
-
-
-@torch.no_grad()
-def _drop_biases(attention: QuantizedAttention, layers: list[nn.Linear], width: int, *, keep: bool) -> None:
-    fused = attention.parts.qkv != ""
-    biases = [layer.bias for layer in (layers if fused else layers[:2]) if layer.bias is not None]
-    if keep and biases:
-        attention.query_bias = nn.Parameter(biases[0][:width].clone(), requires_grad=biases[0].requires_grad)
-    if fused and biases:
-        biases[0][: 2 * width] = 0  # out of use: the value bias is the rest
-    elif not fused:
-        for layer in layers[:2]:
-            layer.register_parameter("bias", None)
-
-
-def _warn_of_biases(model: nn.Module, attentions: Mapping[str, tuple[Parts, bool]]) -> None:
+def _warn_of_biases(model: nn.Module, attentions: Mapping[str, Parts]) -> None:
     lost = []
-    for name, (parts, product) in attentions.items():
+    for name, parts in attentions.items():
         layers = [model.get_submodule(name).get_submodule(part) for part in parts.projections]
         biases = [layer.bias for layer in (layers if parts.qkv else layers[:2]) if isinstance(layer.bias, Tensor)]
-        if product and any(bias[: 2 * len(bias) // 3].any() if parts.qkv else bias.any() for bias in biases):
+        if any(bias[: 2 * len(bias) // 3].any() if parts.qkv else bias.any() for bias in biases):
             lost.append(name or "the model")
     if lost:
         warnings.warn(

@@ -25,6 +25,7 @@ class WeightQuantizer(nn.Module):
         first_row: Rows of axis 0 before this one are passed on as they are (query and key of a fused projection).
 
     Attributes:
+        final: No parametrization may lie on top: the weight would leave the grid.
         offset: Where levels lie between integers: 0.5 (StatsQ) or 0.
         frozen: Entries that no longer follow their latent, ``None``: there are none.
         frozen_codes: The codes that those entries keep.
@@ -33,6 +34,7 @@ class WeightQuantizer(nn.Module):
         UsageError: ``bits`` is out of range.
     """
 
+    final = True
     offset = 0.0
     frozen: Tensor | None
     frozen_codes: Tensor | None
@@ -123,17 +125,25 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
     Args:
         model: What ``prepare_ofq_`` returned, or anything that holds it.
+
+    Raises:
+        UsageError: Another parametrization lies on top of a quantizer.
     """
     seen: set[int] = set()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if parametrize.is_parametrized(module):
             for attribute, held in cast(nn.ModuleDict, module.parametrizations).items():
-                for quantizer in cast(parametrize.ParametrizationList, held):
-                    if isinstance(quantizer, WeightQuantizer) and id(quantizer) not in seen:
-                        seen.add(id(quantizer))
-                        original = cast(nn.Parameter, held.original)
-                        yield Site(prefix + attribute, quantizer, partial(quantizer.rows, original), original)
+                *under, quantizer = cast(parametrize.ParametrizationList, held)
+                if any(isinstance(other, WeightQuantizer) for other in under):
+                    raise UsageError(
+                        f"{prefix}{attribute} is quantized, and {type(quantizer).__name__} moves it off its grid: "
+                        "remove that parametrization"
+                    )
+                if isinstance(quantizer, WeightQuantizer) and id(quantizer) not in seen:
+                    seen.add(id(quantizer))
+                    original = cast(nn.Parameter, held.original)
+                    yield Site(prefix + attribute, quantizer, partial(quantizer.rows, original), original)
         if hasattr(module, "query_key_sites"):
             yield from module.query_key_sites(prefix)
 

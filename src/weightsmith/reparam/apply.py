@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.select import Where, select
+from weightsmith.core.tied import declare_shared_
 from weightsmith.reparam.compander import CLIP, WeightCompander
 from weightsmith.reparam.curves import Curve
 
@@ -108,12 +109,17 @@ def compand_(
     for weight, start in zip(weights.values(), starts.values(), strict=True):
         compander = shared if share == "model" else new(weight).requires_grad_(weight.requires_grad)
         start = start.clone()
-        for _, module, attribute in slots[id(weight)]:
+        for index, (_, module, attribute) in enumerate(slots[id(weight)]):
             weight.copy_(start)  # registering inverts what it finds: each owner of a tied weight must find the start
             parametrize.register_parametrization(module, attribute, compander)
+            if index:
+                declare_shared_(module, attribute)
     for module in on_top.values():
         compander = shared if share == "model" else new(_sample(module))
         parametrize.register_parametrization(module, "weight", compander, unsafe=True)
+    if share == "model":
+        for site in list(sites(model, every_owner=True))[1:]:
+            declare_shared_(site.module, site.attribute, "0.")
     return model
 
 
@@ -178,6 +184,11 @@ def _is_written_already(name: str, module: nn.Module, allow_existing: bool) -> b
         kinds = [type(parametrization) for parametrization in module.parametrizations.weight]  # type: ignore[union-attr]
         if any(issubclass(kind, WeightCompander) for kind in kinds):
             raise UsageError(f"{name or type(module).__name__} is companded already: fold_ it first")
+        if any(getattr(kind, "final", False) for kind in kinds):
+            raise UsageError(
+                f"the weight of {name or type(module).__name__} is quantized by {kinds[-1].__name__}: a curve would "
+                "move it off its grid. Leave the module out of where, or compand_ and fold_ before prepare_ofq_"
+            )
         if not allow_existing:
             raise UsageError(
                 f"the weight of {name or type(module).__name__} is parametrised by {kinds[-1].__name__} already: "
