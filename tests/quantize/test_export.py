@@ -243,12 +243,54 @@ def test_compressed_tensors_refuses_convolutions_and_models_that_are_not_from_tr
         save_quantized(model, tmp_path / "out", "compressed-tensors")
 
 
-def test_a_changed_weight_is_not_saved(tmp_path):
+def trained(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+
+
+def merged(model):
+    """A low-rank update much smaller than a grid step."""
+    with torch.no_grad():
+        model.head.weight += 1e-4 * torch.randn(5, 1) @ torch.randn(1, 6)
+
+
+def averaged(model):
+    with torch.no_grad():
+        model.head.weight.lerp_(torch.zeros(5, 6), 1e-3)
+
+
+@pytest.mark.parametrize("change", [trained, merged, averaged])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_was_trained_after_quantizing_is_not_saved(tmp_path, change, dtype):
     model = Net().eval()
     round_to_nearest_(model, None, Grid(4, search="minmax"))
-    with torch.no_grad():
-        model.head.weight += 1
-    with pytest.raises(UsageError, match=r"head\.weight has been changed"):
+    change(model)
+    codes = vars(model.head)["_quantized_tensors"]["weight"]
+    rounded = (model.head.weight / codes.scale).round() + codes.zero_point
+    assert torch.equal(rounded.detach(), codes.codes.float())  # the same codes, although the function has changed
+    model.to(dtype)
+    with pytest.raises(UsageError, match=r"has been changed since it was quantized.*quantize it again"):
+        save_quantized(model, tmp_path / "out")
+    with pytest.raises(UsageError, match="has been changed"):
+        export_onnx(model, torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_narrower_dtype_keeps_the_codes(tmp_path):
+    model = Net().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    save_quantized(model.half(), tmp_path / "out")
+    assert_same_model(model, load_quantized(tmp_path / "out", Net().half().eval()))
+
+
+def test_a_weight_that_gave_way_to_a_parametrization_is_not_saved(tmp_path):
+    model = Net().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    torch.nn.utils.parametrizations.weight_norm(model.head)
+    with pytest.raises(UsageError, match=r"head\.weight was quantized and is no longer a plain parameter"):
         save_quantized(model, tmp_path / "out")
 
 
