@@ -344,8 +344,9 @@ def assert_onnx_keeps(model, example, path):
     weights = quantized_weights(model)
     for name, value in onnx_weights(path, weights).items():
         assert torch.equal(torch.from_numpy(value), weights[name].dequantize()), name
-    with torch.no_grad():
-        assert torch.allclose(run_onnx(path, example), model(example), atol=1e-5)
+    for x in (example, example[:1], torch.cat([example, example.flip(0), example])):  # the batch is free
+        with torch.no_grad():
+            assert torch.allclose(run_onnx(path, x), model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -393,10 +394,65 @@ def test_onnx_export_of_a_vision_transformer(tmp_path):
     assert all(module.training for module in training.modules())
 
 
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(8, True), (8, False), (4, True), (4, False)], ids=["int8", "uint8", "int4", "uint4"]
+)
+def test_onnx_files_are_as_small_as_their_integers(tmp_path, bits, symmetric):
+    pytest.importorskip("onnxscript")
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False)).eval()
+    round_to_nearest_(model, None, Grid(bits, symmetric=symmetric, search="minmax"))
+    path = export_onnx(model, torch.randn(2, 512), tmp_path / "net.onnx")
+    scales = 2 * 512 * 5
+    assert path.stat().st_size < 2 * 512 * 512 * bits / 8 + scales + 10_000  # 10 kB for the graph
+
+
+def test_onnx_export_can_fix_the_batch_and_says_when_it_must(tmp_path):
+    pytest.importorskip("onnxscript")
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x).reshape(2, 4)
+
+    model = Two().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    with pytest.raises(UsageError, match="pass free_batch=False"):
+        export_onnx(model, torch.randn(2, 4), tmp_path / "net.onnx")
+    x = torch.randn(2, 4)
+    export_onnx(model, x, tmp_path / "net.onnx", free_batch=False)
+    with torch.no_grad():
+        assert torch.allclose(run_onnx(tmp_path / "net.onnx", x), model(x), atol=1e-5)
+
+
+def test_onnx_export_takes_several_inputs_and_an_example_of_one_sample(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, *parts):
+            return self.fc(parts[0] + parts[1])
+
+    model = Sum().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    export_onnx(model, (torch.randn(1, 4), torch.randn(1, 4)), tmp_path / "net.onnx")
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    sizes = {value.type.tensor_type.shape.dim[0].dim_param for value in [*graph.input, *graph.output]}
+    assert sizes == {"batch"}
+    with pytest.raises(UsageError, match="as many samples in each input"):
+        export_onnx(model, (torch.randn(1, 4), torch.randn(2, 4)), tmp_path / "net.onnx")
+
+
 def test_onnx_export_needs_quantised_weights_and_leaves_an_old_file(tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    with pytest.raises(UsageError, match="no quantised weights"):
+    with pytest.raises(UsageError, match="no quantized weights"):
         export.export_onnx(Net(), torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
     model = nn.Sequential(nn.Linear(2, 2))
     round_to_nearest_(model, None, Grid(4, search="minmax"))
