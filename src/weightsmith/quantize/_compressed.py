@@ -27,7 +27,7 @@ def obstacle(model: nn.Module, weights: dict[str, QuantizedWeight]) -> str | Non
     if not hasattr(model, "save_pretrained"):
         return f"{type(model).__name__} is not a transformers model"
     for name, quantized in weights.items():
-        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer = model.get_submodule(name.rpartition(".")[0])
         if not name.endswith(".weight") or not isinstance(layer, nn.Linear):
             return f"{name} belongs to a {type(layer).__name__}, not to a Linear"
         if quantized.offset:

@@ -3,7 +3,7 @@
 A folder holds
 
 - ``quantization_config.json``: ``quant_method`` and ``version``; per quantised tensor its ``bits``, ``symmetric``,
-  ``granularity``, ``axis``, ``offset`` and ``shape``; ``tied``: names that are other names' tensors;
+  ``granularity``, ``axis``, ``offset``, ``stacked`` and ``shape``; ``tied``: names that are other names' tensors;
   ``activations``: the layers whose inputs are quantised, and how;
 - ``weights/``: safetensors, for a tensor ``T`` on a grid ``T.codes`` and (asymmetric) ``T.zero_point`` as bytes, and
   ``T.scale``; everything else as it is;
@@ -35,7 +35,7 @@ METHOD = "weightsmith"
 
 _VERSION = 1
 _WEIGHTS = "weights"
-FACTS = ("bits", "symmetric", "granularity", "axis", "offset")
+FACTS = ("bits", "symmetric", "granularity", "axis", "offset", "stacked")
 
 
 def write(model: nn.Module, weights: dict[str, QuantizedWeight], folder: Path) -> None:
@@ -117,7 +117,7 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
             zero = unpack_rows(tensors[f"{name}.zero_point"], bits, scale.shape[1], signed=False)
         shape = torch.Size(fact["shape"])
         codes = unpack_rows(tensors[f"{name}.codes"], bits, shape[1:].numel(), signed=symmetric).reshape(shape)
-        weights[name] = QuantizedWeight(codes, scale, zero, **{key: fact[key] for key in FACTS})
+        weights[name] = QuantizedWeight(codes, scale, zero, **{key: fact[key] for key in FACTS if key in fact})
     return weights
 
 

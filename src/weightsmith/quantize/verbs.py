@@ -16,12 +16,12 @@ from weightsmith.quantize.adaround import AdaRound
 from weightsmith.quantize.blocks import Blocks
 from weightsmith.quantize.calibration import Calibration
 from weightsmith.quantize.flexround import FlexRound
-from weightsmith.quantize.grid import Grid, write_
-from weightsmith.quantize.layers import choose_layers, output_axis, parameter_name, weight_of
+from weightsmith.quantize.grid import Grid
 from weightsmith.quantize.lrq import LRQ, saves
 from weightsmith.quantize.reconstruct import Done, OnBlock, Options, Recipe, choose_grids, reconstruct_
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 from weightsmith.quantize.rtn import RoundToNearest
+from weightsmith.quantize.targets import choose_targets
 
 _GRID = Grid()
 
@@ -33,13 +33,16 @@ class BlockOptions(TypedDict, total=False):
         blocks: What is reconstructed as one: ``"auto"``, the single longest list of alike blocks (``model.layers``);
             ``"layers"``, every chosen layer; ``"whole"``, the model; or module names.
         batch_size: Samples per step; ``None``: 2 for token sequences, 32 otherwise.
-        where: Which layers: ``None`` (every linear layer and convolution inside the blocks, but neither the output
-            embedding nor tied weights), glob(s), or a predicate; layers named outside of the blocks are reconstructed
-            on their own.
-        overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``.
+        where: Which modules: ``None`` (every linear layer, convolution, ``nn.MultiheadAttention`` and module of experts
+            inside the blocks, but neither the output embedding, nor tied weights, nor adapters), glob(s), or a
+            predicate; modules named outside of the blocks are reconstructed on their own.
+        overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``; packed projections and
+            experts go by the name of the parameter, such as ``"*.experts.down_proj"``.
         on_block: Called with name, quantised weights by parameter name, and report of each finished block.
         done: Quantised weights of blocks that are finished already, by block; these are written, not optimised.
         device: Where the block at hand is worked on; ``None``: where it is.
+        measured_batches: On how many batches of the calibration data, spread evenly, errors of blocks are measured;
+            ``None``: all. 8: measuring on everything takes longer than a few hundred steps.
     """
 
     blocks: Blocks
@@ -49,6 +52,7 @@ class BlockOptions(TypedDict, total=False):
     on_block: OnBlock | None
     done: Done
     device: torch.device | str | None
+    measured_batches: int | None
 
 
 class LearningOptions(BlockOptions, total=False):
@@ -59,7 +63,7 @@ class LearningOptions(BlockOptions, total=False):
         lr: Learning rate of Adam; ``"auto"`` tries 3e-3, 1e-3 and 3e-4 for 100 steps of the first block. 1e-3.
         seed: Of the order of batches and everything else that is drawn; 0.
         keep_best: Keep the best of round-to-nearest and the rounding after one half, three quarters and all of the
-            steps, judged on the whole calibration set; ``False``: the last. ``True``.
+            steps, judged on ``measured_batches``; ``False``: the last. ``True``.
         loss_reduction: ``"sum_dim1"`` sums squared differences over dimension 1 and takes the mean over the others, as
             the authors' code does; ``"mean"``. AdaRound's penalty is relative to it.
         input_drop: Probability with which an element of a block's input comes from the quantised stream, the rest
@@ -144,7 +148,9 @@ def flexround_(
 
     if lrq is not None:
         full = [
-            n for n, layer in choose_layers(model, options.get("where")).items() if not saves(weight_of(layer), lrq)
+            name
+            for name, target in choose_targets(model, options.get("where")).items()
+            if not saves(target.view(target.weight, grid), lrq)
         ]
         if full:
             warnings.warn(
@@ -242,15 +248,14 @@ def round_to_nearest_(
     if calibration is not None:
         return reconstruct_(model, calibration, grid, Recipe("rtn", _nearest), Options(**options))
     start = time.perf_counter()
-    layers = choose_layers(model, options.get("where"))
-    grids = choose_grids(layers, grid, options.get("overrides", {}))
+    targets = choose_targets(model, options.get("where"))
+    grids = choose_grids(targets, grid, options.get("overrides", {}))
     nbytes, blocks = {}, []
-    for name, layer in layers.items():
-        begun, key = time.perf_counter(), parameter_name(name)
-        weight = weight_of(layer).detach()
-        found = RoundToNearest(weight, grids[name], axis=output_axis(layer)).quantized(weight)
-        part = report_layer(key, weight.to(found.scale.dtype), found, found)
-        write_(layer, found)
+    for name, target in targets.items():
+        begun, key = time.perf_counter(), target.parameter
+        found = target.quantized(target.rounding(_nearest, grids[name], torch.Generator()), grids[name])
+        part = report_layer(key, target.weight.detach().to(found.scale.dtype), found, found)
+        target.write_(found)
         nbytes[key] = found.nbytes
         blocks.append(BlockReport(name, None, None, 0, "rtn", time.perf_counter() - begun, (part,)))
         if (on_block := options.get("on_block")) is not None:

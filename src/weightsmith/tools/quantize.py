@@ -28,9 +28,10 @@ from weightsmith.quantize import _gptq
 from weightsmith.quantize.blocks import find_blocks
 from weightsmith.quantize.export import Format, save_quantized
 from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights
-from weightsmith.quantize.layers import choose_layers, is_quantisable
+from weightsmith.quantize.layers import is_quantisable
 from weightsmith.quantize.report import BlockReport, Report
 from weightsmith.quantize.states import moved
+from weightsmith.quantize.targets import choose_targets
 from weightsmith.quantize.verbs import adaround_, flexround_, round_to_nearest_
 from weightsmith.tools._calibration import read_texts, tokenise
 from weightsmith.tools._partial import Partial
@@ -157,7 +158,7 @@ def quantize(
         before = judge and judge(source.load(), bars, "perplexity before")
         model = source.load()  # anew: the evaluation may have copied the former from its files to a device and back
         done, finished = partial.load()
-        chosen = choose_layers(model, None)
+        chosen = choose_targets(model, None)
         total = len(chosen) if inputs is None else len(find_blocks(model, options["blocks"], chosen, keep_others=False))
         bar = bars.add_task(f"{method}, {bits} bits", total=total)
 
