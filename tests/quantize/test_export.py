@@ -465,3 +465,57 @@ def test_onnx_export_needs_quantised_weights_and_leaves_an_old_file(tmp_path, mo
     with pytest.raises(OSError, match="No space"):
         export_onnx(model, torch.randn(1, 2), tmp_path / "net.onnx")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("net.onnx", "old")]
+
+
+def with_lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+
+
+def with_bone(model):
+    from weightsmith.adapt import BoneConfig, apply_bone_
+
+    return apply_bone_(model, BoneConfig(r=4, where="*q_proj"))
+
+
+@pytest.mark.parametrize("format", ["auto", "weightsmith", "compressed-tensors", "gptq"])
+@pytest.mark.parametrize("put_on", [with_lora, with_bone])
+def test_an_adapter_is_not_lost_by_saving(tmp_path, put_on, format):
+    model = tiny_llama()
+    round_to_nearest_(model, None, Grid(4, granularity=8, search="minmax"))
+    adapted = put_on(model)
+    for holder in {adapted, model}:  # PEFT also changes the model inside
+        with pytest.raises(UsageError, match="q_proj carries an adapter"):
+            save_quantized(holder, tmp_path / "out", format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_its_adapter_is_saved_again(tmp_path):
+    from weightsmith.adapt import unload_bone_
+
+    model = tiny_llama()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    plain = copy.deepcopy(model)
+    save_quantized(with_lora(model).unload(), tmp_path / "lora")
+    assert_same_model(plain, load_quantized(tmp_path / "lora"))
+    save_quantized(unload_bone_(with_bone(copy.deepcopy(plain))), tmp_path / "bone")
+    assert_same_model(plain, load_quantized(tmp_path / "bone"))
+
+
+def test_wrappers_are_taken_off_before_saving(tmp_path):
+    model = Net().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    for wrapped, advice in (
+        (torch.compile(model), r"pass model\._orig_mod"),
+        (nn.DataParallel(model), r"model\.module"),
+    ):
+        with pytest.raises(UsageError, match=advice):
+            save_quantized(wrapped, tmp_path / "out")
+
+
+def test_a_transformers_model_with_a_parametrization_is_folded_before_saving(tmp_path):
+    model = tiny_llama()
+    round_to_nearest_(model, None, Grid(4, search="minmax"), where="*mlp*")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+    with pytest.raises(UsageError, match=r"q_proj has a parametrization.*fold_"):
+        save_quantized(model, tmp_path / "out")

@@ -112,7 +112,7 @@ def test_experts_come_back_bit_for_bit(tmp_path, make, granularity):
     ids = torch.stack(tokens(2))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-    with pytest.raises(UsageError, match="cannot hold this model.*not to a Linear"):
+    with pytest.raises(UsageError, match=r"cannot hold this model.*not to a Linear"):
         save_quantized(model, tmp_path / "other", "compressed-tensors")
     with pytest.raises(UsageError, match="holds the weights of experts"):
         export_onnx(model, ids, tmp_path / "model.onnx")
@@ -181,5 +181,5 @@ def test_adapters_of_peft_are_not_rounded():
     assert sum("base_layer" in name for name in found) == 4
     assert not any("lora" in name for name in found)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-    with pytest.raises(UsageError, match="belongs to a PEFT adapter of .*q_proj: leave it out"):
+    with pytest.raises(UsageError, match=r"belongs to a PEFT adapter of .*q_proj: leave it out"):
         round_to_nearest_(model, None, W3, where="*q_proj*")

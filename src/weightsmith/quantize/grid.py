@@ -100,6 +100,19 @@ class Grid:
         return rows.reshape(len(rows), -1, self.granularity, 1)
 
 
+def as_grid(grid: Grid | int) -> Grid:
+    """A grid, or the default one of that many bits.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(grid, Grid):
+        return grid
+    if isinstance(grid, bool) or not isinstance(grid, int):
+        raise TypeError(f"grid must be a Grid or a number of bits, got {grid!r}: for example Grid(4, granularity=128)")
+    return Grid(grid)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight on a grid: ``w = scale * (codes - zero_point + offset)``.

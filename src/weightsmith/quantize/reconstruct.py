@@ -24,7 +24,7 @@ from weightsmith.quantize.activations import Activations, StaticActivation, mask
 from weightsmith.quantize.blocks import Arguments, Blocks, Walk, find_blocks, first_tensor, hollow, targets_of
 from weightsmith.quantize.calibration import Batch, Calibration, make_batches
 from weightsmith.quantize.flexround import FAR, FlexRound
-from weightsmith.quantize.grid import Grid, QuantizedWeight
+from weightsmith.quantize.grid import Grid, QuantizedWeight, as_grid
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 from weightsmith.quantize.rtn import RoundToNearest
 from weightsmith.quantize.states import at_rest, moved, single_precision
@@ -63,7 +63,7 @@ class Options:
     seed: int = 0
     keep_best: bool = True
     where: Where = None
-    overrides: Mapping[str, Grid] = field(default_factory=dict)
+    overrides: Mapping[str, Grid | int] = field(default_factory=dict)
     loss_reduction: Literal["sum_dim1", "mean"] = "sum_dim1"
     input_drop: float = 1.0
     activations: Activations | None = None
@@ -91,7 +91,9 @@ class Options:
             raise UsageError("done holds weights only: it cannot be combined with activations")
 
 
-def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe: Recipe, options: Options) -> Report:
+def reconstruct_(
+    model: nn.Module, calibration: Calibration, grid: Grid | int, recipe: Recipe, options: Options
+) -> Report:
     """Quantise a model block by block; see `flexround_`.
 
     Args:
@@ -102,6 +104,7 @@ def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe:
         options: The rest.
     """
     start = time.perf_counter()
+    grid = as_grid(grid)
     chosen = choose_targets(model, options.where)
     blocks = find_blocks(model, options.blocks, chosen, keep_others=options.where is not None)
     targets = {name: target for block in blocks for name, target in targets_of(block, chosen).items()}
@@ -109,7 +112,8 @@ def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe:
     _check_done(options.done, blocks, targets)
     if options.activations is not None:
         _check_called(targets)
-    batches = make_batches(calibration, options.batch_size, next(model.parameters()).device)
+    first = next(iter(targets.values())).weight
+    batches = make_batches(calibration, options.batch_size, next(model.parameters()).device, first.dtype)
     with at_rest(model), plain_attention():
         walk = Walk(model, blocks, _example(model, batches[0]))
         unseen = _survey(model, walk, targets, batches)
@@ -120,7 +124,7 @@ def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe:
     )
 
 
-def choose_grids(targets: Mapping[str, Target], grid: Grid, overrides: Mapping[str, Grid]) -> dict[str, Grid]:
+def choose_grids(targets: Mapping[str, Target], grid: Grid, overrides: Mapping[str, Grid | int]) -> dict[str, Grid]:
     """The grid of each weight, checked to fit it.
 
     Args:
@@ -136,7 +140,7 @@ def choose_grids(targets: Mapping[str, Target], grid: Grid, overrides: Mapping[s
             raise unknown("glob in overrides", glob, targets)
     grids = {}
     for name, target in targets.items():
-        grids[name] = next((other for glob, other in overrides.items() if fnmatchcase(name, glob)), grid)
+        grids[name] = as_grid(next((other for glob, other in overrides.items() if fnmatchcase(name, glob)), grid))
         try:
             grids[name].split(target.view(target.weight, grids[name]), 0 if target.stacked else target.axis)
         except UsageError as error:
@@ -158,8 +162,8 @@ def _check_called(targets: Mapping[str, Target]) -> None:
     """Inputs are quantized where a layer is called with them; packed or stacked weights have no layer of their own."""
     if inside := [name for name, target in targets.items() if name != target.owner]:
         raise UsageError(
-            f"activations cannot be quantized for {', '.join(inside)}, which no layer of their own is called with: leave "
-            "these out with where=, or leave out activations"
+            f"activations cannot be quantized for {', '.join(inside)}, which have no layer of their own: leave these "
+            "out with where=, or leave out activations"
         )
 
 

@@ -187,9 +187,24 @@ def _caller(name: str, modules: Mapping[str, nn.Module]) -> str:
     return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else name
 
 
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that carry an adapter of PEFT's or Bone."""
+    peft = _peft_layer()
+    return [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "bone_active") or (peft is not None and isinstance(module, peft))
+    ]
+
+
+def _peft_layer() -> Any:
+    """PEFT's base class of adapted layers, if there can be any."""
+    return getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+
+
 def _adapted(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The layer whose PEFT adapter a module is part of; the layer that PEFT has wrapped is not."""
-    layer: Any = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    layer = _peft_layer()
     parts = name.split(".")
     parents = [".".join(parts[:count]) for count in range(len(parts))]
     inside = [parent for parent in parents if layer is not None and isinstance(modules.get(parent), layer)]

@@ -16,7 +16,7 @@ from weightsmith.quantize.adaround import AdaRound
 from weightsmith.quantize.blocks import Blocks
 from weightsmith.quantize.calibration import Calibration
 from weightsmith.quantize.flexround import FlexRound
-from weightsmith.quantize.grid import Grid
+from weightsmith.quantize.grid import Grid, as_grid
 from weightsmith.quantize.lrq import LRQ, saves
 from weightsmith.quantize.reconstruct import Done, OnBlock, Options, Recipe, choose_grids, reconstruct_
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
@@ -48,7 +48,7 @@ class BlockOptions(TypedDict, total=False):
     blocks: Blocks
     batch_size: int | None
     where: Where
-    overrides: Mapping[str, Grid]
+    overrides: Mapping[str, Grid | int]
     on_block: OnBlock | None
     done: Done
     device: torch.device | str | None
@@ -87,7 +87,7 @@ class LearningOptions(BlockOptions, total=False):
 def flexround_(
     model: nn.Module,
     calibration: Calibration,
-    grid: Grid = _GRID,
+    grid: Grid | int = _GRID,
     *,
     lrq: int | None = None,
     parametrization: Literal["log", "direct"] = "log",
@@ -105,10 +105,10 @@ def flexround_(
 
     Args:
         model: Changed block after block, once everything has been checked. Its modes and flags are restored.
-        calibration: A few hundred unlabelled samples: a tensor; or an iterable of batches (tensors, dicts, tuples whose
-            first item is taken); a one-dimensional integer tensor is one token sequence. Unequal lengths are padded,
-            and the padding is left out of the loss.
-        grid: Where weights are put.
+        calibration: A few hundred unlabelled samples: a tensor or array; or an iterable of batches such as a
+            ``DataLoader`` (tensors, dicts, tuples or lists whose first item is taken); a one-dimensional integer tensor
+            is one token sequence. Unequal lengths are padded, and the padding is left out of the loss.
+        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
         lrq: Rank of the factors of matrices, which saves memory; ``None``: a factor per weight. Matrices for which the
             rank would save nothing, and convolutions, keep a factor per weight.
         parametrization: ``"log"`` or ``"direct"``; see `FlexRound`.
@@ -146,6 +146,7 @@ def flexround_(
             compiled=compiled,
         )
 
+    grid = as_grid(grid)
     if lrq is not None:
         full = [
             name
@@ -166,7 +167,7 @@ def flexround_(
 def adaround_(
     model: nn.Module,
     calibration: Calibration,
-    grid: Grid = _GRID,
+    grid: Grid | int = _GRID,
     *,
     penalty: float = 0.01,
     **options: Unpack[LearningOptions],
@@ -176,7 +177,7 @@ def adaround_(
     Args:
         model: As for `flexround_`.
         calibration: As for `flexround_`.
-        grid: Where weights are put; the paper's search is ``search="shrink"``.
+        grid: As for `flexround_`; the paper's search is ``search="shrink"``.
         penalty: Weight of the regulariser that makes choices hard.
         **options: See `LearningOptions`; the default is the paper's 20 000 steps, at a constant rate.
 
@@ -199,14 +200,14 @@ def adaround_(
 
 
 def adaquant_(
-    model: nn.Module, calibration: Calibration, grid: Grid = _GRID, **options: Unpack[LearningOptions]
+    model: nn.Module, calibration: Calibration, grid: Grid | int = _GRID, **options: Unpack[LearningOptions]
 ) -> Report:
     """Quantise a trained model, learning an additive correction of each weight and the step; in place, block by block.
 
     Args:
         model: As for `flexround_`.
         calibration: As for `flexround_`.
-        grid: Where weights are put.
+        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
         **options: See `LearningOptions`.
 
     Returns:
@@ -227,7 +228,7 @@ def adaquant_(
 def round_to_nearest_(
     model: nn.Module,
     calibration: Calibration | None = None,
-    grid: Grid = _GRID,
+    grid: Grid | int = _GRID,
     **options: Unpack[BlockOptions],
 ) -> Report:
     """Quantise a trained model by rounding every weight to the nearest value of its grid; in place.
@@ -236,7 +237,7 @@ def round_to_nearest_(
         model: Changed once everything has been checked.
         calibration: Only to measure the error of block outputs, as for `flexround_`; ``None``: neither data nor blocks
             are needed, and every layer is reported on its own.
-        grid: Where weights are put.
+        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
         **options: See `BlockOptions`.
 
     Returns:
@@ -247,7 +248,7 @@ def round_to_nearest_(
     """
     if calibration is not None:
         return reconstruct_(model, calibration, grid, Recipe("rtn", _nearest), Options(**options))
-    start = time.perf_counter()
+    start, grid = time.perf_counter(), as_grid(grid)
     targets = choose_targets(model, options.get("where"))
     grids = choose_grids(targets, grid, options.get("overrides", {}))
     nbytes, blocks = {}, []
