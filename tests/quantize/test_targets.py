@@ -183,3 +183,31 @@ def test_adapters_of_peft_are_not_rounded():
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     with pytest.raises(UsageError, match=r"belongs to a PEFT adapter of .*q_proj: leave it out"):
         round_to_nearest_(model, None, W3, where="*q_proj*")
+
+
+def test_what_stays_as_it_was_is_listed_by_name_and_share():
+    model = mixtral()
+    report = round_to_nearest_(model, None, W3)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert {(one.name, one.why) for one in report.left} == {
+        ("model.embed_tokens.weight", "embedding"),
+        ("lm_head.weight", "output embedding"),
+        *((f"model.layers.{i}.mlp.gate.weight", REASON) for i in range(2)),
+    }
+    assert all(one.share == one.numel / total == model.get_parameter(one.name).numel() / total for one in report.left)
+    large = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    assert sum(layer.numel for layer in report.layers) + sum(one.numel for one in report.left) == large
+    assert sum(layer.numel for layer in report.layers) > 0.8 * large
+
+
+REASON = "a parameter of MixtralTopKRouter, whose weights are not known"
+
+
+def test_the_reasons_for_leaving_out_are_told_apart():
+    adapted = lora(mixtral(tie_word_embeddings=True))
+    reasons = {one.name.removeprefix("base_model.model."): one.why for one in round_to_nearest_(adapted, None, W3).left}
+    assert reasons["model.layers.0.self_attn.q_proj.lora_A.default.weight"] == "adapter"
+    assert reasons["model.embed_tokens.weight"] == "tied to base_model.model.lm_head.weight"
+    report = flexround_(mixtral(), tokens(), W3, iterations=1, where="*self_attn*")
+    reasons = {one.name: one.why for one in report.left}
+    assert reasons["model.layers.1.mlp.experts.down_proj"] == "not chosen, or outside of the blocks"

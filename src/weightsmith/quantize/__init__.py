@@ -7,7 +7,7 @@ after training
 ``BlockOptions``, ``LearningOptions``                      what these verbs have in common
 ``quantize_activations_``, ``Activations``                 dynamic or static activations, after or during that
 ``RoundToNearest``, ``FlexRound``, ``LRQ``, ...            the roundings, as parametrizations of one weight
-``Report``, ``BlockReport``, ``LayerReport``               what was done, and how large the errors are
+``Report``, ``BlockReport``, ``LayerReport``, ``LeftOut``  what was done, how large the errors are, what was not done
 during training
 ``prepare_ofq_``, ``calibrate_``, ``reparameterize_qk_``   train a transformer at 2 to 4 bits
 ``ConfidenceGuidedAnnealing``, ``distillation_loss``       the second stage, and the teacher
@@ -41,7 +41,7 @@ from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight, lsq
 from weightsmith.quantize.oscillation import Dampening, IterativeFreezing, OscillationTracker, boundary_occupancy
 from weightsmith.quantize.pack import pack_rows, unpack_rows
 from weightsmith.quantize.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
-from weightsmith.quantize.report import BlockReport, LayerReport, Report
+from weightsmith.quantize.report import BlockReport, LayerReport, LeftOut, Report
 from weightsmith.quantize.rtn import RoundToNearest
 from weightsmith.quantize.statsq import StatsQ, statsq, statsq_codes
 from weightsmith.quantize.verbs import (
@@ -70,6 +70,7 @@ __all__ = [
     "LSQWeight",
     "LayerReport",
     "LearningOptions",
+    "LeftOut",
     "OscillationTracker",
     "QuantizedWeight",
     "Report",

@@ -114,8 +114,8 @@ def _tensor(value: Any, name: str = "") -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         what = f"calibration input {name!r}" if name else "a calibration batch"
         raise TypeError(
-            f"{what} must be a tensor, an array or numbers, got {type(value).__name__}: tokenize texts, preprocess images, "
-            "and drop other columns first"
+            f"{what} must be a tensor, an array or numbers, got {type(value).__name__}: tokenize texts, preprocess "
+            "images, and drop other columns first"
         ) from error
 
 

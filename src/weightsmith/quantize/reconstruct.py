@@ -28,7 +28,7 @@ from weightsmith.quantize.grid import Grid, QuantizedWeight, as_grid
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 from weightsmith.quantize.rtn import RoundToNearest
 from weightsmith.quantize.states import at_rest, moved, single_precision
-from weightsmith.quantize.targets import Make, Target, choose_targets, plain_attention, written
+from weightsmith.quantize.targets import Make, Target, choose_targets, left_out, plain_attention, written
 
 OnBlock = Callable[[str, dict[str, QuantizedWeight], BlockReport], None]
 Done = Mapping[str, Mapping[str, QuantizedWeight]]
@@ -119,9 +119,8 @@ def reconstruct_(
         unseen = _survey(model, walk, targets, batches)
         run = _Run(targets, grids, batches, walk, recipe, options)
         reports = tuple(run.block(index, name) for index, name in enumerate(walk.blocks))
-    return Report(
-        recipe.name, grid, reports, time.perf_counter() - start, *count_bytes(model, run.nbytes), unseen=unseen
-    )
+    seconds, left = time.perf_counter() - start, left_out(model, run.nbytes)
+    return Report(recipe.name, grid, reports, seconds, *count_bytes(model, run.nbytes), unseen, left)
 
 
 def choose_grids(targets: Mapping[str, Target], grid: Grid, overrides: Mapping[str, Grid | int]) -> dict[str, Grid]:

@@ -6,7 +6,7 @@ by expert, every expert with steps of its own.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +20,12 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.select import Where, select
 from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
 from weightsmith.quantize.layers import is_quantisable, output_axis, output_head
+from weightsmith.quantize.report import LeftOut
 from weightsmith.quantize.rtn import RoundToNearest
 
 Make = Callable[[Tensor, Grid, int, torch.Generator], RoundToNearest]
 
+_LARGE = 0.001  # of all parameters
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _INPUTS_FIRST = ("Llama4TextExperts",)  # (experts, in, out), which they do not say of themselves
 
@@ -135,6 +137,34 @@ def choose_targets(model: nn.Module, where: Where) -> dict[str, Target]:
             key = name if tensor == "weight" else f"{name}.{tensor}".lstrip(".")
             targets[key] = Target(key, module, tensor, _caller(name, modules), axis, stacked)
     return targets
+
+
+def left_out(model: nn.Module, quantized: Collection[str]) -> tuple[LeftOut, ...]:
+    """The large parameters that are not among the quantized ones, the largest first, and why."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    modules, head = dict(model.named_modules()), output_head(model)
+    left = []
+    for name, parameter in model.named_parameters():
+        share = parameter.numel() / total
+        if parameter.ndim < 2 or share < _LARGE or not set(names[id(parameter)]).isdisjoint(quantized):
+            continue
+        owner, _, tensor = name.rpartition(".")
+        module, others = modules[owner], [other for other in names[id(parameter)] if other != name]
+        if others:
+            why = f"tied to {', '.join(others)}"
+        elif isinstance(module, nn.Embedding) or module is head:
+            why = "embedding" if module is not head else "output embedding"
+        elif _adapted(owner, modules) is not None:
+            why = "adapter"
+        elif tensor in [held for held, *_ in _weights(module)]:
+            why = "not chosen, or outside of the blocks"
+        else:
+            why = f"a parameter of {type(module).__name__}, whose weights are not known"
+        left.append(LeftOut(name, parameter.numel(), share, why))
+    return tuple(sorted(left, key=lambda one: -one.numel))
 
 
 @contextmanager

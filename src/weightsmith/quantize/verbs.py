@@ -21,7 +21,7 @@ from weightsmith.quantize.lrq import LRQ, saves
 from weightsmith.quantize.reconstruct import Done, OnBlock, Options, Recipe, choose_grids, reconstruct_
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 from weightsmith.quantize.rtn import RoundToNearest
-from weightsmith.quantize.targets import choose_targets
+from weightsmith.quantize.targets import choose_targets, left_out
 
 _GRID = Grid()
 
@@ -262,7 +262,7 @@ def round_to_nearest_(
         if (on_block := options.get("on_block")) is not None:
             on_block(name, {key: found}, blocks[-1])
     seconds = time.perf_counter() - start
-    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes))
+    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes), left=left_out(model, nbytes))
 
 
 def _nearest(weight: Tensor, grid: Grid, axis: int, _: torch.Generator) -> RoundToNearest:
