@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path, format, monkeypat
 
 
 def test_saving_needs_quantised_weights(tmp_path):
-    with pytest.raises(UsageError, match="no quantised weights"):
+    with pytest.raises(UsageError, match="no quantized weights"):
         save_quantized(Net(), tmp_path / "out")
 
 

@@ -19,6 +19,9 @@ integers
 ``save_quantized``, ``load_quantized``, ``export_onnx``    folders and files
 ``pack_rows``, ``unpack_rows``                             bits
 =========================================================  ==========================================================
+
+The model that a function changes, reads or saves is its first argument; ``load_quantized``, which makes a new one,
+takes the folder first.
 """
 
 from weightsmith.quantize.activations import (

@@ -47,6 +47,8 @@ def export_onnx(
             fixes the size of the batch.
         MissingExtra: ``onnx`` or ``onnxscript`` is not installed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}: the order is model, example, path")
     weights = quantized_weights(model)
     if not weights:
         raise UsageError("the model has no quantized weights: quantize it first, for example with round_to_nearest_")

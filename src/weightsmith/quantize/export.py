@@ -50,12 +50,16 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
         MissingExtra: ``compressed-tensors`` is needed and not installed.
         OSError: It cannot be written or the disk is full; what was at ``folder`` is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a module, got {type(model).__name__}: what is saved comes first, then the folder"
+        )
     if format not in get_args(Format):
         raise unknown("format", format, get_args(Format))
     _refuse_half_way(model)
     weights = quantized_weights(model)
     if not weights:
-        raise UsageError("the model has no quantised weights: quantise it first, for example with round_to_nearest_")
+        raise UsageError("the model has no quantized weights: quantize it first, for example with round_to_nearest_")
     layout = _FOREIGN.get(format, _compressed)
     obstacle = layout.obstacle(model, weights)
     if format in _FOREIGN and obstacle:
@@ -100,6 +104,8 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
         UsageError: The folder holds no quantised model, or ``model`` does not fit it.
         MissingExtra: ``transformers`` or ``compressed-tensors`` is needed and not installed.
     """
+    if isinstance(folder, nn.Module):
+        raise TypeError(f"folder must be a path, got {type(folder).__name__}: load_quantized takes the folder first")
     source = Path(folder)
     layout: Any = _layout(source)
     state, weights = layout.read(source)

@@ -109,9 +109,12 @@ def choose_targets(model: nn.Module, where: Where) -> dict[str, Target]:
         The chosen parameters by `Target.name`, in the model's order.
 
     Raises:
+        TypeError: ``model`` is no module.
         UsageError: A chosen weight is tied to another module's, parametrized, not materialized, not floating point, an
             adapter's, or holds NaN or infinity; or nothing matches.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}: the order is model, calibration, grid")
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
