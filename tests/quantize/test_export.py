@@ -519,3 +519,23 @@ def test_a_transformers_model_with_a_parametrization_is_folded_before_saving(tmp
     torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
     with pytest.raises(UsageError, match=r"q_proj has a parametrization.*fold_"):
         save_quantized(model, tmp_path / "out")
+
+
+def test_a_compander_folded_then_rounded_runs_in_onnxruntime_at_any_batch(tmp_path):
+    pytest.importorskip("onnxscript")
+    from weightsmith import fold_
+    from weightsmith.quantize import flexround_
+    from weightsmith.reparam import compand_
+
+    torch.manual_seed(0)
+    model = fold_(compand_(Net())).eval()
+    flexround_(model, torch.randn(32, 3, 8, 8), Grid(4, search="minmax"), blocks="layers", iterations=5)
+    assert_onnx_keeps(model, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+
+
+def test_packed_projections_are_exported(tmp_path):
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    round_to_nearest_(model, None, Grid(8, search="minmax"))
+    assert_onnx_keeps(model, torch.randn(2, 5, 16), tmp_path / "net.onnx")

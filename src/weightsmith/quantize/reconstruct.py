@@ -119,6 +119,9 @@ def reconstruct_(
         unseen = _survey(model, walk, targets, batches)
         run = _Run(targets, grids, batches, walk, recipe, options)
         reports = tuple(run.block(index, name) for index, name in enumerate(walk.blocks))
+    # a module may read the weight of another without calling it, as Mamba does: what has moved has been seen
+    still = {layer.name for block in reports for layer in block.layers if not layer.moved}
+    unseen = tuple(name for name in unseen if name not in targets or targets[name].parameter in still)
     seconds, left = time.perf_counter() - start, left_out(model, run.nbytes)
     return Report(recipe.name, grid, reports, seconds, *count_bytes(model, run.nbytes), unseen, left)
 
@@ -201,7 +204,8 @@ class _Run:
                 )
             for key, target in targets.items():
                 target.write_(found.kept[key])
-            self._advance(index, name, task.inputs)
+            if index + 1 < len(self.walk.blocks):
+                self._advance(index, name, task.inputs)
         kept = {target.parameter: found.kept[key] for key, target in targets.items()}
         self.nbytes |= {key: quantized.nbytes for key, quantized in kept.items()}
         seconds = time.perf_counter() - start
