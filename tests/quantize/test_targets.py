@@ -208,6 +208,11 @@ def test_the_reasons_for_leaving_out_are_told_apart():
     reasons = {one.name.removeprefix("base_model.model."): one.why for one in round_to_nearest_(adapted, None, W3).left}
     assert reasons["model.layers.0.self_attn.q_proj.lora_A.default.weight"] == "adapter"
     assert reasons["model.embed_tokens.weight"] == "tied to base_model.model.lm_head.weight"
+    from weightsmith.adapt import BoneConfig, apply_bone_
+
+    bone = apply_bone_(mixtral(), BoneConfig(r=4, where="*q_proj"))
+    reasons = {one.name: one.why for one in round_to_nearest_(bone, None, W3).left}
+    assert reasons["model.layers.0.self_attn.q_proj.bone.default"] == "adapter"
     report = flexround_(mixtral(), tokens(), W3, iterations=1, where="*self_attn*")
     reasons = {one.name: one.why for one in report.left}
     assert reasons["model.layers.1.mlp.experts.down_proj"] == "not chosen, or outside of the blocks"

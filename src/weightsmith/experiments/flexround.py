@@ -247,7 +247,7 @@ def _nothing(bits: int) -> dict[str, float]:
 
 def _settings(config: Config, arm: str) -> list[Callable[[nn.Module, Any, Grid, int], Report]]:
     """Every setting that an arm is tried with, as ``(model, calibration, grid, seed) -> report``."""
-    shared: dict[str, Any] = {"blocks": config.blocks, "batch_size": config.batch_size}
+    shared: dict[str, Any] = {"blocks": config.blocks, "batch_size": config.batch_size, "measured_batches": None}
 
     def with_options(verb: Callable[..., Report], **options: Any) -> Callable[[nn.Module, Any, Grid, int], Report]:
         return lambda model, calibration, grid, seed: verb(model, calibration, grid, seed=seed, **shared, **options)

@@ -160,7 +160,7 @@ def left_out(model: nn.Module, quantized: Collection[str]) -> tuple[LeftOut, ...
             why = f"tied to {', '.join(others)}"
         elif isinstance(module, nn.Embedding) or module is head:
             why = "embedding" if module is not head else "output embedding"
-        elif _adapted(owner, modules) is not None:
+        elif _adapted(owner, modules) is not None or hasattr(modules[owner.rpartition(".")[0]], "bone_active"):
             why = "adapter"
         elif tensor in [held for held, *_ in _weights(module)]:
             why = "not chosen, or outside of the blocks"
