@@ -1,7 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+from weightsmith import fold_
 from weightsmith.core.errors import UsageError
 from weightsmith.quantize import (
     Activations,
@@ -183,6 +185,26 @@ def test_adapters_of_peft_are_not_rounded():
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     with pytest.raises(UsageError, match=r"belongs to a PEFT adapter of .*q_proj: leave it out"):
         round_to_nearest_(model, None, W3, where="*q_proj*")
+
+
+@pytest.mark.parametrize(
+    ("put_on", "take_off", "advice"),
+    [
+        (lambda fc: prune.l1_unstructured(fc, "weight", 0.5), lambda fc: prune.remove(fc, "weight"), "prune.remove"),
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm, "remove_weight_norm"),
+        (nn.utils.spectral_norm, nn.utils.remove_spectral_norm, "remove_spectral_norm"),
+        (lambda fc: nn.utils.parametrizations.orthogonal(fc), fold_, "weightsmith.fold_"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
+def test_the_advice_for_a_computed_weight_leads_to_one_that_is_rounded(put_on, take_off, advice):
+    model = nn.Sequential(nn.Linear(4, 4))
+    put_on(model[0])
+    with pytest.raises(UsageError, match=rf"^0\.weight .*{advice}"):
+        round_to_nearest_(model, None, W3)
+    take_off(model[0])
+    round_to_nearest_(model, None, W3)
+    assert list(quantized_weights(model)) == ["0.weight"]
 
 
 def test_what_stays_as_it_was_is_listed_by_name_and_share():

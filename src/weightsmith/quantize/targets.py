@@ -244,9 +244,22 @@ def _adapted(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     return next((parent for parent in inside if parts[len(parent.split(".")) if parent else 0] != "base_layer"), None)
 
 
+def _how_to_make_plain(module: nn.Module, tensor: str) -> str:
+    """Advice for weights that a hook of torch's older ways computes, which `fold_` leaves alone."""
+    if f"{tensor}_mask" in module._buffers:
+        return f"is pruned by a mask: make that permanent first, torch.nn.utils.prune.remove(layer, {tensor!r})"
+    if f"{tensor}_g" in module._parameters:
+        return f"is computed from {tensor}_g and {tensor}_v: torch.nn.utils.remove_weight_norm(layer) first"
+    if f"{tensor}_orig" in module._parameters:
+        return f"is computed from {tensor}_orig: torch.nn.utils.remove_spectral_norm(layer) first"
+    return "is no parameter of its module: make it one first, or leave it out of where="
+
+
 def _check(name: str, module: nn.Module, tensor: str, owner: str, owners: dict[int, list[str]]) -> None:
-    if parametrize.is_parametrized(module, tensor) or tensor not in module._parameters:
-        raise UsageError(f"{name} is computed from something else: weightsmith.fold_ (or bake) it first")
+    if parametrize.is_parametrized(module, tensor):
+        raise UsageError(f"{name} is computed from something else: weightsmith.fold_ it first")
+    if tensor not in module._parameters:
+        raise UsageError(f"{name} {_how_to_make_plain(module, tensor)}")
     weight = module._parameters[tensor]
     if isinstance(weight, UninitializedParameter) or weight is None or weight.is_meta:
         raise UsageError(f"{name} has no values yet: run the model once, or load its weights, first")
