@@ -31,7 +31,7 @@ def find_blocks(
 
     Args:
         model: Looked through, not changed.
-        blocks: ``"auto"``: the one longest list of alike composite modules; ``"layers"``: each module that is called
+        blocks: ``"auto"``: the one longest list of modules of one class; ``"layers"``: each module that is called
             with a chosen weight; ``"whole"``: the model; or names.
         targets: The chosen weights by name.
         keep_others: Modules with chosen weights outside become blocks of their own.
