@@ -60,6 +60,11 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
     weights = quantized_weights(model)
     if not weights:
         raise UsageError("the model has no quantized weights: quantize it first, for example with round_to_nearest_")
+    computed = next((name for name, module in model.named_modules() if parametrize.is_parametrized(module)), None)
+    if computed is not None and hasattr(model, "save_pretrained"):
+        raise UsageError(
+            f"{computed} has a parametrization, which transformers would not load: weightsmith.fold_ it first"
+        )
     layout = _FOREIGN.get(format, _compressed)
     obstacle = layout.obstacle(model, weights)
     if format in _FOREIGN and obstacle:
@@ -82,11 +87,6 @@ def _refuse_half_way(model: nn.Module) -> None:
             f"{adapted[0]} carries an adapter, which a folder of quantized weights does not hold: save the adapter by "
             "itself and take it off first (PEFT: model = model.unload(); Bone: unload_bone_), or merge it before "
             "quantizing (PEFT: model = model.merge_and_unload(); Bone: unload_bone_(model, merge=True))"
-        )
-    computed = next((name for name, module in model.named_modules() if parametrize.is_parametrized(module)), None)
-    if computed is not None and hasattr(model, "save_pretrained"):
-        raise UsageError(
-            f"{computed} has a parametrization, which transformers would not load: weightsmith.fold_ it first"
         )
 
 
