@@ -128,7 +128,8 @@ def encoder(**options):
 
 @pytest.mark.parametrize("blocks", ["auto", "layers"])
 def test_packed_projections_of_torchs_attention_are_rounded_and_learnt(tmp_path, blocks):
-    x = torch.randn(16, 5, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 16)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 5, 3, generator=generator) @ torch.randn(3, 16, generator=generator)
     model, trained = encoder(), encoder()
     report = flexround_(model, x, W3, blocks=blocks, iterations=60, lr=1e-2)
     assert not report.unseen
