@@ -40,7 +40,7 @@ from weightsmith.experiments._texts import load_tokens, predict
 from _timing import interleave, show
 from weightsmith.core.rounding import round_ste
 from weightsmith.quantize import FlexRound, Grid, RoundToNearest, flexround_, round_to_nearest_
-from weightsmith.quantize.states import written
+from weightsmith.quantize.targets import choose_targets, written
 
 SHAPES = ((2, 256), (2, 1024))
 ROUNDS = 10
@@ -94,7 +94,7 @@ def ours(kind: Callable[..., FlexRound], batch: int, length: int) -> Step:
     """One step of `flexround_`."""
     module, (x, options) = block(), data(batch, length)
     target = module(x, **options)
-    layers = {name: inner for name, inner in module.named_modules() if isinstance(inner, nn.Linear)}
+    layers = choose_targets(module, None)
     roundings = {name: kind(layer.weight, GRID) for name, layer in layers.items()}
     units = {name: rounding.units(layers[name].weight) for name, rounding in roundings.items()}
     optimizer = torch.optim.Adam([p for r in roundings.values() for p in r.parameters()], lr=LR, fused=True)

@@ -79,7 +79,7 @@ assert not any(name.startswith("weightsmith") for name in sys.modules)
     assert done.stdout.startswith("The capital of France is Paris.")
     report = json.loads((out / REPORT).read_text())
     assert len(report["blocks"]) == 210
-    assert set(report["not_quantised"].values()) == {"tied weight"}
+    assert [left["why"] for left in report["left"]] == ["tied to lm_head.weight"]
 
 
 def test_an_encoder_keeps_its_embeddings_on_four_bits(real_model, tmp_path):

@@ -5,7 +5,7 @@ from torch import nn
 from weightsmith.core.errors import UsageError
 from weightsmith.quantize.blocks import Walk, find_blocks, first_tensor, hollow
 from weightsmith.quantize.calibration import make_batches
-from weightsmith.quantize.layers import choose_layers
+from weightsmith.quantize.targets import choose_targets
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class Spoils(nn.Module):
 
 
 def names(model, blocks="auto", where=None):
-    return list(find_blocks(model, blocks, choose_layers(model, where), keep_others=where is not None))
+    return list(find_blocks(model, blocks, choose_targets(model, where), keep_others=where is not None))
 
 
 def listed(*numbers):
@@ -91,7 +91,7 @@ def test_unknown_and_nested_names_are_refused():
 
 def walk(model, blocks="layers", x=None):
     batch = make_batches(torch.randn(3, 1, 2, 2) if x is None else x, None, torch.device("cpu"))[0]
-    layers = choose_layers(model, None)
+    layers = choose_targets(model, None)
     return Walk(model.eval(), find_blocks(model, blocks, layers, keep_others=False), batch), batch
 
 

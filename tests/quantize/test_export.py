@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path, format, monkeypat
 
 
 def test_saving_needs_quantised_weights(tmp_path):
-    with pytest.raises(UsageError, match="no quantised weights"):
+    with pytest.raises(UsageError, match="no quantized weights"):
         save_quantized(Net(), tmp_path / "out")
 
 
@@ -243,12 +243,54 @@ def test_compressed_tensors_refuses_convolutions_and_models_that_are_not_from_tr
         save_quantized(model, tmp_path / "out", "compressed-tensors")
 
 
-def test_a_changed_weight_is_not_saved(tmp_path):
+def trained(model, size):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+
+
+def merged(model, size):
+    with torch.no_grad():
+        model.head.weight += size * torch.randn(5, 1).sign() @ torch.randn(1, 6).sign()
+
+
+def averaged(model, size):
+    with torch.no_grad():
+        model.head.weight.lerp_(torch.zeros(5, 6), 10 * size)
+
+
+@pytest.mark.parametrize("change", [trained, merged, averaged])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)], ids=str)
+def test_a_weight_that_was_trained_after_quantizing_is_not_saved(tmp_path, change, dtype, size):
+    torch.manual_seed(0)
     model = Net().eval()
     round_to_nearest_(model, None, Grid(4, search="minmax"))
-    with torch.no_grad():
-        model.head.weight += 1
-    with pytest.raises(UsageError, match=r"head\.weight has been changed"):
+    change(model, size)
+    codes = vars(model.head)["_quantized_tensors"]["weight"]
+    rounded = (model.head.weight / codes.scale).round() + codes.zero_point
+    assert torch.equal(rounded.detach(), codes.codes.float())  # the same codes, although the function has changed
+    model.to(dtype)
+    with pytest.raises(UsageError, match=r"has been changed since it was quantized.*quantize it again"):
+        save_quantized(model, tmp_path / "out")
+    with pytest.raises(UsageError, match="has been changed"):
+        export_onnx(model, torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_narrower_dtype_keeps_the_codes(tmp_path):
+    model = Net().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    save_quantized(model.half(), tmp_path / "out")
+    assert_same_model(model, load_quantized(tmp_path / "out", Net().half().eval()))
+
+
+def test_a_weight_that_gave_way_to_a_parametrization_is_not_saved(tmp_path):
+    model = Net().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    torch.nn.utils.parametrizations.weight_norm(model.head)
+    with pytest.raises(UsageError, match=r"head\.weight was quantized and is no longer a plain parameter"):
         save_quantized(model, tmp_path / "out")
 
 
@@ -302,8 +344,9 @@ def assert_onnx_keeps(model, example, path):
     weights = quantized_weights(model)
     for name, value in onnx_weights(path, weights).items():
         assert torch.equal(torch.from_numpy(value), weights[name].dequantize()), name
-    with torch.no_grad():
-        assert torch.allclose(run_onnx(path, example), model(example), atol=1e-5)
+    for x in (example, example[:1], torch.cat([example, example.flip(0), example])):  # the batch is free
+        with torch.no_grad():
+            assert torch.allclose(run_onnx(path, x), model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -345,16 +388,69 @@ def test_onnx_export_of_a_vision_transformer(tmp_path):
 
     model = build_model("vit_tiny", channels=1, size=8, classes=4).eval()
     round_to_nearest_(model, None, Grid(4, search="minmax"))
-    training = copy.deepcopy(model).train()
     assert_onnx_keeps(model, torch.randn(2, 1, 8, 8), tmp_path / "vit.onnx")
-    export_onnx(training, torch.randn(2, 1, 8, 8), tmp_path / "vit.onnx")
-    assert all(module.training for module in training.modules())
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(8, True), (8, False), (4, True), (4, False)], ids=["int8", "uint8", "int4", "uint4"]
+)
+def test_onnx_files_are_as_small_as_their_integers(tmp_path, bits, symmetric):
+    pytest.importorskip("onnxscript")
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False)).eval()
+    round_to_nearest_(model, None, Grid(bits, symmetric=symmetric, search="minmax"))
+    path = export_onnx(model, torch.randn(2, 512), tmp_path / "net.onnx")
+    scales = 2 * 512 * 5
+    assert path.stat().st_size < 2 * 512 * 512 * bits / 8 + scales + 10_000  # 10 kB for the graph
+
+
+def test_onnx_export_can_fix_the_batch_and_says_when_it_must(tmp_path):
+    pytest.importorskip("onnxscript")
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x).reshape(2, 4)
+
+    model = Two().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    with pytest.raises(UsageError, match="pass free_batch=False"):
+        export_onnx(model, torch.randn(2, 4), tmp_path / "net.onnx")
+    x = torch.randn(2, 4)
+    export_onnx(model.train(), x, tmp_path / "net.onnx", free_batch=False)
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        assert torch.allclose(run_onnx(tmp_path / "net.onnx", x), model(x), atol=1e-5)
+
+
+def test_onnx_export_takes_several_inputs_and_an_example_of_one_sample(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, *parts):
+            return self.fc(parts[0] + parts[1])
+
+    model = Sum().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    export_onnx(model, (torch.randn(1, 4), torch.randn(1, 4)), tmp_path / "net.onnx")
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    sizes = {value.type.tensor_type.shape.dim[0].dim_param for value in [*graph.input, *graph.output]}
+    assert sizes == {"batch"}
+    with pytest.raises(UsageError, match="as many samples in each input"):
+        export_onnx(model, (torch.randn(1, 4), torch.randn(2, 4)), tmp_path / "net.onnx")
 
 
 def test_onnx_export_needs_quantised_weights_and_leaves_an_old_file(tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    with pytest.raises(UsageError, match="no quantised weights"):
+    with pytest.raises(UsageError, match="no quantized weights"):
         export.export_onnx(Net(), torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
     model = nn.Sequential(nn.Linear(2, 2))
     round_to_nearest_(model, None, Grid(4, search="minmax"))
@@ -367,3 +463,77 @@ def test_onnx_export_needs_quantised_weights_and_leaves_an_old_file(tmp_path, mo
     with pytest.raises(OSError, match="No space"):
         export_onnx(model, torch.randn(1, 2), tmp_path / "net.onnx")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("net.onnx", "old")]
+
+
+def with_lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+
+
+def with_bone(model):
+    from weightsmith.adapt import BoneConfig, apply_bone_
+
+    return apply_bone_(model, BoneConfig(r=4, where="*q_proj"))
+
+
+@pytest.mark.parametrize("format", ["auto", "weightsmith", "compressed-tensors", "gptq"])
+@pytest.mark.parametrize("put_on", [with_lora, with_bone])
+def test_an_adapter_is_not_lost_by_saving(tmp_path, put_on, format):
+    model = tiny_llama()
+    round_to_nearest_(model, None, Grid(4, granularity=8, search="minmax"))
+    adapted = put_on(model)
+    for holder in {adapted, model}:  # PEFT also changes the model inside
+        with pytest.raises(UsageError, match="q_proj carries an adapter"):
+            save_quantized(holder, tmp_path / "out", format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_its_adapter_is_saved_again(tmp_path):
+    from weightsmith.adapt import unload_bone_
+
+    model = tiny_llama()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    plain = copy.deepcopy(model)
+    save_quantized(with_lora(model).unload(), tmp_path / "lora")
+    assert_same_model(plain, load_quantized(tmp_path / "lora"))
+    save_quantized(unload_bone_(with_bone(copy.deepcopy(plain))), tmp_path / "bone")
+    assert_same_model(plain, load_quantized(tmp_path / "bone"))
+
+
+def test_wrappers_are_taken_off_before_saving(tmp_path):
+    model = Net().eval()
+    round_to_nearest_(model, None, Grid(4, search="minmax"))
+    for wrapped, advice in (
+        (torch.compile(model), r"pass model\._orig_mod"),
+        (nn.DataParallel(model), r"model\.module"),
+    ):
+        with pytest.raises(UsageError, match=advice):
+            save_quantized(wrapped, tmp_path / "out")
+
+
+def test_a_transformers_model_with_a_parametrization_is_folded_before_saving(tmp_path):
+    model = tiny_llama()
+    round_to_nearest_(model, None, Grid(4, search="minmax"), where="*mlp*")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+    with pytest.raises(UsageError, match=r"q_proj has a parametrization.*fold_"):
+        save_quantized(model, tmp_path / "out")
+
+
+def test_a_compander_folded_then_rounded_runs_in_onnxruntime_at_any_batch(tmp_path):
+    pytest.importorskip("onnxscript")
+    from weightsmith import fold_
+    from weightsmith.quantize import flexround_
+    from weightsmith.reparam import compand_
+
+    torch.manual_seed(0)
+    model = fold_(compand_(Net())).eval()
+    flexround_(model, torch.randn(32, 3, 8, 8), Grid(4, search="minmax"), blocks="layers", iterations=5)
+    assert_onnx_keeps(model, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+
+
+def test_packed_projections_are_exported(tmp_path):
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    round_to_nearest_(model, None, Grid(8, search="minmax"))
+    assert_onnx_keeps(model, torch.randn(2, 5, 16), tmp_path / "net.onnx")

@@ -17,10 +17,10 @@ from weightsmith.quantize.cache import cached_weights
 from weightsmith.quantize.export import load_quantized, save_quantized
 from weightsmith.quantize.finish import check_finite, finish_ofq_, integer_weights
 from weightsmith.quantize.grid import quantized_weights
-from weightsmith.quantize.layers import choose_layers
 from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight
 from weightsmith.quantize.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
 from weightsmith.quantize.statsq import StatsQ, statsq
+from weightsmith.quantize.targets import choose_targets
 from weightsmith.quantize.weight_quantizer import sites
 from weightsmith.reparam import compand_
 
@@ -265,9 +265,9 @@ def test_the_advice_on_pruned_layers_works():
     with pytest.raises(UsageError, match=r"weight of 2 comes from a hook.*prune\.remove"):
         prepare_ofq_(model)
     with pytest.raises(UsageError, match=r"2\.weight comes from a hook.*prune\.remove"):
-        choose_layers(model, None)
+        choose_targets(model, None)
     prune.remove(model[2], "weight")
-    assert choose_layers(model, None).keys() == {"0", "2", "4"}
+    assert choose_targets(model, None).keys() == {"0", "2", "4"}
     prepare_ofq_(model)
 
 

@@ -171,6 +171,27 @@ def test_a_run_that_is_cut_off_leaves_whole_blocks_and_all_flags():
     assert torch.equal(model(draw(2, 8)), model(draw(2, 8)))
 
 
+def test_measuring_on_fewer_batches_changes_neither_the_steps_nor_what_they_give():
+    x, calls, finals = correlated(96), {}, {}
+    for measured in (None, 8, 1):
+        model = finals[measured] = mlp()
+        hook = model[4].register_forward_hook(lambda *_, key=measured: calls.update({key: calls.get(key, 0) + 1}))
+        options = {"blocks": "layers", "batch_size": 4, "iterations": 40, "lr": 1e-2, "keep_best": False}
+        report = flexround_(model, x, W3, **options, measured_batches=measured)
+        hook.remove()
+        if measured is None:
+            wanted, got = mlp()(x), model(x)
+            exact = ((got - wanted).square().sum() / wanted.square().sum()).item()
+            assert report.blocks[-1].error == pytest.approx(exact, rel=1e-4)
+        else:
+            assert report.blocks[-1].error == pytest.approx(exact, rel=0.5)
+    assert same(state(finals[None]), state(finals[8]))
+    assert same(state(finals[None]), state(finals[1]))
+    # round-to-nearest and the last iterate are measured
+    assert calls[None] - calls[8] == 2 * (24 - 8)
+    assert calls[None] - calls[1] == 2 * (24 - 1)
+
+
 def test_options_reach_the_optimisation():
     x = correlated(64)
     for options in (
@@ -426,6 +447,7 @@ def test_weights_that_are_computed_or_not_there_yet_are_refused():
         ({"lr": 0}, "lr must be positive or 'auto', got 0"),
         ({"lr": "fast"}, "got 'fast'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"measured_batches": 0}, "measured_batches must be at least 1"),
         ({"loss_reduction": "sum"}, "loss_reduction 'sum'"),
         ({"last_block": "loss"}, "last_block 'loss'"),
         ({"input_drop": 0.0}, "input_drop must be above 0"),

@@ -2,7 +2,6 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -83,8 +82,9 @@ def test_the_report_has_errors_sizes_and_perplexities(folder, tmp_path, method):
     assert all(len(block["layers"]) == 7 for block in report["blocks"])
     assert report["bytes_after"] < report["bytes_before"]
     assert report["perplexity_before"]["tokens"] == report["perplexity_after"]["tokens"] > 0
-    assert set(report["not_quantised"]) == {"model.embed_tokens", "lm_head"}
-    assert "tied" in report["not_quantised"]["lm_head"]
+    assert [(one["name"], one["why"]) for one in report["left"]] == [
+        ("model.embed_tokens.weight", "tied to lm_head.weight")
+    ]
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -93,8 +93,72 @@ def test_the_table_tells_what_happened(folder, tmp_path):
     data = {"calibration": folder / "text.jsonl", "evaluate": folder / "text.jsonl"}
     quantize(folder / "llama", out=tmp_path / "out", method="rtn", **data, **(SMALL | {"console": console}))
     text = console.export_text()
-    for wanted in ("model.layers.2", "lm_head (tied weight)", "token-weighted mean", "windows of 64", "no BOS", "MB →"):
+    for wanted in (
+        "model.layers.2",
+        "(tied to lm_head.weight)",
+        "token-weighted mean",
+        "windows of 64",
+        "no BOS",
+        "MB →",
+    ):
         assert wanted in text
+
+
+@pytest.mark.parametrize("format", ["auto", "weightsmith", "gptq"])
+def test_the_check_compares_outputs_before_after_and_of_the_folder(folder, tmp_path, format):
+    console = Console(record=True, width=160, file=open(tmp_path / "log", "w"))  # noqa: SIM115, PTH123
+    data = {"calibration": folder / "text.jsonl", "granularity": "group:16", "format": format, "check": True}
+    assert quantize(folder / "llama", out=tmp_path / "out", **data, **(SMALL | {"console": console})) == 0
+    check = report_of(tmp_path / "out")["check"]
+    assert check["reloaded"] == 0
+    assert 0 < check["error"] < 1
+    assert 0 < check["agreement"] <= 1
+    assert len(check["layers"]) == 21
+    assert check["layers"] == sorted(check["layers"], key=lambda layer: -layer["error"])
+    assert all(0 < layer["error"] < 1 for layer in check["layers"])
+    assert (len(check["prompt"].split()), len(check["text_before"].split())) == (8, 24)
+    text = console.export_text()
+    for wanted in (
+        "largest output error first",
+        "of positions",
+        "the folder's outputs equal",
+        check["text_after"][:60],
+    ):
+        assert wanted in text
+
+
+def test_a_folder_that_computes_something_else_fails_the_check(folder, tmp_path, monkeypatch):
+    load = tool.load_quantized
+
+    def other(path):
+        model = load(path)
+        model.model.norm.weight.data += 0.1
+        return model
+
+    monkeypatch.setattr(tool, "load_quantized", other)
+    data = {"calibration": folder / "text.jsonl", "method": "rtn", "check": True}
+    assert quantize(folder / "llama", out=tmp_path / "out", **data, **SMALL) == 1
+    assert report_of(tmp_path / "out")["check"]["reloaded"] > 0
+
+
+def test_experts_and_what_is_left_are_named_by_the_command(folder, tmp_path):
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    shape = {"vocab_size": 43, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    rest = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    MixtralForCausalLM(MixtralConfig(**shape, **rest)).save_pretrained(tmp_path / "mixtral")
+    AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(tmp_path / "mixtral")
+    console = Console(record=True, width=300, file=open(tmp_path / "log", "w"))  # noqa: SIM115, PTH123
+    data = {"calibration": folder / "text.jsonl", "check": True}
+    quantize(tmp_path / "mixtral", out=tmp_path / "out", **data, **(SMALL | {"console": console}))
+    report = report_of(tmp_path / "out")
+    assert report["check"]["reloaded"] == 0
+    quantized = sum(layer["numel"] for block in report["blocks"] for layer in block["layers"])
+    assert quantized / (quantized + sum(left["numel"] for left in report["left"])) > 0.8
+    text = console.export_text()
+    assert "lm_head.weight" in text
+    assert "model.layers.1.mlp.gate.weight" in text
+    assert "of all parameters" in text
 
 
 def test_round_to_nearest_needs_no_calibration(folder, tmp_path):
@@ -220,6 +284,7 @@ BAD = [
     ({"format": "gguf"}, "format 'gguf' is not known"),
     ({"format": "gptq", "bits": 5}, "bits must be 2, 3, 4 or 8 for format='gptq', got 5"),
     ({"calibration": None}, "calibration is needed for method='flexround'"),
+    ({"calibration": None, "method": "rtn", "check": True}, "check compares outputs on calibration data"),
     ({"calibration": "text.csv"}, r"existing \.jsonl or \.txt file"),
     ({"calibration": "missing.jsonl"}, r"existing \.jsonl or \.txt file"),
     ({"calibration": "llama"}, r"existing \.jsonl or \.txt file"),
@@ -258,6 +323,37 @@ def test_the_model_folder_must_hold_a_trained_model(folder, tmp_path):
         quantize(tmp_path / "out", out=tmp_path / "again", method="rtn", **QUIET)
 
 
+def test_a_checkpoint_around_the_weights_is_not_taken_for_them(folder, tmp_path, capfd):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder / "llama")
+    model.config.save_pretrained(tmp_path / "llama")
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "llama" / "pytorch_model.bin")
+    capfd.readouterr()
+    with pytest.raises(UsageError, match=r"holds no .*model\.embed_tokens\.weight.*but epoch, state_dict"):
+        quantize(tmp_path / "llama", out=tmp_path / "out", method="rtn", **QUIET)
+    assert not (tmp_path / "out").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_out_must_not_be_or_lie_below_a_file(folder, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    for out in (tmp_path / "notes", tmp_path / "notes" / "out"):
+        with pytest.raises(UsageError, match="notes is a file; name a new folder"):
+            quantize(folder / "llama", out=out, method="rtn", **QUIET)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("default::weightsmith.core.errors.WeightsmithWarning")
+def test_warnings_are_a_line_each_without_source(folder, tmp_path):
+    console = Console(record=True, width=300, file=open(tmp_path / "log", "w"))  # noqa: SIM115, PTH123
+    data = {"calibration": folder / "text.jsonl", "lr": 1.0, "samples": 4, "length": 16, "iterations": 20}
+    quantize(folder / "llama", out=tmp_path / "out", **data, console=console)
+    lines = [line for line in console.export_text().splitlines() if "exp(" in line]
+    assert lines
+    assert all(line.startswith("warning: factors of") for line in lines)
+
+
 def test_out_must_not_be_somebody_elses_folder(folder, tmp_path):
     with pytest.raises(UsageError, match="another folder than the model's own"):
         quantize(folder / "llama", out=folder / "llama", method="rtn", **QUIET)
@@ -291,11 +387,19 @@ def test_an_image_model_is_calibrated_with_a_folder_of_images(folder, tmp_path):
     data = {"calibration": tmp_path / "images", "method": "flexround"}
     with pytest.raises(UsageError, match="holds 0 images"):
         quantize(tmp_path / "vit", out=tmp_path / "out", **data, **SMALL)
+    (tmp_path / "vit" / "preprocessor_config.json").rename(tmp_path / "kept.json")
+    with pytest.raises(UsageError, match="holds no image processor"):
+        quantize(tmp_path / "vit", out=tmp_path / "out", **data, **SMALL)
+    (tmp_path / "kept.json").rename(tmp_path / "vit" / "preprocessor_config.json")
     for index in range(4):
         pillow.new("RGB", (10, 12), (index * 60, 20, 99)).save(tmp_path / "images" / "cat" / f"{index}.png")
     quantize(tmp_path / "vit", out=tmp_path / "out", **data, **SMALL)
     report = report_of(tmp_path / "out")
-    assert Counter(report["not_quantised"].values()) == {"outside of the blocks": 2}
+    reasons = {one["name"]: one["why"] for one in report["left"]}
+    outside = "not chosen, or outside of the blocks"
+    assert reasons.pop("classifier.weight") == outside
+    assert reasons.pop("vit.embeddings.patch_embeddings.projection.weight") == outside
+    assert set(reasons.values()) == {"a parameter of ViTEmbeddings, whose weights are not known"}
     loaded = load_quantized(tmp_path / "out")
     assert len(quantized_weights(loaded)) == 12
     pixels = torch.rand(2, 3, 8, 8)

@@ -220,7 +220,7 @@ def _fresh(config: Config, job: Job, task: Task) -> nn.Module:
 
 def _settings(config: Config, arm: str) -> list[Rounding]:
     """Every setting that an arm is tried with, as ``(model, calibration, grid, seed) -> report``."""
-    shared: dict[str, Any] = {"blocks": config.blocks, "batch_size": config.round_batch}
+    shared: dict[str, Any] = {"blocks": config.blocks, "batch_size": config.round_batch, "measured_batches": None}
 
     def with_options(verb: Callable[..., Report], **options: Any) -> Rounding:
         return lambda model, calibration, grid, seed: verb(model, calibration, grid, seed=seed, **shared, **options)

@@ -7,7 +7,7 @@ after training
 ``BlockOptions``, ``LearningOptions``                      what these verbs have in common
 ``quantize_activations_``, ``Activations``                 dynamic or static activations, after or during that
 ``RoundToNearest``, ``FlexRound``, ``LRQ``, ...            the roundings, as parametrizations of one weight
-``Report``, ``BlockReport``, ``LayerReport``               what was done, and how large the errors are
+``Report``, ``BlockReport``, ``LayerReport``, ``LeftOut``  what was done, how large the errors are, what was not done
 during training
 ``prepare_ofq_``, ``calibrate_``, ``reparameterize_qk_``   train a transformer at 2 to 4 bits
 ``ofq_report``, ``OFQReport``                              what was converted, and what stays in floating point
@@ -20,6 +20,9 @@ integers
 ``save_quantized``, ``load_quantized``, ``export_onnx``    folders and files
 ``pack_rows``, ``unpack_rows``                             bits
 =========================================================  ==========================================================
+
+The model that a function changes, reads or saves is its first argument; ``load_quantized``, which makes a new one,
+takes the folder first.
 """
 
 from weightsmith.quantize.activations import (
@@ -43,7 +46,7 @@ from weightsmith.quantize.oscillation import Dampening, IterativeFreezing, Oscil
 from weightsmith.quantize.pack import pack_rows, unpack_rows
 from weightsmith.quantize.preparation import OFQReport, ofq_report
 from weightsmith.quantize.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
-from weightsmith.quantize.report import BlockReport, LayerReport, Report
+from weightsmith.quantize.report import BlockReport, LayerReport, LeftOut, Report
 from weightsmith.quantize.rtn import RoundToNearest
 from weightsmith.quantize.statsq import StatsQ, statsq, statsq_codes
 from weightsmith.quantize.verbs import (
@@ -72,6 +75,7 @@ __all__ = [
     "LSQWeight",
     "LayerReport",
     "LearningOptions",
+    "LeftOut",
     "OFQReport",
     "OscillationTracker",
     "QuantizedWeight",

@@ -3,7 +3,7 @@
 A folder holds
 
 - ``quantization_config.json``: ``quant_method`` and ``version``; per quantised tensor its ``bits``, ``symmetric``,
-  ``granularity``, ``axis``, ``offset`` and ``shape``; ``tied``: names that are other names' tensors;
+  ``granularity``, ``axis``, ``offset``, ``stacked`` and ``shape``; ``tied``: names that are other names' tensors;
   ``activations``: the layers whose inputs are quantised, and how; ``ofq``: what `finish_ofq_` has left that is not in
   the model's class (attention, quantizers of activations), or null;
 - ``weights/``: safetensors, for a tensor ``T`` on a grid ``T.codes`` and (asymmetric) ``T.zero_point`` as bytes, and
@@ -37,7 +37,7 @@ METHOD = "weightsmith"
 
 _VERSION = 1
 _WEIGHTS = "weights"
-FACTS = ("bits", "symmetric", "granularity", "axis", "offset")
+FACTS = ("bits", "symmetric", "granularity", "axis", "offset", "stacked")
 
 
 def write(model: nn.Module, weights: dict[str, QuantizedWeight], folder: Path) -> None:
@@ -127,7 +127,7 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
             zero = unpack_rows(tensors[f"{name}.zero_point"], bits, scale.shape[1], signed=False)
         shape = torch.Size(fact["shape"])
         codes = unpack_rows(tensors[f"{name}.codes"], bits, shape[1:].numel(), signed=symmetric).reshape(shape)
-        weights[name] = QuantizedWeight(codes, scale, zero, **{key: fact[key] for key in FACTS})
+        weights[name] = QuantizedWeight(codes, scale, zero, **{key: fact[key] for key in FACTS if key in fact})
     return weights
 
 

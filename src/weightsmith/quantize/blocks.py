@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from weightsmith.core.errors import UsageError, near
 from weightsmith.quantize.calibration import Batch
 from weightsmith.quantize.layers import is_quantisable
+from weightsmith.quantize.targets import Target
 
 Blocks = str | Sequence[str]
 _END = ""  # a block of this name is the whole model, after which nothing comes
@@ -24,25 +25,25 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def find_blocks(
-    model: nn.Module, blocks: Blocks, layers: Mapping[str, nn.Module], *, keep_others: bool
+    model: nn.Module, blocks: Blocks, targets: Mapping[str, Target], *, keep_others: bool
 ) -> dict[str, nn.Module]:
-    """Find the blocks of a model that hold chosen layers.
+    """Find the blocks of a model that hold chosen weights.
 
     Args:
         model: Looked through, not changed.
-        blocks: ``"auto"``: the one longest list of alike composite modules; ``"layers"``: each chosen layer;
-            ``"whole"``: the model; or names.
-        layers: The chosen layers by name.
-        keep_others: Chosen layers outside become blocks of their own.
+        blocks: ``"auto"``: the one longest list of modules of one class; ``"layers"``: each module that is called
+            with a chosen weight; ``"whole"``: the model; or names.
+        targets: The chosen weights by name.
+        keep_others: Modules with chosen weights outside become blocks of their own.
 
     Raises:
         UsageError: There is no single longest list, a name is unknown, or one block is inside another.
     """
-    if blocks == "layers":
-        return dict(layers)
     if blocks == "whole":
         return {"": model}
     modules = dict(model.named_modules())
+    if blocks == "layers":
+        return {name: modules[name] for name in _owners(targets)}
     names = _auto(model, modules) if blocks == "auto" else [blocks] if isinstance(blocks, str) else list(blocks)
     for name in names:
         if name not in modules:
@@ -50,29 +51,40 @@ def find_blocks(
         inside = [other for other in names if other != name and _holds(other, name)]
         if inside:
             raise UsageError(f"blocks names {name!r}, which is inside {inside[0]!r}: name one of them")
-    found = {name: modules[name] for name in names if any(_holds(name, layer) for layer in layers)}
+    found = {name: modules[name] for name in names if targets_of(name, targets)}
     if keep_others:
-        found |= {name: layer for name, layer in layers.items() if not any(_holds(block, name) for block in names)}
+        others = {name: target for name, target in targets.items() if not any(_holds(block, name) for block in names)}
+        found |= {name: modules[name] for name in _owners(others)}
     return found
 
 
-def layers_of(block: str, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The layers that are inside a block, or are it."""
-    return {name: layer for name, layer in layers.items() if _holds(block, name)}
+def targets_of(block: str, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The weights that are inside a block."""
+    return {name: target for name, target in targets.items() if _holds(block, name)}
+
+
+def _owners(targets: Mapping[str, Target]) -> list[str]:
+    """The modules that are called with these weights; of those inside one another, the outermost."""
+    owners = dict.fromkeys(target.owner for target in targets.values())
+    return [name for name in owners if not any(_holds(other, name) for other in owners if other != name)]
 
 
 def _holds(block: str, name: str) -> bool:
     return block in ("", name) or name.startswith(f"{block}.")
 
 
+def _any_inside(block: str, layers: Sequence[str]) -> bool:
+    return any(_holds(block, layer) for layer in layers)
+
+
 def _auto(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    layers = {name: module for name, module in modules.items() if is_quantisable(name, module)}
-    lists = [name for name, module in modules.items() if _is_list(module) and layers_of(name, layers)]
+    layers = [name for name, module in modules.items() if is_quantisable(name, module)]
+    lists = [name for name, module in modules.items() if _is_list(module) and _any_inside(name, layers)]
     lists = [name for name in lists if not any(_holds(other, name) for other in lists if other != name)]
     longest = [name for name in lists if len(modules[name]) == max(len(modules[other]) for other in lists)]  # type: ignore[arg-type]
     if len(longest) == 1:
         return [f"{longest[0]}.{index}".lstrip(".") for index, _ in modules[longest[0]].named_children()]
-    candidates = lists or [name for name, _ in model.named_children() if layers_of(name, layers)]
+    candidates = lists or [name for name, _ in model.named_children() if _any_inside(name, layers)]
     raise UsageError(
         f"blocks='auto' finds {'no' if not lists else 'more than one'} longest list of alike blocks in "
         f"{type(model).__name__}: pass their names, or 'layers' (each layer on its own) or 'whole'. Candidates: "

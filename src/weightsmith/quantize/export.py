@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError, require, unknown
 from weightsmith.core.files import folder_atomically
 from weightsmith.quantize import _compressed, _gptq, _native
 from weightsmith.quantize._onnx import export_onnx
 from weightsmith.quantize.grid import QuantizedWeight, attach_, quantized_weights
+from weightsmith.quantize.targets import adapted_layers
 from weightsmith.quantize.weight_quantizer import sites
 
 __all__ = ["Format", "export_onnx", "load_quantized", "save_quantized"]
@@ -44,17 +46,28 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
         ``folder``.
 
     Raises:
-        UsageError: The format is unknown or cannot hold this model, or there are no quantised weights.
+        UsageError: The format is unknown or cannot hold this model, there are no quantized weights or they have been
+            trained since, or the model is wrapped or carries an adapter.
         MissingExtra: ``compressed-tensors`` is needed and not installed.
         OSError: It cannot be written or the disk is full; what was at ``folder`` is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a module, got {type(model).__name__}: what is saved comes first, then the folder"
+        )
     if format not in get_args(Format):
         raise unknown("format", format, get_args(Format))
+    _refuse_half_way(model)
     weights = quantized_weights(model)
     if not weights and next(sites(model), None) is not None:
         raise UsageError("the model is being trained on its grid: finish_ofq_ first, which leaves quantized weights")
     if not weights:
-        raise UsageError("the model has no quantised weights: quantise it first, for example with round_to_nearest_")
+        raise UsageError("the model has no quantized weights: quantize it first, for example with round_to_nearest_")
+    computed = next((name for name, module in model.named_modules() if parametrize.is_parametrized(module)), None)
+    if computed is not None and hasattr(model, "save_pretrained"):
+        raise UsageError(
+            f"{computed} has a parametrization, which transformers would not load: weightsmith.fold_ it first"
+        )
     layout = _FOREIGN.get(format, _compressed)
     obstacle = layout.obstacle(model, weights)
     if format in _FOREIGN and obstacle:
@@ -64,6 +77,20 @@ def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto"
     with folder_atomically(target) as fresh:
         write(model, weights, fresh)
     return target
+
+
+def _refuse_half_way(model: nn.Module) -> None:
+    """What would come back without its adapter, or under names that no model has."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UsageError(f"the model is wrapped in {type(model).__name__}: pass model.module")
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("the model is wrapped by torch.compile: pass model._orig_mod")
+    if adapted := adapted_layers(model):
+        raise UsageError(
+            f"{adapted[0]} carries an adapter, which a folder of quantized weights does not hold: save the adapter by "
+            "itself and take it off first (PEFT: model = model.unload(); Bone: unload_bone_), or merge it before "
+            "quantizing (PEFT: model = model.merge_and_unload(); Bone: unload_bone_(model, merge=True))"
+        )
 
 
 def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
@@ -80,6 +107,8 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
         UsageError: The folder holds no quantised model, or ``model`` does not fit it.
         MissingExtra: ``transformers`` or ``compressed-tensors`` is needed and not installed.
     """
+    if isinstance(folder, nn.Module):
+        raise TypeError(f"folder must be a path, got {type(folder).__name__}: load_quantized takes the folder first")
     source = Path(folder)
     layout: Any = _layout(source)
     state, weights = layout.read(source)

@@ -100,6 +100,19 @@ class Grid:
         return rows.reshape(len(rows), -1, self.granularity, 1)
 
 
+def as_grid(grid: Grid | int) -> Grid:
+    """A grid, or the default one of that many bits.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(grid, Grid):
+        return grid
+    if isinstance(grid, bool) or not isinstance(grid, int):
+        raise TypeError(f"grid must be a Grid or a number of bits, got {grid!r}: for example Grid(4, granularity=128)")
+    return Grid(grid)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight on a grid: ``w = scale * (codes - zero_point + offset)``.
@@ -114,6 +127,8 @@ class QuantizedWeight:
         granularity: ``"channel"``, ``"tensor"`` or the group size.
         axis: Where the output channels are in ``codes``.
         offset: 0, or 0.5 for grids of half integers.
+        stacked: Whether the first axis counts matrices (the experts of a mixture), each with scales of its own:
+            ``scale`` then has a row per matrix for ``"tensor"``, else one per output channel of each matrix.
     """
 
     codes: Tensor
@@ -124,6 +139,7 @@ class QuantizedWeight:
     granularity: Granularity
     axis: int = 0
     offset: float = 0.0
+    stacked: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -152,34 +168,35 @@ class QuantizedWeight:
         """
         integers = self._rows(self.codes).to(self.scale.dtype) - self.zero_point[..., None].to(self.scale.dtype)
         rows = (integers + self.offset if self.offset else integers) * self.scale[..., None]
-        moved = self.codes.movedim(self.axis, 0).shape
-        return rows.reshape(moved).movedim(0, self.axis).contiguous().to(dtype or self.scale.dtype)
+        moved = self.codes.movedim(self.axis, int(self.stacked)).shape
+        return rows.reshape(moved).movedim(int(self.stacked), self.axis).contiguous().to(dtype or self.scale.dtype)
 
     def matches(self, weight: Tensor) -> bool:
-        """Whether a weight, in whatever dtype it is kept, still has exactly these codes."""
-        if weight.shape != self.shape:
-            return False
-        scale, zero = (part[..., None].to(weight.device) for part in (self.scale, self.zero_point))
-        codes = (self._rows(weight.detach()).to(scale.dtype) / scale - self.offset).round() + zero
-        return bool((codes == self._rows(self.codes).to(weight.device)).all())
+        """Whether a weight is still exactly what these codes stand for in its dtype.
+
+        That its entries would round to the same codes is not enough: a few steps of training, or a merged adapter, stay
+        below half a grid step and would be dropped without a word when the codes are saved.
+        """
+        return weight.shape == self.shape and torch.equal(
+            weight.detach(), self.dequantize(weight.dtype).to(weight.device)
+        )
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        rows = tensor.movedim(self.axis, 0)
-        return rows.reshape(len(rows), self.scale.shape[1], -1)
+        return tensor.movedim(self.axis, int(self.stacked)).reshape(len(self.scale), self.scale.shape[1], -1)
 
 
 @torch.no_grad()
-def write_(module: nn.Module, quantized: QuantizedWeight) -> None:
-    """Put a quantised weight into a module: its values into the parameter ``weight``, itself beside it.
+def write_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
+    """Put a quantized weight into a module: its values into the parameter, itself beside it.
 
     Args:
-        module: Has a plain parameter ``weight`` of the same shape.
+        module: Has a plain parameter of the same shape.
         quantized: What to write.
+        tensor: Name of the parameter.
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = module.get_parameter(tensor)
     weight.copy_(quantized.dequantize(weight.dtype))
-    attach_(module, quantized)
+    attach_(module, quantized, tensor)
 
 
 def attach_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
@@ -195,15 +212,26 @@ def attach_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """Collect the quantised weights of a model, by parameter name and in the model's order.
+    """Collect the quantized weights of a model, by parameter name and in the model's order.
 
     Raises:
-        UsageError: A weight has been changed since it was quantised.
+        UsageError: A weight has been changed since it was quantized.
     """
     found = dict(_attached(model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, quantized in found.items():
-        if not quantized.matches(model.get_parameter(name)):
-            raise UsageError(f"{name} has been changed since it was quantised: quantise it again")
+        if name not in parameters:
+            raise UsageError(
+                f"{name} was quantized and is no longer a plain parameter: take off what has replaced it (fold_ bakes "
+                "parametrizations in), then quantize again"
+            )
+        if not quantized.matches(parameters[name]):
+            raise UsageError(
+                f"{name} has been changed since it was quantized (by training, a merged adapter, an average, or a cast "
+                "to another precision and back), and its codes no longer give it: quantize it again. To train on a "
+                "grid, use prepare_ofq_; to train an adapter beside quantized weights, keep it apart and save it "
+                "itself"
+            )
     return found
 
 

@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
 from weightsmith.core.select import Where
 from weightsmith.quantize.activations import Activations, StaticActivation, mask_like, quantise_input_
-from weightsmith.quantize.blocks import Arguments, Blocks, Walk, find_blocks, first_tensor, hollow, layers_of
+from weightsmith.quantize.blocks import Arguments, Blocks, Walk, find_blocks, first_tensor, hollow, targets_of
 from weightsmith.quantize.calibration import Batch, Calibration, make_batches
 from weightsmith.quantize.flexround import FAR, FlexRound
-from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
-from weightsmith.quantize.layers import choose_layers, output_axis, parameter_name, weight_of
+from weightsmith.quantize.grid import Grid, QuantizedWeight, as_grid
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 from weightsmith.quantize.rtn import RoundToNearest
-from weightsmith.quantize.states import at_rest, moved, single_precision, written
+from weightsmith.quantize.states import at_rest, moved, single_precision
+from weightsmith.quantize.targets import Make, Target, choose_targets, left_out, plain_attention, written
 
 OnBlock = Callable[[str, dict[str, QuantizedWeight], BlockReport], None]
 Done = Mapping[str, Mapping[str, QuantizedWeight]]
@@ -48,7 +48,7 @@ class Recipe:
     """
 
     name: str
-    make: Callable[[Tensor, Grid, int, torch.Generator], RoundToNearest]
+    make: Make
     cosine: bool = True
 
 
@@ -63,7 +63,7 @@ class Options:
     seed: int = 0
     keep_best: bool = True
     where: Where = None
-    overrides: Mapping[str, Grid] = field(default_factory=dict)
+    overrides: Mapping[str, Grid | int] = field(default_factory=dict)
     loss_reduction: Literal["sum_dim1", "mean"] = "sum_dim1"
     input_drop: float = 1.0
     activations: Activations | None = None
@@ -72,6 +72,7 @@ class Options:
     device: torch.device | str | None = None
     on_block: OnBlock | None = None
     done: Done = field(default_factory=dict)
+    measured_batches: int | None = 8
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -84,11 +85,15 @@ class Options:
             raise unknown("last_block", self.last_block, ["output", "logits"])
         if not 0 < self.input_drop <= 1:
             raise UsageError(f"input_drop must be above 0 and at most 1, got {self.input_drop}")
+        if self.measured_batches is not None and self.measured_batches < 1:
+            raise UsageError(f"measured_batches must be at least 1, or None for all, got {self.measured_batches}")
         if self.done and self.activations:
             raise UsageError("done holds weights only: it cannot be combined with activations")
 
 
-def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe: Recipe, options: Options) -> Report:
+def reconstruct_(
+    model: nn.Module, calibration: Calibration, grid: Grid | int, recipe: Recipe, options: Options
+) -> Report:
     """Quantise a model block by block; see `flexround_`.
 
     Args:
@@ -99,54 +104,69 @@ def reconstruct_(model: nn.Module, calibration: Calibration, grid: Grid, recipe:
         options: The rest.
     """
     start = time.perf_counter()
-    chosen = choose_layers(model, options.where)
+    grid = as_grid(grid)
+    chosen = choose_targets(model, options.where)
     blocks = find_blocks(model, options.blocks, chosen, keep_others=options.where is not None)
-    layers = {name: layer for name, layer in chosen.items() if any(layers_of(block, {name: layer}) for block in blocks)}
-    grids = choose_grids(layers, grid, options.overrides)
-    _check_done(options.done, blocks, layers)
-    batches = make_batches(calibration, options.batch_size, next(model.parameters()).device)
-    with at_rest(model):
+    targets = {name: target for block in blocks for name, target in targets_of(block, chosen).items()}
+    grids = choose_grids(targets, grid, options.overrides)
+    _check_done(options.done, blocks, targets)
+    if options.activations is not None:
+        _check_called(targets)
+    first = next(iter(targets.values())).weight
+    batches = make_batches(calibration, options.batch_size, next(model.parameters()).device, first.dtype)
+    with at_rest(model), plain_attention():
         walk = Walk(model, blocks, _example(model, batches[0]))
-        unseen = _survey(walk, layers, batches)
-        run = _Run(layers, grids, batches, walk, recipe, options)
+        unseen = _survey(model, walk, targets, batches)
+        run = _Run(targets, grids, batches, walk, recipe, options)
         reports = tuple(run.block(index, name) for index, name in enumerate(walk.blocks))
-    return Report(
-        recipe.name, grid, reports, time.perf_counter() - start, *count_bytes(model, run.nbytes), unseen=unseen
-    )
+    # a module may read the weight of another without calling it, as Mamba does: what has moved has been seen
+    still = {layer.name for block in reports for layer in block.layers if not layer.moved}
+    unseen = tuple(name for name in unseen if name not in targets or targets[name].parameter in still)
+    seconds, left = time.perf_counter() - start, left_out(model, run.nbytes)
+    return Report(recipe.name, grid, reports, seconds, *count_bytes(model, run.nbytes), unseen, left)
 
 
-def choose_grids(layers: Mapping[str, nn.Module], grid: Grid, overrides: Mapping[str, Grid]) -> dict[str, Grid]:
-    """The grid of each layer, checked to fit its weight.
+def choose_grids(targets: Mapping[str, Target], grid: Grid, overrides: Mapping[str, Grid | int]) -> dict[str, Grid]:
+    """The grid of each weight, checked to fit it.
 
     Args:
-        layers: By name.
-        grid: Of layers that no override names.
+        targets: By name.
+        grid: Of weights that no override names.
         overrides: Grids by glob; the first match counts.
 
     Raises:
-        UsageError: A grid does not fit, or a glob matches no layer.
+        UsageError: A grid does not fit, or a glob matches no weight.
     """
     for glob in overrides:
-        if not any(fnmatchcase(name, glob) for name in layers):
-            raise unknown("glob in overrides", glob, layers)
+        if not any(fnmatchcase(name, glob) for name in targets):
+            raise unknown("glob in overrides", glob, targets)
     grids = {}
-    for name, layer in layers.items():
-        grids[name] = next((other for glob, other in overrides.items() if fnmatchcase(name, glob)), grid)
+    for name, target in targets.items():
+        grids[name] = as_grid(next((other for glob, other in overrides.items() if fnmatchcase(name, glob)), grid))
         try:
-            grids[name].split(weight_of(layer), output_axis(layer))
+            grids[name].split(target.view(target.weight, grids[name]), 0 if target.stacked else target.axis)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
     return grids
 
 
-def _check_done(done: Done, blocks: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
+def _check_done(done: Done, blocks: Mapping[str, nn.Module], targets: Mapping[str, Target]) -> None:
     for block, weights in done.items():
         if block not in blocks:
             raise unknown("block in done", block, blocks)
-        for name, layer in layers_of(block, layers).items():
-            found = weights.get(parameter_name(name))
-            if found is None or found.shape != weight_of(layer).shape:
-                raise UsageError(f"done holds no {parameter_name(name)} of this shape for block {block!r}")
+        for target in targets_of(block, targets).values():
+            found = weights.get(target.parameter)
+            if found is None or found.shape != target.weight.shape:
+                raise UsageError(f"done holds no {target.parameter} of this shape for block {block!r}")
+
+
+def _check_called(targets: Mapping[str, Target]) -> None:
+    """Inputs are quantized where a layer is called with them; packed or stacked weights have no layer of their own."""
+    if inside := [name for name, target in targets.items() if name != target.owner]:
+        raise UsageError(
+            f"activations cannot be quantized for {', '.join(inside)}, which have no layer of their own: leave these "
+            "out with where=, or leave out activations"
+        )
 
 
 class _Run:
@@ -154,7 +174,7 @@ class _Run:
 
     def __init__(
         self,
-        layers: Mapping[str, nn.Module],
+        targets: Mapping[str, Target],
         grids: Mapping[str, Grid],
         batches: list[Batch],
         walk: Walk,
@@ -162,7 +182,7 @@ class _Run:
         options: Options,
     ) -> None:
         self.grids, self.walk = grids, walk
-        self.parts = {name: layers_of(name, layers) for name in walk.blocks}
+        self.parts = {name: targets_of(name, targets) for name in walk.blocks}
         self.batches, self.recipe, self.options = batches, recipe, options
         self.full: list[dict[str, Any]] = [{} for _ in batches]  # outputs of the trained blocks, by batch and block
         self.rounded: list[dict[str, Any]] = [{} for _ in batches]
@@ -172,20 +192,21 @@ class _Run:
     def block(self, index: int, name: str) -> BlockReport:
         start = time.perf_counter()
         module = self.walk.blocks[name]
-        layers = self.parts[name]
+        targets = self.parts[name]
         with moved(module, self.options.device):
             with single_precision(module):
-                task = self._task(index, name, layers)
+                task = self._task(index, name, targets)
                 done = self.options.done.get(name)
                 found = task.given(done) if done is not None else task.fit()
                 parts = tuple(
-                    report_layer(parameter_name(key), weight_of(layer), found.rtn[key], found.kept[key])
-                    for key, layer in layers.items()
+                    report_layer(target.parameter, target.weight, found.rtn[key], found.kept[key])
+                    for key, target in targets.items()
                 )
-            for key, layer in layers.items():
-                write_(layer, found.kept[key])
-            self._advance(index, name, task.inputs)
-        kept = {parameter_name(key): found.kept[key] for key in layers}
+            for key, target in targets.items():
+                target.write_(found.kept[key])
+            if index + 1 < len(self.walk.blocks):
+                self._advance(index, name, task.inputs)
+        kept = {target.parameter: found.kept[key] for key, target in targets.items()}
         self.nbytes |= {key: quantized.nbytes for key, quantized in kept.items()}
         seconds = time.perf_counter() - start
         report = BlockReport(name, found.error_rtn, found.error, found.iterations, found.name, seconds, parts)
@@ -195,7 +216,7 @@ class _Run:
 
     def call(self, name: str, arguments: Arguments) -> Any:
         """Run a block in its own precision and on its own device, and give the result in those of its input."""
-        weight = weight_of(next(iter(self.parts[name].values())))
+        weight = next(iter(self.parts[name].values())).weight
         floats = [
             leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_floating_point()
         ]
@@ -205,7 +226,7 @@ class _Run:
         return _convert(output, floats[0].dtype, floats[0].device)
 
     @torch.no_grad()
-    def _task(self, index: int, name: str, layers: dict[str, nn.Module]) -> "_Task":
+    def _task(self, index: int, name: str, targets: dict[str, Target]) -> "_Task":
         inputs: list[Arguments] = []
         trained_inputs: list[Arguments] = []
         for batch, full, rounded in zip(self.batches, self.full, self.rounded, strict=True):
@@ -216,7 +237,7 @@ class _Run:
                 trained_inputs.append(at_full)
             full[name] = self.call(name, at_full)
             self._forget(index, full)
-        return _Task(self, index, name, layers, inputs, trained_inputs)
+        return _Task(self, index, name, targets, inputs, trained_inputs)
 
     @torch.no_grad()
     def _advance(self, index: int, name: str, inputs: list[Arguments]) -> None:
@@ -251,15 +272,18 @@ class _Task:
         run: _Run,
         index: int,
         name: str,
-        layers: dict[str, nn.Module],
+        targets: dict[str, Target],
         inputs: list[Arguments],
         trained_inputs: list[Arguments],
     ) -> None:
-        self.run, self.name, self.layers, self.options = run, name, layers, run.options
+        self.run, self.name, self.targets, self.options = run, name, targets, run.options
         self.inputs, self.trained_inputs = inputs, trained_inputs
         self.seed = self.options.seed + 1_000_003 * index  # of its own, so that a resumed run repeats an unbroken one
         self.by_logits = self.options.last_block == "logits" and index == len(run.walk.blocks) - 1
-        self.weights = {key: weight_of(layer) for key, layer in layers.items()}
+        self.grids = {key: run.grids[key] for key in targets}
+        self.weights = {key: target.view(target.weight, self.grids[key]) for key, target in targets.items()}
+        count = min(self.options.measured_batches or len(inputs), len(inputs))
+        self.measured = [position * len(inputs) // count for position in range(count)]
         self.device = next(iter(self.weights.values())).device
         self.generator = torch.Generator()
         self.steps = 0
@@ -267,14 +291,14 @@ class _Task:
 
     def given(self, done: Mapping[str, QuantizedWeight]) -> "_Found":
         """Take over weights that are finished already."""
-        kept = {key: done[parameter_name(key)] for key in self.layers}
-        rtn = {key: rounding.quantized(self.weights[key]) for key, rounding in self._roundings().items()}
+        kept = {key: done[target.parameter] for key, target in self.targets.items()}
+        rtn = self._quantized(self._roundings(), learnt=False)
         return _Found(rtn, kept, self._error(rtn), self._error(kept), 0, "done")
 
     def fit(self) -> "_Found":
         """Learn, and keep what is best."""
         options, roundings = self.options, self._roundings()
-        rtn = {key: rounding.quantized(self.weights[key], learnt=False) for key, rounding in roundings.items()}
+        rtn = self._quantized(roundings, learnt=False)
         error_rtn = self._error(rtn)
         found = _Found(rtn, rtn, error_rtn, error_rtn, 0, "rtn")
         if not options.iterations or not any(True for rounding in roundings.values() for _ in rounding.parameters()):
@@ -286,7 +310,7 @@ class _Task:
         for step in self._optimise(roundings, float(self.run.lr), options.iterations):
             if step not in marks and step < options.iterations:
                 continue
-            candidate = {key: rounding.quantized(self.weights[key]) for key, rounding in roundings.items()}
+            candidate = self._quantized(roundings)
             error = self._error(candidate)
             if error < found.error or not options.keep_best:
                 found = replace(found, kept=candidate, error=error, iterations=step, name=f"iteration {step}")
@@ -301,7 +325,7 @@ class _Task:
             roundings = self._roundings()
             for _ in self._optimise(roundings, lr, min(_AUTO_ITERATIONS, self.options.iterations)):
                 pass
-            error = self._error({key: rounding.quantized(self.weights[key]) for key, rounding in roundings.items()})
+            error = self._error(self._quantized(roundings))
             tried[lr] = error if math.isfinite(error) else math.inf
             self._restore(scales)
         return min(tried, key=tried.__getitem__)
@@ -323,7 +347,8 @@ class _Task:
                 quantiser.train()
             order = order or torch.randperm(len(self.inputs), generator=self.generator).tolist()
             values = {
-                key: rounding.join(rounding.soft(units[key]), self.weights[key]) for key, rounding in roundings.items()
+                key: self.targets[key].restore(rounding.join(rounding.soft(units[key]), self.weights[key]))
+                for key, rounding in roundings.items()
             }
             loss = self._loss(order.pop(), values)
             extras = [rounding.regulariser(self.steps / iterations) for rounding in roundings.values()]
@@ -348,7 +373,7 @@ class _Task:
             arguments = self._mixed(arguments, self.trained_inputs[index])
         autocast = self.options.autocast
         with (
-            written(self.layers, values),
+            written(self.targets, values),
             torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None),
         ):
             output = self.run.call(self.name, arguments)
@@ -362,14 +387,14 @@ class _Task:
 
     @torch.no_grad()
     def _error(self, quantized: Mapping[str, QuantizedWeight]) -> float:
-        """The whole calibration set's error with hard-rounded weights."""
+        """Error with hard-rounded weights, over batches that are spread evenly over the calibration set."""
         for quantiser in self.quantisers:
             quantiser.eval()
-        values = {key: quantized[key].dequantize(weight.dtype) for key, weight in self.weights.items()}
+        values = {key: found.dequantize(self.weights[key].dtype) for key, found in quantized.items()}
         total, size = 0.0, 0.0
-        with written(self.layers, values):
-            for index, arguments in enumerate(self.inputs):
-                output = self.run.call(self.name, arguments)
+        with written(self.targets, values):
+            for index in self.measured:
+                output = self.run.call(self.name, self.inputs[index])
                 if self.by_logits:
                     total, size = total + self._divergence(index, output).item(), size + 1
                     continue
@@ -413,8 +438,14 @@ class _Task:
         """Begin anew, with the random numbers that a first begin would draw."""
         self.generator.manual_seed(self.seed)
         return {
-            key: self.run.recipe.make(weight, self.run.grids[key], output_axis(self.layers[key]), self.generator)
-            for key, weight in self.weights.items()
+            key: target.rounding(self.run.recipe.make, self.grids[key], self.generator)
+            for key, target in self.targets.items()
+        }
+
+    def _quantized(self, roundings: Mapping[str, RoundToNearest], *, learnt: bool = True) -> dict[str, QuantizedWeight]:
+        return {
+            key: self.targets[key].quantized(rounding, self.grids[key], learnt=learnt)
+            for key, rounding in roundings.items()
         }
 
     @torch.no_grad()
@@ -425,8 +456,11 @@ class _Task:
             return []
         seen: dict[str, Tensor] = {}
         hooks = [
-            layer.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
-            for key, layer in self.layers.items()
+            target.module.register_forward_pre_hook(
+                lambda _, args, kwargs, key=key: seen.update({key: first_tensor([*args, *kwargs.values()])}),
+                with_kwargs=True,
+            )
+            for key, target in self.targets.items()
         ]
         try:
             self.run.call(self.name, self.inputs[0])
@@ -438,7 +472,7 @@ class _Task:
             for key, x in seen.items()
         }
         for key, quantiser in made.items():
-            quantise_input_(self.layers[key], quantiser)
+            quantise_input_(self.targets[key].module, quantiser)
         return list(made.values())
 
     def _scales(self) -> list[Tensor]:
@@ -482,18 +516,28 @@ def _example(model: nn.Module, batch: Batch) -> Batch:
     return batch.head(2, _TRACED_TOKENS if of_transformers else None)
 
 
-def _survey(walk: Walk, layers: Mapping[str, nn.Module], batches: list[Batch]) -> tuple[str, ...]:
-    """Run the trained blocks once: refuse activations that are not finite, and find layers that see nothing."""
-    seen: set[str] = set()
+def _survey(model: nn.Module, walk: Walk, targets: Mapping[str, Target], batches: list[Batch]) -> tuple[str, ...]:
+    """Run the trained blocks once: refuse activations that are not finite, and find weights that see nothing."""
+    called: set[str] = set()
+    chosen: dict[str, set[int]] = {}  # by modules that are told which of their experts to use, the experts
 
-    def look(name: str, args: tuple[Any, ...]) -> None:
-        if any(tensor.numel() for tensor in args):
-            seen.add(name)
-        if not all(tensor.isfinite().all() for tensor in args):
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *(value for key, value in kwargs.items() if "mask" not in key)]
+        tensors = [leaf for leaf in pytree.tree_leaves(given[:3]) if isinstance(leaf, Tensor)]  # a mask may be infinite
+        if not all(tensor.isfinite().all() for tensor in tensors):
             raise UsageError(f"the input of {name} holds NaN or infinity for the calibration data: nothing has changed")
+        if not any(tensor.numel() for tensor in tensors):
+            return
+        called.add(name)
+        for tensor in tensors:
+            if tensor.dtype in (torch.int32, torch.int64):
+                chosen.setdefault(name, set()).update(tensor.unique().tolist())
 
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args)) for name, layer in layers.items()
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: look(name, args, kwargs), with_kwargs=True
+        )
+        for name in dict.fromkeys(target.owner for target in targets.values())
     ]
     try:
         for batch in batches:
@@ -501,7 +545,13 @@ def _survey(walk: Walk, layers: Mapping[str, nn.Module], batches: list[Batch]) -
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(name for name in layers if name not in seen)
+    unseen = []
+    for name, target in targets.items():
+        if target.owner not in called:
+            unseen.append(name)
+        elif target.stacked and target.owner in chosen:
+            unseen += [f"{name}[{i}]" for i in range(len(target.weight)) if i not in chosen[target.owner]]
+    return tuple(unseen)
 
 
 def _warn(block: str, roundings: Mapping[str, RoundToNearest]) -> None:

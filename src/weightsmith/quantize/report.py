@@ -55,6 +55,23 @@ class BlockReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A large parameter that stays as it was.
+
+    Attributes:
+        name: Of the parameter.
+        numel: Number of weights.
+        share: Of all parameters of the model.
+        why: For example ``"embedding"``.
+    """
+
+    name: str
+    numel: int
+    share: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A quantised model.
 
@@ -65,7 +82,9 @@ class Report:
         seconds: Wall time.
         bytes_before: All parameters of the model.
         bytes_after: The same with the quantised ones packed.
-        unseen: Layers that no calibration sample reached (experts of a mixture): they are rounded to nearest.
+        unseen: Layers, or experts such as ``"mlp.experts.down_proj[3]"``, that no calibration sample reached: they are
+            rounded to nearest.
+        left: Parameters with two axes or more that stay as they were, if they are a thousandth of the model or more.
     """
 
     method: str
@@ -75,6 +94,7 @@ class Report:
     bytes_before: int
     bytes_after: int
     unseen: tuple[str, ...] = ()
+    left: tuple[LeftOut, ...] = ()
 
     @property
     def layers(self) -> tuple[LayerReport, ...]:

@@ -1,10 +1,10 @@
 """States that a model is put into for a while, and comes back from whatever happens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -45,19 +45,3 @@ def single_precision(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor, data in held:
             tensor.data = data
-
-
-@contextmanager
-def written(layers: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let layers compute with other weights."""
-    held = {name: layer._parameters.pop("weight") for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            vars(layer)["weight"] = values[name]
-        yield
-    finally:
-        for name, layer in layers.items():
-            vars(layer).pop("weight")
-            others = dict(layer._parameters)
-            layer._parameters.clear()
-            layer._parameters.update({"weight": held[name], **others})

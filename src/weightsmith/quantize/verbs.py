@@ -16,12 +16,12 @@ from weightsmith.quantize.adaround import AdaRound
 from weightsmith.quantize.blocks import Blocks
 from weightsmith.quantize.calibration import Calibration
 from weightsmith.quantize.flexround import FlexRound
-from weightsmith.quantize.grid import Grid, write_
-from weightsmith.quantize.layers import choose_layers, output_axis, parameter_name, weight_of
+from weightsmith.quantize.grid import Grid, as_grid
 from weightsmith.quantize.lrq import LRQ, saves
 from weightsmith.quantize.reconstruct import Done, OnBlock, Options, Recipe, choose_grids, reconstruct_
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 from weightsmith.quantize.rtn import RoundToNearest
+from weightsmith.quantize.targets import choose_targets, left_out
 
 _GRID = Grid()
 
@@ -33,22 +33,26 @@ class BlockOptions(TypedDict, total=False):
         blocks: What is reconstructed as one: ``"auto"``, the single longest list of alike blocks (``model.layers``);
             ``"layers"``, every chosen layer; ``"whole"``, the model; or module names.
         batch_size: Samples per step; ``None``: 2 for token sequences, 32 otherwise.
-        where: Which layers: ``None`` (every linear layer and convolution inside the blocks, but neither the output
-            embedding nor tied weights), glob(s), or a predicate; layers named outside of the blocks are reconstructed
-            on their own.
-        overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``.
+        where: Which modules: ``None`` (every linear layer, convolution, ``nn.MultiheadAttention`` and module of experts
+            inside the blocks, but neither the output embedding, nor tied weights, nor adapters), glob(s), or a
+            predicate; modules named outside of the blocks are reconstructed on their own.
+        overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``; packed projections and
+            experts go by the name of the parameter, such as ``"*.experts.down_proj"``.
         on_block: Called with name, quantised weights by parameter name, and report of each finished block.
         done: Quantised weights of blocks that are finished already, by block; these are written, not optimised.
         device: Where the block at hand is worked on; ``None``: where it is.
+        measured_batches: On how many batches of the calibration data, spread evenly, errors of blocks are measured;
+            ``None``: all. 8: measuring on everything takes longer than a few hundred steps.
     """
 
     blocks: Blocks
     batch_size: int | None
     where: Where
-    overrides: Mapping[str, Grid]
+    overrides: Mapping[str, Grid | int]
     on_block: OnBlock | None
     done: Done
     device: torch.device | str | None
+    measured_batches: int | None
 
 
 class LearningOptions(BlockOptions, total=False):
@@ -59,7 +63,7 @@ class LearningOptions(BlockOptions, total=False):
         lr: Learning rate of Adam; ``"auto"`` tries 3e-3, 1e-3 and 3e-4 for 100 steps of the first block. 1e-3.
         seed: Of the order of batches and everything else that is drawn; 0.
         keep_best: Keep the best of round-to-nearest and the rounding after one half, three quarters and all of the
-            steps, judged on the whole calibration set; ``False``: the last. ``True``.
+            steps, judged on ``measured_batches``; ``False``: the last. ``True``.
         loss_reduction: ``"sum_dim1"`` sums squared differences over dimension 1 and takes the mean over the others, as
             the authors' code does; ``"mean"``. AdaRound's penalty is relative to it.
         input_drop: Probability with which an element of a block's input comes from the quantised stream, the rest
@@ -83,7 +87,7 @@ class LearningOptions(BlockOptions, total=False):
 def flexround_(
     model: nn.Module,
     calibration: Calibration,
-    grid: Grid = _GRID,
+    grid: Grid | int = _GRID,
     *,
     lrq: int | None = None,
     parametrization: Literal["log", "direct"] = "log",
@@ -101,10 +105,10 @@ def flexround_(
 
     Args:
         model: Changed block after block, once everything has been checked. Its modes and flags are restored.
-        calibration: A few hundred unlabelled samples: a tensor; or an iterable of batches (tensors, dicts, tuples whose
-            first item is taken); a one-dimensional integer tensor is one token sequence. Unequal lengths are padded,
-            and the padding is left out of the loss.
-        grid: Where weights are put.
+        calibration: A few hundred unlabelled samples: a tensor or array; or an iterable of batches such as a
+            ``DataLoader`` (tensors, dicts, tuples or lists whose first item is taken); a one-dimensional integer tensor
+            is one token sequence. Unequal lengths are padded, and the padding is left out of the loss.
+        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
         lrq: Rank of the factors of matrices, which saves memory; ``None``: a factor per weight. Matrices for which the
             rank would save nothing, and convolutions, keep a factor per weight.
         parametrization: ``"log"`` or ``"direct"``; see `FlexRound`.
@@ -142,9 +146,12 @@ def flexround_(
             compiled=compiled,
         )
 
+    grid = as_grid(grid)
     if lrq is not None:
         full = [
-            n for n, layer in choose_layers(model, options.get("where")).items() if not saves(weight_of(layer), lrq)
+            name
+            for name, target in choose_targets(model, options.get("where")).items()
+            if not saves(target.view(target.weight, grid), lrq)
         ]
         if full:
             warnings.warn(
@@ -160,7 +167,7 @@ def flexround_(
 def adaround_(
     model: nn.Module,
     calibration: Calibration,
-    grid: Grid = _GRID,
+    grid: Grid | int = _GRID,
     *,
     penalty: float = 0.01,
     **options: Unpack[LearningOptions],
@@ -170,7 +177,7 @@ def adaround_(
     Args:
         model: As for `flexround_`.
         calibration: As for `flexround_`.
-        grid: Where weights are put; the paper's search is ``search="shrink"``.
+        grid: As for `flexround_`; the paper's search is ``search="shrink"``.
         penalty: Weight of the regulariser that makes choices hard.
         **options: See `LearningOptions`; the default is the paper's 20 000 steps, at a constant rate.
 
@@ -193,14 +200,14 @@ def adaround_(
 
 
 def adaquant_(
-    model: nn.Module, calibration: Calibration, grid: Grid = _GRID, **options: Unpack[LearningOptions]
+    model: nn.Module, calibration: Calibration, grid: Grid | int = _GRID, **options: Unpack[LearningOptions]
 ) -> Report:
     """Quantise a trained model, learning an additive correction of each weight and the step; in place, block by block.
 
     Args:
         model: As for `flexround_`.
         calibration: As for `flexround_`.
-        grid: Where weights are put.
+        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
         **options: See `LearningOptions`.
 
     Returns:
@@ -221,7 +228,7 @@ def adaquant_(
 def round_to_nearest_(
     model: nn.Module,
     calibration: Calibration | None = None,
-    grid: Grid = _GRID,
+    grid: Grid | int = _GRID,
     **options: Unpack[BlockOptions],
 ) -> Report:
     """Quantise a trained model by rounding every weight to the nearest value of its grid; in place.
@@ -230,7 +237,7 @@ def round_to_nearest_(
         model: Changed once everything has been checked.
         calibration: Only to measure the error of block outputs, as for `flexround_`; ``None``: neither data nor blocks
             are needed, and every layer is reported on its own.
-        grid: Where weights are put.
+        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
         **options: See `BlockOptions`.
 
     Returns:
@@ -241,22 +248,21 @@ def round_to_nearest_(
     """
     if calibration is not None:
         return reconstruct_(model, calibration, grid, Recipe("rtn", _nearest), Options(**options))
-    start = time.perf_counter()
-    layers = choose_layers(model, options.get("where"))
-    grids = choose_grids(layers, grid, options.get("overrides", {}))
+    start, grid = time.perf_counter(), as_grid(grid)
+    targets = choose_targets(model, options.get("where"))
+    grids = choose_grids(targets, grid, options.get("overrides", {}))
     nbytes, blocks = {}, []
-    for name, layer in layers.items():
-        begun, key = time.perf_counter(), parameter_name(name)
-        weight = weight_of(layer).detach()
-        found = RoundToNearest(weight, grids[name], axis=output_axis(layer)).quantized(weight)
-        part = report_layer(key, weight.to(found.scale.dtype), found, found)
-        write_(layer, found)
+    for name, target in targets.items():
+        begun, key = time.perf_counter(), target.parameter
+        found = target.quantized(target.rounding(_nearest, grids[name], torch.Generator()), grids[name])
+        part = report_layer(key, target.weight.detach().to(found.scale.dtype), found, found)
+        target.write_(found)
         nbytes[key] = found.nbytes
         blocks.append(BlockReport(name, None, None, 0, "rtn", time.perf_counter() - begun, (part,)))
         if (on_block := options.get("on_block")) is not None:
             on_block(name, {key: found}, blocks[-1])
     seconds = time.perf_counter() - start
-    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes))
+    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes), left=left_out(model, nbytes))
 
 
 def _nearest(weight: Tensor, grid: Grid, axis: int, _: torch.Generator) -> RoundToNearest:

@@ -68,6 +68,23 @@ def sentences(tokenizer: Any, texts: list[str], *, samples: int, length: int) ->
     return [torch.tensor(row) for row in rows]
 
 
+def image_processor(folder: Path) -> Any:
+    """The image processor of a model.
+
+    Raises:
+        UsageError: The folder holds none.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder} holds no image processor (preprocessor_config.json), which prepares the calibration images: "
+            "save that of the trained model there with save_pretrained"
+        ) from error
+
+
 def images(processor: Any, folder: Path, *, samples: int) -> dict[str, Tensor]:
     """The first images under a folder, in the order of their names, as the model's processor prepares them.
 

@@ -13,6 +13,7 @@ from weightsmith.core.checkpoint import Checkpoint, Stored
 from weightsmith.core.errors import UsageError
 from weightsmith.tools import _calibration
 
+_NAMED = 3
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
@@ -85,16 +86,22 @@ class Source:
         if self.input_name == "pixel_values":
             if not path.is_dir():
                 raise UsageError(f"calibration for {self._class.__name__} must be a folder of images, got {path}")
-            from transformers import AutoImageProcessor
-
-            return _calibration.images(AutoImageProcessor.from_pretrained(self.folder), path, samples=samples)
+            return _calibration.images(_calibration.image_processor(self.folder), path, samples=samples)
         texts = _calibration.read_texts(path)
         cut = _calibration.token_windows if self.is_causal else _calibration.sentences
         return cut(self.tokenizer(), texts, samples=samples, length=min(length, self.longest))
 
     def load(self) -> Any:
         """The model in the precision of its files, in evaluation mode, its weights read when they are needed."""
-        model = self._class.from_pretrained(self.folder, dtype="auto").eval()
+        model, found = self._class.from_pretrained(self.folder, dtype="auto", output_loading_info=True)
+        model.eval()
+        if lacking := sorted(found["missing_keys"]):
+            held = ", ".join(sorted(found["unexpected_keys"])[:_NAMED]) or "nothing else"
+            raise UsageError(
+                f"{self.folder} holds no {', '.join(lacking[:_NAMED])}{', ...' * (len(lacking) > _NAMED)} of "
+                f"{self._class.__name__}, but {held}: save the model again with save_pretrained; a .bin file must hold "
+                "the state dict itself, not one inside of a checkpoint"
+            )
         if any(self.folder.glob("*.safetensors")):
             _map_one_by_one_(model, Checkpoint(self.folder).stored())
         return model

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,20 +19,20 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
-from weightsmith.core.errors import UsageError, require, unknown
+from weightsmith.core.errors import UsageError, WeightsmithWarning, require, unknown
 from weightsmith.core.files import folder_atomically, write_atomically
 from weightsmith.lab.data.hub import switched_off
 from weightsmith.quantize import _gptq
 from weightsmith.quantize.blocks import find_blocks
-from weightsmith.quantize.export import Format, save_quantized
-from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights
-from weightsmith.quantize.layers import choose_layers, is_quantisable
+from weightsmith.quantize.export import Format, load_quantized, save_quantized
+from weightsmith.quantize.grid import Grid, QuantizedWeight
 from weightsmith.quantize.report import BlockReport, Report
 from weightsmith.quantize.states import moved
+from weightsmith.quantize.targets import choose_targets
 from weightsmith.quantize.verbs import adaround_, flexround_, round_to_nearest_
 from weightsmith.tools._calibration import read_texts, tokenise
+from weightsmith.tools._check import Check, Examples
 from weightsmith.tools._partial import Partial
 from weightsmith.tools._perplexity import Perplexity, perplexity
 from weightsmith.tools._source import Source, weight_bytes
@@ -69,6 +69,7 @@ def quantize(
     evaluate: Path | None = None,
     window: int = 2048,
     bos: bool = False,
+    check: bool = False,
     format: Format = "auto",
     console: tyro.conf.Suppress[Console | None] = None,
 ) -> int:
@@ -102,6 +103,8 @@ def quantize(
         evaluate: A .jsonl or .txt file: report perplexity on it before and after (causal language models).
         window: Tokens per window of the evaluation, at most what the model takes.
         bos: Begin every window of the evaluation with the BOS token.
+        check: Also compare outputs on two calibration samples: before, after, and of the folder loaded again; list the
+            layers with the largest errors and, for causal language models, a greedy continuation before and after.
         format: compressed-tensors, gptq (2, 3, 4 or 8 bits), weightsmith, or auto: compressed-tensors where it can
             hold the result, else weightsmith.
         console: Where to write to.
@@ -121,6 +124,8 @@ def quantize(
     if iterations is not None and iterations < 0:
         raise UsageError(f"iterations must not be negative, got {iterations}")
     _check_out(out, model_dir)
+    if check and calibration is None:
+        raise UsageError("check compares outputs on calibration data: pass calibration as well")
     if calibration is None and method != "rtn":
         raise UsageError(f"calibration is needed for method={method!r}: pass a .jsonl file, or a folder of images")
     require("transformers", extra="hf", purpose="quantising a Hugging Face model")
@@ -132,6 +137,9 @@ def quantize(
     size, tokens_each = samples or (32 if quick else 512), length or (256 if quick else 1024)
     inputs = None if calibration is None else source.inputs(calibration, size, tokens_each)
     place = _device(device)
+    examples = None
+    if check and inputs is not None:
+        examples = Examples(inputs, source.tokenizer() if source.is_causal else None, place)
     judge = None if evaluate is None else _Judge(source, evaluate, window, bos, place)
     steps = (200 if quick and method != "rtn" else _ITERATIONS[method]) if iterations is None else iterations
     settings = {
@@ -153,11 +161,12 @@ def quantize(
         options |= {"iterations": steps, "lr": lr, "seed": seed}
     verb: Any = {"flexround": flexround_, "adaround": adaround_, "rtn": round_to_nearest_}[method]
 
-    with _quiet(), _bars(console) as bars:
+    with _quiet(console), _bars(console) as bars:
         before = judge and judge(source.load(), bars, "perplexity before")
-        model = source.load()  # anew: the evaluation may have copied the former from its files to a device and back
+        trained = None if examples is None else examples.run(source.load())
+        model = source.load()  # anew: what is above may have copied the former from its files to a device and back
         done, finished = partial.load()
-        chosen = choose_layers(model, None)
+        chosen = choose_targets(model, None)
         total = len(chosen) if inputs is None else len(find_blocks(model, options["blocks"], chosen, keep_others=False))
         bar = bars.add_task(f"{method}, {bits} bits", total=total)
 
@@ -174,6 +183,9 @@ def quantize(
             save_quantized(model, fresh, format)
             source.copy_others(fresh)
             after = judge and judge(model, bars, "perplexity after")
+            checked = None
+            if examples is not None and trained is not None:
+                checked = examples.compare(trained, examples.run(model), examples.run(load_quantized(fresh)))
             content = {
                 "model": model_dir.name,
                 "settings": settings,
@@ -181,17 +193,19 @@ def quantize(
                 "resumed_blocks": len(done),
                 "bytes_before": source.nbytes,
                 "bytes_after": weight_bytes(fresh),
-                "not_quantised": _left_out(model),
                 "perplexity_before": before and dataclasses.asdict(before),
                 "perplexity_after": after and dataclasses.asdict(after),
+                "check": checked and dataclasses.asdict(checked),
                 "peak_memory_bytes": _peak(),
                 "seconds": time.perf_counter() - started,
             }
             write_atomically(fresh / REPORT, json.dumps(content, indent=2) + "\n")
     partial.remove()
     console.print(*_tables(content, report), sep="\n")
+    if checked is not None:
+        console.print(*_findings(checked), sep="\n", markup=False)
     console.print(f"\n{out.resolve()}", soft_wrap=True, highlight=False)
-    return 0
+    return int(checked is not None and checked.reloaded > 0)
 
 
 def _granularity(text: str) -> Any:
@@ -214,6 +228,9 @@ def _device(name: str | None) -> torch.device | None:
 
 
 def _check_out(out: Path, model_dir: Path) -> None:
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"out={out} cannot be a folder: {path} is a file; name a new folder")
     if out.resolve() == model_dir.resolve():
         raise UsageError("out must be another folder than the model's own")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / REPORT).is_file())):
@@ -226,22 +243,6 @@ def _fingerprint(inputs: Any) -> str:
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _left_out(model: Any) -> dict[str, str]:
-    """Why which layers with large weights are as they were."""
-    quantised = quantized_weights(model)
-    shared = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    left = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if f"{name}.weight" in quantised or not (is_quantisable(name, module) or isinstance(module, nn.Embedding)):
-            continue
-        tied = weight is not None and shared[id(weight)] > 1
-        left[name] = (
-            "tied weight" if tied else "embedding" if isinstance(module, nn.Embedding) else "outside of the blocks"
-        )
-    return left
 
 
 class _Judge:
@@ -278,12 +279,22 @@ def _bars(console: Console) -> Progress:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(console: Console) -> Iterator[None]:
+    """No bars and reports of others, and our warnings as a line each instead of with a line of source."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    with switched_off(shown, logging.disable_progress_bar, logging.enable_progress_bar):
-        yield
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, WeightsmithWarning):
+            console.print(f"warning: {message}", markup=False, soft_wrap=True)
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    with switched_off(shown, logging.disable_progress_bar, logging.enable_progress_bar), warnings.catch_warnings():
+        warnings.showwarning = show
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 def _peak() -> int:
@@ -311,13 +322,30 @@ def _tables(content: dict[str, Any], report: Report) -> Iterator[Table | str]:
         bos = "with BOS" if new["bos"] else "no BOS"
         how = f"{new['tokens']} tokens of {new['tokenizer']}, windows of {new['window']}, {bos}, token-weighted mean"
         yield f"perplexity  {old['value']:.4f} → {new['value']:.4f} ({how})"
-    left = [f"{name} ({why})" for name, why in content["not_quantised"].items()]
-    if left:
-        yield f"as it was   {', '.join(left)}"
+    if report.left:
+        named = [f"{left.name} {left.share:.1%} ({left.why})" for left in report.left[:_MOST_LAYERS]]
+        more = f", and {len(report.left) - len(named)} more in {REPORT}" if len(report.left) > len(named) else ""
+        yield f"as it was   {sum(left.share for left in report.left):.1%} of all parameters: {', '.join(named)}{more}"
     if report.unseen:
-        yield f"unseen      {len(report.unseen)} layers that no sample reached are rounded to nearest"
+        first = ", ".join(report.unseen[:_MOST_LAYERS]) + ", ..." * (len(report.unseen) > _MOST_LAYERS)
+        yield f"unseen      {len(report.unseen)} layers or experts that no sample reached, rounded to nearest: {first}"
     memory = f"peak memory {content['peak_memory_bytes'] / 1e9:.2f} GB, mapped files included"
     yield f"took        {content['seconds']:.0f} s, {memory}"
+
+
+def _findings(check: Check) -> Iterator[Table | str]:
+    yield _table(
+        ("layer, largest output error first", "output error"),
+        [(layer.name, _number(layer.error)) for layer in check.layers[:_MOST_LAYERS]],
+    )
+    same = "" if check.agreement is None else f", the largest logit is the same at {check.agreement:.1%} of positions"
+    yield f"\noutputs     relative squared error {_number(check.error)} after rounding{same}"
+    if check.reloaded:
+        yield f"reloaded    DIFFERENT: the folder's outputs are up to {_number(check.reloaded)} from those in memory"
+    else:
+        yield "reloaded    the folder's outputs equal those in memory"
+    if check.prompt is not None:
+        yield f"prompt      {check.prompt!r}\nbefore      {check.text_before!r}\nafter       {check.text_after!r}"
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:

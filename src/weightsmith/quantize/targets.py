@@ -1,0 +1,275 @@
+"""Which parameters of a model are rounded, and how each of them is laid out.
+
+These are the weights of linear layers and convolutions, the packed projections of ``nn.MultiheadAttention``, and the
+experts of a mixture that are held in one tensor ``(experts, out, in)`` as in transformers 5: those are rounded expert
+by expert, every expert with steps of its own.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.select import Where, select
+from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
+from weightsmith.quantize.layers import is_quantisable, output_axis, output_head
+from weightsmith.quantize.report import LeftOut
+from weightsmith.quantize.rtn import RoundToNearest
+
+Make = Callable[[Tensor, Grid, int, torch.Generator], RoundToNearest]
+
+_LARGE = 0.001  # of all parameters
+_PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_INPUTS_FIRST = ("Llama4TextExperts",)  # (experts, in, out), which they do not say of themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One parameter to round.
+
+    Attributes:
+        name: Of the layer, or of the parameter where a module has others.
+        module: Which it belongs to.
+        tensor: Its attribute there.
+        owner: Name of the module whose call uses it.
+        axis: Where its output channels are.
+        stacked: Whether its first axis counts matrices.
+    """
+
+    name: str
+    module: nn.Module
+    tensor: str
+    owner: str
+    axis: int
+    stacked: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """Qualified name."""
+        return self.name if self.tensor != "weight" else f"{self.name}.weight".lstrip(".")
+
+    @property
+    def weight(self) -> Tensor:
+        """Its value."""
+        weight = getattr(self.module, self.tensor)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def view(self, weight: Tensor, grid: Grid) -> Tensor:
+        """A weight as roundings take it: a stack is a matrix with a row per channel, or per expert for ``"tensor"``."""
+        if not self.stacked:
+            return weight
+        stack = weight.movedim(self.axis, 1)
+        return stack.flatten(1) if grid.granularity == "tensor" else stack.flatten(0, 1)
+
+    def restore(self, view: Tensor) -> Tensor:
+        """Undo `view`."""
+        if not self.stacked:
+            return view
+        return view.reshape(self.weight.movedim(self.axis, 1).shape).movedim(1, self.axis)
+
+    def rounding(self, make: Make, grid: Grid, generator: torch.Generator) -> RoundToNearest:
+        """Begin a rounding of this weight."""
+        weight = self.view(self.weight, grid)
+        if not self.stacked:
+            return make(weight, grid, self.axis, generator)
+        return make(
+            weight, replace(grid, granularity="channel") if grid.granularity == "tensor" else grid, 0, generator
+        )
+
+    def quantized(self, rounding: RoundToNearest, grid: Grid, *, learnt: bool = True) -> QuantizedWeight:
+        """Round for good, in this parameter's own layout."""
+        found = rounding.quantized(self.view(self.weight.detach(), grid), learnt=learnt)
+        if not self.stacked:
+            return found
+        codes = self.restore(found.codes).contiguous()
+        return replace(found, codes=codes, axis=self.axis, stacked=True, granularity=grid.granularity)
+
+    def write_(self, quantized: QuantizedWeight) -> None:
+        """Put a quantized weight into the model."""
+        write_(self.module, quantized, self.tensor)
+
+
+def choose_targets(model: nn.Module, where: Where) -> dict[str, Target]:
+    """Choose the parameters to round and check them.
+
+    Args:
+        model: Nothing in it is changed.
+        where: Which modules; ``None``: every linear layer, convolution, ``nn.MultiheadAttention`` and module of
+            experts, but neither the output embedding of a language model, nor weights that are tied, nor PEFT adapters.
+
+    Returns:
+        The chosen parameters by `Target.name`, in the model's order.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        UsageError: A chosen weight is tied to another module's, parametrized, not materialized, not floating point, an
+            adapter's, or holds NaN or infinity; or nothing matches.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}: the order is model, calibration, grid")
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    head, modules = output_head(model), dict(model.named_modules())
+
+    def usual(name: str, module: nn.Module) -> bool:
+        held = [module._parameters.get(tensor) for tensor, *_ in _weights(module)]
+        tied = any(len(owners.get(id(parameter), ())) > 1 for parameter in held)
+        return module is not head and not tied and _adapted(name, modules) is None
+
+    chosen = select(model, where, default=usual, supported=lambda _, module: any(True for _ in _weights(module)))
+    targets = {}
+    for name, module in chosen.items():
+        if (layer := _adapted(name, modules)) is not None:
+            raise UsageError(
+                f"{name} belongs to a PEFT adapter of {layer}: leave it out of where=, or merge_and_unload() first and "
+                "quantize the model that this returns"
+            )
+        for tensor, axis, stacked in _weights(module):
+            _check(f"{name}.{tensor}".lstrip("."), module, tensor, name, owners)
+            key = name if tensor == "weight" else f"{name}.{tensor}".lstrip(".")
+            targets[key] = Target(key, module, tensor, _caller(name, modules), axis, stacked)
+    return targets
+
+
+def left_out(model: nn.Module, quantized: Collection[str]) -> tuple[LeftOut, ...]:
+    """The large parameters that are not among the quantized ones, the largest first, and why."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    modules, head = dict(model.named_modules()), output_head(model)
+    left = []
+    for name, parameter in model.named_parameters():
+        share = parameter.numel() / total
+        if parameter.ndim < 2 or share < _LARGE or not set(names[id(parameter)]).isdisjoint(quantized):
+            continue
+        owner, _, tensor = name.rpartition(".")
+        module, others = modules[owner], [other for other in names[id(parameter)] if other != name]
+        if others:
+            why = f"tied to {', '.join(others)}"
+        elif isinstance(module, nn.Embedding) or module is head:
+            why = "embedding" if module is not head else "output embedding"
+        elif _adapted(owner, modules) is not None or hasattr(modules[owner.rpartition(".")[0]], "bone_active"):
+            why = "adapter"
+        elif tensor in [held for held, *_ in _weights(module)]:
+            why = "not chosen, or outside of the blocks"
+        else:
+            why = f"a parameter of {type(module).__name__}, whose weights are not known"
+        left.append(LeftOut(name, parameter.numel(), share, why))
+    return tuple(sorted(left, key=lambda one: -one.numel))
+
+
+@contextmanager
+def written(targets: Mapping[str, Target], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let modules compute with other values of these parameters."""
+    held = [(target, dict(target.module._parameters)) for target in targets.values()]
+    try:
+        for name, target in targets.items():
+            target.module._parameters.pop(target.tensor, None)
+            vars(target.module)[target.tensor] = values[name]
+        yield
+    finally:
+        for target, parameters in reversed(held):
+            vars(target.module).pop(target.tensor, None)
+            target.module._parameters.clear()
+            target.module._parameters.update(parameters)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep torch's attention and transformer layers from a path of their own that calls no layer."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, int, bool]]:
+    """Attribute, output axis and whether it is a stack, of each weight that can be rounded.
+
+    transformers marks the layout of its experts by an attribute; others are known by the name of their class.
+    """
+    if is_quantisable("", module):
+        yield "weight", output_axis(module), False
+    elif isinstance(module, nn.MultiheadAttention):
+        yield from ((tensor, 0, False) for tensor in _PACKED if module._parameters.get(tensor) is not None)
+    elif hasattr(module, "is_transposed") or "expert" in type(module).__name__.lower():
+        # A wrong guess costs precision, not correctness: only which weights share a step depends on it.
+        swapped = getattr(module, "is_transposed", type(module).__name__ in _INPUTS_FIRST)
+        for tensor, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
+                yield tensor, 2 if swapped else 1, True
+
+
+def _caller(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """``nn.MultiheadAttention`` reads the weight of its output projection without calling it."""
+    parent = name.rpartition(".")[0]
+    return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else name
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that carry an adapter of PEFT's or Bone."""
+    peft = _peft_layer()
+    return [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "bone_active") or (peft is not None and isinstance(module, peft))
+    ]
+
+
+def _peft_layer() -> Any:
+    """PEFT's base class of adapted layers, if there can be any."""
+    return getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+
+
+def _adapted(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The layer whose PEFT adapter a module is part of; the layer that PEFT has wrapped is not."""
+    layer = _peft_layer()
+    parts = name.split(".")
+    parents = [".".join(parts[:count]) for count in range(len(parts))]
+    inside = [parent for parent in parents if layer is not None and isinstance(modules.get(parent), layer)]
+    return next((parent for parent in inside if parts[len(parent.split(".")) if parent else 0] != "base_layer"), None)
+
+
+def _how_to_make_plain(module: nn.Module, tensor: str) -> str:
+    """Advice for weights that a hook of torch's older ways computes, which `fold_` leaves alone."""
+    if f"{tensor}_mask" in module._buffers:
+        return f"is pruned by a mask: make that permanent first, torch.nn.utils.prune.remove(layer, {tensor!r})"
+    if f"{tensor}_g" in module._parameters:
+        return f"is computed from {tensor}_g and {tensor}_v: torch.nn.utils.remove_weight_norm(layer) first"
+    if f"{tensor}_orig" in module._parameters:
+        return f"is computed from {tensor}_orig: torch.nn.utils.remove_spectral_norm(layer) first"
+    return "is no parameter of its module: make it one first, or leave it out of where="
+
+
+def _check(name: str, module: nn.Module, tensor: str, owner: str, owners: dict[int, list[str]]) -> None:
+    if parametrize.is_parametrized(module, tensor):
+        raise UsageError(f"{name} is computed from something else: weightsmith.fold_ it first")
+    if tensor not in module._parameters:
+        raise UsageError(f"{name} {_how_to_make_plain(module, tensor)}")
+    weight = module._parameters[tensor]
+    if isinstance(weight, UninitializedParameter) or weight is None or weight.is_meta:
+        raise UsageError(f"{name} has no values yet: run the model once, or load its weights, first")
+    if not weight.is_floating_point():
+        raise UsageError(f"{name} has dtype {weight.dtype}: only floating-point weights can be quantized")
+    others = [other for other in owners[id(weight)] if other != owner]
+    if others:
+        raise UsageError(
+            f"{name} is tied to that of {', '.join(others)}, which would change with it: leave it out of where=, or "
+            "untie the two first"
+        )
+    if not torch.isfinite(weight).all():
+        raise UsageError(f"{name} holds NaN or infinity: nothing has been changed")
