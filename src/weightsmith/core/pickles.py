@@ -1,0 +1,68 @@
+"""Tensors out of ``.bin`` files, by one policy: only when asked for, plain tensors and nothing else, no expansion."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.files import say_where_link_leads
+
+_MOST_TIMES = 8
+"""Bytes of tensors per byte of the file: tied weights are stored once, and have up to about four names."""
+_FREE_BYTES = 64 * 2**20
+
+
+def read_pickle(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """Read a state dict that ``torch.save`` has written; no code in it is run.
+
+    Args:
+        file: The file; new ones are mapped into memory, those of torch before 1.6 are read as a whole.
+        allow_pickle: Whether the user has asked for such files to be read.
+
+    Raises:
+        UsageError: ``allow_pickle`` is false, or the file is damaged, or holds something else than tensors by name, or
+            tensors that would take far more memory than the file (by strides of 0, or under many names).
+    """
+    if not allow_pickle:
+        raise UsageError(f"{file} is a pickle, which could hold anything: allow_pickle=True (--allow-pickle) reads it")
+    if not file.is_file():
+        raise UsageError(f"{file} is not a file")
+    say_where_link_leads(file)
+    try:
+        zipped = _is_plain_zip(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # damaged pickles fail in any way
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"{file} cannot be read as plain tensors: {type(error).__name__}: {reason}") from error
+    _check_state(file, state)
+    return dict(state)
+
+
+def _is_plain_zip(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"{packed[0]} is compressed, which torch.save does not do")
+    return True
+
+
+def _check_state(file: Path, state: object) -> None:
+    if not isinstance(state, Mapping):
+        raise UsageError(f"{file} must hold tensors by name, got a {type(state).__name__}")
+    total = 0
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UsageError(f"{file} must hold tensors by name, got {type(tensor).__name__} under {name!r:.60}")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise UsageError(f"{name!r:.60} in {file} must be a plain tensor, got {tensor.layout} on {tensor.device}")
+        total += tensor.numel() * tensor.element_size()
+        if total > _MOST_TIMES * file.stat().st_size + _FREE_BYTES:
+            raise UsageError(
+                f"the tensors in {file} would take more than {total >> 20} MiB, the file has "
+                f"{file.stat().st_size >> 20}: it is damaged or made to fill the memory"
+            )
