@@ -254,7 +254,7 @@ def test_the_model_folder_must_hold_a_trained_model(folder, tmp_path):
     with pytest.raises(UsageError, match=r"no config\.json"):
         quantize(tmp_path / "nowhere", out=tmp_path / "out", method="rtn", **QUIET)
     quantize(folder / "llama", out=tmp_path / "out", method="rtn", **QUIET)
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         quantize(tmp_path / "out", out=tmp_path / "again", method="rtn", **QUIET)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.files import say_where_link_leads
+from weightsmith.core.files import check_plain_name, say_where_link_leads
+from weightsmith.core.json_files import read_json
 
 _MOST_TIMES = 8
 """Bytes of tensors per byte of the file: tied weights are stored once, and have up to about four names."""
@@ -39,6 +40,34 @@ def read_pickle(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
         raise UsageError(f"{file} cannot be read as plain tensors: {type(error).__name__}: {reason}") from error
     _check_state(file, state)
     return dict(state)
+
+
+def read_pickles(folder: Path, stem: str, *, allow_pickle: bool) -> dict[str, tuple[Path, Tensor]]:
+    """Read a folder's ``<stem>.bin``, or the shards that ``<stem>.bin.index.json`` names.
+
+    Args:
+        folder: The folder.
+        stem: ``"pytorch_model"`` or ``"adapter_model"``.
+        allow_pickle: Whether the user has asked for such files to be read.
+
+    Returns:
+        Tensors with the files that they are in, by name.
+
+    Raises:
+        UsageError: See :func:`read_pickle`; or the index does not fit the files, or there are none.
+    """
+    single, index = folder / f"{stem}.bin", folder / f"{stem}.bin.index.json"
+    if single.is_file() or not index.is_file():
+        if not single.exists():
+            raise UsageError(f"{folder} holds neither {single.name} nor {index.name}")
+        return {name: (single, tensor) for name, tensor in read_pickle(single, allow_pickle=allow_pickle).items()}
+    weight_map: dict[str, str] = read_json(say_where_link_leads(index), {"weight_map": {str: str}})["weight_map"]
+    files = {name: folder / check_plain_name(name, index) for name in weight_map.values()}
+    held = {name: read_pickle(file, allow_pickle=allow_pickle) for name, file in files.items()}
+    for name, file_name in weight_map.items():
+        if name not in held[file_name]:
+            raise UsageError(f"{index} says that {file_name} holds {name!r}, which it does not: the folder is damaged")
+    return {name: (files[file_name], held[file_name][name]) for name, file_name in weight_map.items()}
 
 
 def _is_plain_zip(file: Path) -> bool:
