@@ -33,7 +33,7 @@ def test_a_state_dict_comes_back(tmp_path, zipped):
 
 
 def test_it_is_read_only_when_asked_for(tmp_path):
-    with pytest.raises(UsageError, match=r"allow_pickle=True \(--allow-pickle\) reads it"):
+    with pytest.raises(UsageError, match=r"a pickle; allow_pickle=True \(--allow-pickle\) reads plain tensors"):
         read_pickle(tmp_path / "pytorch_model.bin", allow_pickle=False)
 
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
-from weightsmith.average.sources import Place, read_json, whole
+from weightsmith.average.sources import Place, whole
 from weightsmith.average.stream import Mean
 from weightsmith.core.errors import UsageError
+from weightsmith.core.json_files import read_json
+from weightsmith.core.patterns import compile_pattern
 
 LoraMode = Literal["svd", "cat", "factors", "dense"]
 Config = dict[str, Any]
@@ -31,6 +34,13 @@ _LINEAR = frozenset(
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base weights, by the adapter's rank and scaling."""
 _SAME = ("peft_type", "base_model_name_or_path", "target_modules", "use_dora", "fan_in_fan_out", "bias", "lora_bias")
+_CONFIG = {
+    "peft_type?": (str, None),
+    "lora_alpha?": float,
+    "alpha_pattern?": ({str: float}, None),
+    "rank_pattern?": ({str: int}, None),
+    "target_modules?": ([str], str, None),
+}
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
@@ -76,8 +86,11 @@ class Adapters:
         """What checkpoint ``index`` multiplies a module's ``B A`` by: ``alpha / r``, or ``alpha / sqrt(r)``."""
         config, rank = self.configs[index], self.places[index][pair.a].shape[0]
         patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-        matches = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", pair.module))
+        where = f"alpha_pattern in {self.places[index][pair.a].file.parent / 'adapter_config.json'}"
+        matches = (a for key, a in patterns.items() if compile_pattern(rf"(.*\.)?({key})", where)(pair.module))
         alpha = next(matches, config.get("lora_alpha", 8))
+        if not math.isfinite(alpha):
+            raise UsageError(f"{where} and lora_alpha must be finite, got {alpha} for {pair.module}")
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def factors(self, pair: Pair) -> tuple[list[Tensor], list[Tensor]]:
@@ -178,7 +191,7 @@ def open_adapters(
     Raises:
         UsageError: Their configurations differ, or this kind of adapter does not allow the mode.
     """
-    configs = [read_json(checkpoint.path / "adapter_config.json") for checkpoint in checkpoints]
+    configs = [read_json(checkpoint.path / "adapter_config.json", _CONFIG) for checkpoint in checkpoints]
     _check_configs(checkpoints, configs, _SAME + (_SCALING if mode == "factors" else ()))
     newest = configs[-1]
     kind = str(newest.get("peft_type"))
@@ -201,9 +214,13 @@ def open_adapters(
         caveat = f"adapters initialised by {start!r} only fit the base weights that this initialisation has changed"
     pairs = _pairs(places[-1]) if plain_lora else {}
     adapters = Adapters(configs, places, pairs)
-    for pair in pairs.values() if mode != "factors" else ():
-        a, b = places[-1][pair.a].shape, places[-1][pair.b].shape
-        if a[0] != b[1] or math.prod(b[2:]) != 1:
+    for found, pair in product(places, pairs.values()):
+        if pair.a not in found or pair.b not in found:
+            continue  # which tensors they all must hold is checked elsewhere
+        a, b = found[pair.a].shape, found[pair.b].shape
+        if len(a) < 2 or len(b) < 2 or not a[0]:
+            raise UsageError(f"{found[pair.a].file} is damaged: the factors of {pair.module} have shapes {a} and {b}")
+        if mode != "factors" and (a[0] != b[1] or math.prod(b[2:]) != 1):
             raise UsageError(f"lora_mode must be 'factors' for {pair.module}, a grouped convolution, got {mode!r}")
     return adapters, caveat
 
@@ -237,7 +254,7 @@ def _check_configs(checkpoints: Sequence[Checkpoint], configs: Sequence[Config],
 
 
 def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value or None  # lists hold sets, absent means off
+    return sorted(value, key=str) if isinstance(value, list) else value or None  # lists hold sets, absent means off
 
 
 def _wide(tensor: Tensor) -> Tensor:

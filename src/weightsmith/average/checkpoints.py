@@ -3,19 +3,21 @@
 A run folder holds ``checkpoint-<step>/`` folders; the newest one's ``trainer_state.json`` holds the run's whole log.
 """
 
-import json
 import re
 import warnings
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
+from weightsmith.core.json_files import stream_json
 
 Kind = Literal["adapter", "model"]
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STATE = "trainer_state.json"
+_HISTORY = "log_history"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,11 @@ def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_pr
     """
     if source not in ("since_previous", "last", "eval") and not source.startswith("eval:"):
         raise unknown("source", source, ["since_previous", "last", "eval", "eval:<key>"])
-    log = _history(checkpoints[-1])
+    path = _log(checkpoints[-1])
     if source.startswith("eval"):
         key = "eval_" + (source.partition(":")[2] or "loss").removeprefix("eval_")
-        return [_evaluation(log, checkpoint, key) for checkpoint in checkpoints]
-    entries = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
+        return _evaluations(path, checkpoints, key)
+    entries = _Losses(path)
     if source == "last":
         return [_last(entries, checkpoint) for checkpoint in checkpoints]
     return [_since_previous(entries, checkpoint) for checkpoint in checkpoints]
@@ -131,37 +133,54 @@ def _kind(path: Path) -> Kind:
     return "adapter" if (path / "adapter_config.json").is_file() else "model"
 
 
-def _history(newest: Checkpoint) -> list[dict[str, Any]]:
+def _log(newest: Checkpoint) -> Path:
     candidates = [newest.path / _STATE, newest.path.parent / _STATE]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise UsageError(f"{newest.path} has no {_STATE}: give the values by hand, or weigh by steps")
-    try:
-        log = json.loads(path.read_text())["log_history"]
-        if not all(isinstance(entry["step"], int) for entry in log):
-            raise TypeError("an entry has no step")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    return log
+    return path
 
 
-def _evaluation(log: list[dict[str, Any]], checkpoint: Checkpoint, key: str) -> float:
-    for entry in reversed(log):
-        if key in entry and entry["step"] == checkpoint.step:
-            return float(entry[key])
-    known = {name for entry in log for name in entry if name.startswith("eval_")}
-    hint = near(key, sorted(known)) if key not in known else "evaluate as often as you save, or weigh by training loss"
-    raise UsageError(f"the log has no {key} at step {checkpoint.step} ({checkpoint.path.name}); {hint}")
+class _Losses:
+    """The training losses of a log, which may be larger than memory: 16 bytes per entry."""
+
+    def __init__(self, path: Path) -> None:
+        self._steps, self._losses = array("q"), array("d")
+        for entry in stream_json(path, _HISTORY, {"step": int, "loss?": float}):
+            if "loss" in entry:
+                self._steps.append(entry["step"])
+                self._losses.append(entry["loss"])
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return zip(self._steps, self._losses, strict=True)
 
 
-def _last(entries: list[tuple[int, float]], checkpoint: Checkpoint) -> float:
-    losses = [loss for step, loss in entries if step <= checkpoint.step]
-    if not losses:
+def _evaluations(path: Path, checkpoints: Sequence[Checkpoint], key: str) -> list[float]:
+    steps = {checkpoint.step for checkpoint in checkpoints}
+    values: dict[int, float] = {}
+    known: set[str] = set()
+    for entry in stream_json(path, _HISTORY, {"step": int, f"{key}?": float}):
+        known.update(name for name in entry if name.startswith("eval_"))
+        if key in entry and entry["step"] in steps:
+            values[entry["step"]] = float(entry[key])
+    for checkpoint in checkpoints:
+        if checkpoint.step not in values:
+            often = "evaluate as often as you save, or weigh by training loss"
+            hint = often if key in known else near(key, sorted(known))
+            raise UsageError(f"the log has no {key} at step {checkpoint.step} ({checkpoint.path.name}); {hint}")
+    return [values[checkpoint.step] for checkpoint in checkpoints]
+
+
+def _last(entries: _Losses, checkpoint: Checkpoint) -> float:
+    last = None
+    for step, loss in entries:
+        last = loss if step <= checkpoint.step else last
+    if last is None:
         raise UsageError(f"the log has no training loss up to step {checkpoint.step} ({checkpoint.path.name})")
-    return losses[-1]
+    return last
 
 
-def _since_previous(entries: list[tuple[int, float]], checkpoint: Checkpoint) -> float:
+def _since_previous(entries: _Losses, checkpoint: Checkpoint) -> float:
     previous = max((step for step in _steps(checkpoint.path.parent) if step < checkpoint.step), default=0)
     total = covered = 0.0
     logged = 0

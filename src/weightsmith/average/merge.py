@@ -22,16 +22,18 @@ from torch import Tensor
 from weightsmith.average.adapters import LoraMode, open_adapters
 from weightsmith.average.checkpoints import Checkpoint, as_checkpoints, checkpoint_losses, find_checkpoints
 from weightsmith.average.dense import Dense, merged_by_peft
-from weightsmith.average.sources import Place, check_alike, open_places, read_json
+from weightsmith.average.sources import Place, check_alike, open_places
 from weightsmith.average.state_dicts import normalised
 from weightsmith.average.stream import Mean
 from weightsmith.average.weights import Metric, Scheme, metric_weights
 from weightsmith.core.checkpoint import write_pieces
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
-from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.core.files import check_target, folder_atomically, say_where_link_leads, write_atomically
+from weightsmith.core.json_files import read_json
 
 _WEIGHT_FILES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
 _RUN_FILES = frozenset({"trainer_state.json", "merge_report.json"})
+_SINGLE = "model.safetensors"
 _LARGE_GAP = 0.1
 _Paths = Path | str | Sequence[Path | str | Checkpoint]
 
@@ -227,7 +229,18 @@ def merge_checkpoints(
             if any(name.endswith("running_mean") for name in places[-1]):
                 report.notes.append("batch norm's statistics were averaged; measure them anew: swa_utils.update_bn")
         else:
-            _write_adapter(fresh, report, places, mean, dtype, lora_mode, rank, Path(base) if base else None, chunk_mb)
+            _write_adapter(
+                fresh,
+                report,
+                places,
+                mean,
+                dtype,
+                lora_mode,
+                rank,
+                Path(base) if base else None,
+                chunk_mb,
+                allow_pickle,
+            )
         if mean.measured:
             report.distances[:] = mean.distances()
         write_atomically(fresh / "merge_report.json", json.dumps(asdict(report), indent=2, default=str) + "\n")
@@ -256,11 +269,10 @@ def _write_model(
         write_pieces(fresh / file, layout, parts)
         total += sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
     _copy_others(newest, fresh, dtype)
-    for path in newest.glob("*.index.json"):
-        index = read_json(path)
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-        index["weight_map"] = {name: _safe(file) for name, file in index["weight_map"].items()}
-        write_atomically(fresh / _safe(path.name), json.dumps(index, indent=2) + "\n")
+    if by_file.keys() != {_SINGLE}:
+        weight_map = {name: file for file, names in by_file.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomically(fresh / f"{_SINGLE}.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_adapter(
@@ -273,6 +285,7 @@ def _write_adapter(
     rank: int | None,
     base: Path | None,
     chunk_mb: float,
+    allow_pickle: bool,
 ) -> None:
     chosen, shares = [s.checkpoint for s in report.shares], [s.weight for s in report.shares]
     adapters, caveat = open_adapters(chosen, places, mode)
@@ -287,11 +300,11 @@ def _write_adapter(
     if mode == "dense":
         assert base is not None
         if adapters.pairs:
-            stored = open_places(Checkpoint(base, 0, "model"))
+            stored = open_places(Checkpoint(base, 0, "model"), allow_pickle=allow_pickle)
             _write_model(fresh, base, [stored], Dense(stored, adapters, shares, mean, chunk_mb), dtype)
         else:
             _copy_others(base, fresh, None)
-            model = merged_by_peft(base, chosen, shares)
+            model = merged_by_peft(base, chosen, shares, allow_pickle=allow_pickle)
             model.to(dtype or model.dtype).save_pretrained(fresh)
         return
     r = adapters.rank(mode, rank) if adapters.pairs else 0
@@ -311,10 +324,7 @@ def _write_adapter(
 
 
 def _check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    resolved = target.resolve()
-    for source in (path.resolve() for path in sources):
-        if source.is_relative_to(resolved) or resolved.is_relative_to(source):
-            raise UsageError(f"out must be neither in, around nor equal to what is merged, got {target} for {source}")
+    check_target(target, sources)
     if target.exists() and not overwrite:
         raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
 
@@ -324,7 +334,7 @@ def _copy_others(source: Path, fresh: Path, dtype: torch.dtype | None) -> None:
     for path in source.iterdir():
         run_file = path.name in _RUN_FILES or path.name.endswith(".index.json")
         if path.is_file() and path.suffix not in _WEIGHT_FILES and not run_file:
-            shutil.copyfile(path, fresh / path.name)
+            shutil.copyfile(say_where_link_leads(path), fresh / path.name)
     config = fresh / "config.json"
     if dtype is not None and config.is_file():
         content = read_json(config)

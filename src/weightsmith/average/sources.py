@@ -1,10 +1,9 @@
 """Checkpoint files as tensors of which any piece can be read, whatever format they are in."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from torch import Tensor
 from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.core.checkpoint import Checkpoint as Safetensors
 from weightsmith.core.errors import UsageError
+from weightsmith.core.json_files import read_json
+from weightsmith.core.pickles import read_pickles
 
 _QUANTISED = ("qweight", "absmax", "quant_state", "SCB", "weight_packed")
 _MOST = 5  # differences that an error lists
@@ -84,13 +85,11 @@ def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[s
     """
     path = checkpoint.path
     stem = "adapter_model" if checkpoint.kind == "adapter" else "pytorch_model"
-    pickles = sorted({*path.glob(f"{stem}.bin"), *path.glob(f"{stem}-*-of-*.bin")})
     safe = path / "adapter_model.safetensors" if checkpoint.kind == "adapter" else path
     safe_exists = safe.is_file() if checkpoint.kind == "adapter" else any(path.glob("*.safetensors"))
-    if pickles and not safe_exists:
-        if not allow_pickle:
-            raise UsageError(f"{path} holds {pickles[0].name}, a pickle; allow_pickle=True (--allow-pickle) reads it")
-        return {name: place for file in pickles for name, place in _pickled(file).items()}
+    if not safe_exists and any(path.glob(f"{stem}*.bin")):
+        found = read_pickles(path, stem, allow_pickle=allow_pickle)
+        return {name: Pickled(file, tensor) for name, (file, tensor) in found.items()}
     places: dict[str, Place] = {**Safetensors(safe).stored()}
     _refuse_quantised(checkpoint, places)
     return places
@@ -125,25 +124,6 @@ def check_alike(
             files = f"{next(iter(source.values())).file} and {next(iter(newest.values())).file}" if source else "files"
             more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
             raise UsageError(f"{files} do not match: " + "; ".join(sorted(found)[:_MOST]) + more)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or say that the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is missing or damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it holds no object")
-    return content
-
-
-def _pickled(file: Path) -> dict[str, Place]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a pickle can fail in any way
-        raise UsageError(f"{file} cannot be read as plain tensors: {error}") from error
-    return {name: Pickled(file, tensor) for name, tensor in state.items()}
 
 
 def _refuse_quantised(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:

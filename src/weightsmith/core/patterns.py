@@ -7,7 +7,7 @@ opposites, ``^ $``, groups, ``|`` and ``* + ? {m,n}``, lazy or not.
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 from weightsmith.core.errors import UsageError
 
@@ -22,6 +22,7 @@ _ASSERTIONS = {"\\b", "\\B", "\\A", "\\Z", "^", "$"}
 _KNOWN_LETTERS = frozenset("dDwWsSbBAZnrtfva")
 
 
+@lru_cache(maxsize=4096)
 def compile_pattern(pattern: str, where: str) -> Callable[[str], bool]:
     """Make a function that tells whether the whole of a name matches a pattern.
 

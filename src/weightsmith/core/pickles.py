@@ -28,7 +28,7 @@ def read_pickle(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
             tensors that would take far more memory than the file (by strides of 0, or under many names).
     """
     if not allow_pickle:
-        raise UsageError(f"{file} is a pickle, which could hold anything: allow_pickle=True (--allow-pickle) reads it")
+        raise UsageError(f"{file} is a pickle; allow_pickle=True (--allow-pickle) reads plain tensors from it")
     if not file.is_file():
         raise UsageError(f"{file} is not a file")
     say_where_link_leads(file)
