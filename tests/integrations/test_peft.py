@@ -115,7 +115,10 @@ def test_an_old_bone_folder_is_read_here_and_turned_into_one_that_peft_opens(for
         save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(Exception, match="BONE"):
         peft.PeftModel.from_pretrained(Net(), tmp_path)
-    here = load_bone(Net(), tmp_path)
+    if pickled:
+        with pytest.raises(UsageError, match="allow_pickle=True"):
+            load_bone(Net(), tmp_path)
+    here = load_bone(Net(), tmp_path, allow_pickle=pickled)
     assert torch.allclose(here(x), model(x), **close)
     save_bone(here, tmp_path / "new", format="peft")
     assert torch.allclose(peft.PeftModel.from_pretrained(Net(), tmp_path / "new")(x), model(x), **close)

@@ -18,20 +18,33 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from weightsmith.adapt.apply import Model, apply_bone_, bone_state_dict, config_of, load_bone_state_dict_
 from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
+from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.errors import UsageError, near, unknown
-from weightsmith.core.files import write_atomically
+from weightsmith.core.files import say_where_link_leads, write_atomically
+from weightsmith.core.json_files import read_json
+from weightsmith.core.pickles import read_pickle
 
 Format = Literal["native", "peft", "lora"]
 
 _PREFIX = "base_model.model."
 _PEFT_INIT: dict[str, bool | str] = {"miss": True, "mini": "mini", "col": "bat"}
+_NATIVE = {
+    "variant": str,
+    "r": int,
+    "rank_pattern": object,
+    "dropout": float,
+    "mini_r": (int, None),
+    "tile": ([int], None),
+    "modules_to_save": [str],
+}
+_PEFT = {"peft_type": str, "bias?": str, "r": int, "miss_dropout?": float, "mini_r?": (int, None)}
+_FIELDS = {item.name for item in fields(BoneConfig)} - {"where"}
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -77,13 +90,14 @@ def save_bone(
     return _write(Path(folder), "adapter_config.json", settings, _PEFT_FILES[0], tensors)
 
 
-def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default") -> Model:
+def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default", allow_pickle: bool = False) -> Model:
     """Read an adapter and put it on a model, in place; it becomes the only active one and can be trained on.
 
     Args:
         model: The model that the adapter was made for; changed after everything has been checked.
         folder: One of :func:`save_bone`, or a MISS or BONE folder of PEFT.
         adapter_name: The name that it gets here.
+        allow_pickle: Also read ``.bin`` files, and from those nothing but plain tensors.
 
     Returns:
         ``model`` itself.
@@ -91,12 +105,14 @@ def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default"
     Raises:
         UsageError: The folder is none of these or is damaged, or the adapter does not fit the model.
     """
-    stored = _read(Path(folder))
+    stored = _read(Path(folder), allow_pickle)
     layers, known = dict(model.named_modules()), model.state_dict()
     for name, block in stored.blocks.items():
         if name not in layers or (kind_of(layers[name]) is None and not isinstance(layers[name], BoneLayer)):
             able = [near for near, module in layers.items() if kind_of(module) is not None]
             raise UsageError(f"{folder} adapts {name!r}, which is no layer of the model: {near(name, able)}")
+        if block.dim() < 2 or not block.numel():
+            raise UsageError(f"{folder} is damaged: the tensor of {name!r} has shape {tuple(block.shape)}")
         check_block(widths(layers[name]), tuple(block.shape), stored.variant)
     for name, tensor in stored.saved.items():
         if name not in known:
@@ -128,33 +144,32 @@ class _Stored:
     saved: dict[str, Tensor]
 
 
-def _read(folder: Path) -> _Stored:
-    try:
-        if (folder / "bone_config.json").is_file():
-            return _read_native(folder)
-        if (folder / "adapter_config.json").is_file():
-            return _read_peft(folder)
-    except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{folder} is damaged ({type(error).__name__}: {error})") from error
+def _read(folder: Path, allow_pickle: bool) -> _Stored:
+    if (folder / "bone_config.json").is_file():
+        return _read_native(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _read_peft(folder, allow_pickle)
     raise UsageError(f"{folder} holds no adapter: neither bone_config.json nor adapter_config.json is there")
 
 
 def _read_native(folder: Path) -> _Stored:
-    settings = json.loads((folder / "bone_config.json").read_text())
+    settings = read_json(say_where_link_leads(folder / "bone_config.json"), _NATIVE)
+    if unexpected := sorted(settings.keys() - _FIELDS):
+        raise UsageError(f"{folder}/bone_config.json has {unexpected[0]!r:.60}, which this version does not know")
     settings["tile"] = tuple(settings["tile"]) if settings["tile"] else None
     settings["modules_to_save"] = tuple(settings["modules_to_save"])
     del settings["rank_pattern"]  # the tensors tell
     parts: dict[str, dict[str, Tensor]] = {"bone": {}, "saved": {}}
-    for key, tensor in load_file(folder / "bone.safetensors").items():
+    for key, tensor in Checkpoint(folder / "bone.safetensors").items():
         part, _, name = key.partition(".")
+        if part not in parts:
+            raise UsageError(f"{folder}/bone.safetensors holds {key!r:.80}, which is no part of an adapter")
         parts[part][name] = tensor
-    return _Stored(settings.pop("variant"), settings, parts["bone"], parts["saved"])
+    return _Stored(cast(Variant, settings.pop("variant")), settings, parts["bone"], parts["saved"])
 
 
-def _read_peft(folder: Path) -> _Stored:
-    found = json.loads((folder / "adapter_config.json").read_text())
+def _read_peft(folder: Path, allow_pickle: bool) -> _Stored:
+    found = read_json(say_where_link_leads(folder / "adapter_config.json"), _PEFT)
     if found["peft_type"] not in ("MISS", "BONE"):
         raise UsageError(f"{folder} holds a {found['peft_type']} adapter, not MISS or BONE: PEFT itself loads it")
     if found.get("bias", "none") != "none":
@@ -164,7 +179,9 @@ def _read_peft(folder: Path) -> _Stored:
     file = next((folder / name for name in _PEFT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UsageError(f"{folder} has no {' or '.join(_PEFT_FILES)}")
-    tensors = torch.load(file, map_location="cpu", weights_only=True) if file.suffix == ".bin" else load_file(file)
+    tensors: Mapping[str, Tensor] = (
+        read_pickle(file, allow_pickle=allow_pickle) if file.suffix == ".bin" else Checkpoint(file)
+    )
     blocks, saved = {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
@@ -176,7 +193,7 @@ def _read_peft(folder: Path) -> _Stored:
     settings = {
         "r": found["r"],
         "dropout": 0.0 if variant == "col" else found.get("miss_dropout", 0.0),  # PEFT drops nothing there
-        "mini_r": found["mini_r"] if variant == "mini" else None,
+        "mini_r": found.get("mini_r") if variant == "mini" else None,
         "modules_to_save": tuple(dict.fromkeys(name.rpartition(".")[0] for name in saved)),
     }
     return _Stored(variant, settings, blocks, saved)

@@ -4,7 +4,6 @@ Source: "Model soups: averaging weights of multiple fine-tuned models improves a
 time" (arXiv 2203.05482), recipe 1.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from weightsmith.average.checkpoints import Checkpoint, as_checkpoints
 from weightsmith.average.merge import MergeReport, merge_checkpoints
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import temporary_folder
 
 
 def greedy_members(count: int, evaluate: Callable[[Sequence[int]], float]) -> list[int]:
@@ -52,14 +52,13 @@ def greedy_soup(
     """
     found = as_checkpoints(checkpoints)
     target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
     options["scheme"] = "uniform"
 
     def score(members: Sequence[int]) -> float:
         if len(members) == 1:
             return evaluate(found[members[0]].path)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            candidate = Path(folder, "candidate")
+        with temporary_folder(target) as folder:
+            candidate = folder / "candidate"
             merge_checkpoints([found[index] for index in members], candidate, **options)
             return evaluate(candidate)
 

@@ -21,6 +21,7 @@ from weightsmith.average import (
 )
 from weightsmith.average.adapters import LoraMode
 from weightsmith.average.weights import Scheme
+from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -164,7 +165,7 @@ def _show(report: MergeReport) -> None:
         if losses:
             worst = max(losses, key=losses.__getitem__)
             mean = sum(losses.values()) / len(losses)
-            _console.print(f"{what}: mean {mean:.2%}, most {losses[worst]:.2%} ({worst})", highlight=False)
+            _console.print(f"{what}: mean {mean:.2%}, most {losses[worst]:.2%} ({markup(worst)})", highlight=False)
     for note in report.notes:
-        _console.print(f"[yellow]note:[/] {note}", highlight=False)
-    _console.print(f"\nMerged: {report.out.resolve()}", soft_wrap=True, highlight=False)
+        _console.print(f"[yellow]note:[/] {markup(note)}", highlight=False)
+    _console.print(f"\nMerged: {markup(report.out.resolve())}", soft_wrap=True, highlight=False)
