@@ -2,16 +2,17 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.adapt.bone import BoneConfig, block_shape
 from weightsmith.adapt.layers import BoneLayer, Form, adopt, check_layer, is_plain, kind_of, widths
+from weightsmith.core.adapters import BONE_MERGED
 from weightsmith.core.errors import UsageError, near, unknown
 from weightsmith.core.select import Predicate, select
 
@@ -102,6 +103,8 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         layer.bone[adapter_name] = nn.Parameter(torch.zeros(shapes[name], dtype=dtype, device=home.device))
         layer.bone_forms[adapter_name] = Form(config.variant, config.dropout)
     _block_fast_path(model)
+    if len(registry.configs) == 1:
+        model.register_load_state_dict_pre_hook(_check_merged)
     set_adapter_(model, adapter_name)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.enable_input_require_grads()  # type: ignore[operator]  # reentrant checkpoints need an input with one
@@ -216,8 +219,9 @@ def load_bone_state_dict_(model: Model, state: dict[str, Tensor], adapter_name: 
         ``model`` itself.
 
     Raises:
-        UsageError: A tensor is missing, left over, or of another shape; nothing has been changed.
+        UsageError: A tensor is missing, left over, or of another shape; or adapters are merged. Nothing has changed.
     """
+    refuse_merged(model)
     own = bone_state_dict(model, adapter_name)
     if missing := own.keys() - state.keys():
         raise UsageError(f"state lacks {', '.join(sorted(missing)[:5])}, which adapter {adapter_name!r} has")
@@ -292,8 +296,11 @@ def swap_saved(model: nn.Module, adapter_name: str | None) -> None:
     registry.live = adapter_name
 
 
-def allow_fast_path(model: nn.Module) -> None:
-    """Let torch's encoder layers take their fast path again."""
+def remove_hooks(model: nn.Module) -> None:
+    """Take away what :func:`apply_bone_` has hooked onto a model, so that torch's encoder layers are fast again."""
+    for key, held in list(model._load_state_dict_pre_hooks.items()):
+        if getattr(held, "hook", None) is _check_merged:
+            del model._load_state_dict_pre_hooks[key]
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _no_fast_path:
@@ -370,6 +377,29 @@ def _block_fast_path(model: nn.Module) -> None:
         if any(isinstance(part, BoneLayer) for part in module.modules()):
             # in evaluation it would take the weights of its layers without calling them; a hook makes it call
             module.register_forward_pre_hook(_no_fast_path)
+
+
+def _check_merged(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse weights that have other adapters in them than the model's have, before any is loaded."""
+    stored: dict[str, set[str]] = {}
+    for key in state:
+        at, found, adapter = key.rpartition(f"{BONE_MERGED}.")
+        if found:
+            stored.setdefault(at, set()).add(adapter)
+    for name, layer in bone_layers(module):
+        at = f"{prefix}{name}." if name else prefix
+        there = stored.get(at, set())
+        if f"{at}weight" not in state or there == set(layer.bone_merged):
+            continue
+        if there:
+            raise UsageError(
+                f"the state has adapter {', '.join(sorted(there))} merged into the weight of {name or 'the model'}, "
+                "and the model would apply it again: save the state after unmerge_bone_, or call merge_bone_ here first"
+            )
+        raise UsageError(
+            f"the state holds the weight of {name or 'the model'} without adapters, and the model has merged "
+            f"{', '.join(layer.bone_merged)} into its own: call unmerge_bone_ first"
+        )
 
 
 def _no_fast_path(module: nn.Module, arguments: object) -> None:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from weightsmith.adapt.apply import Model, apply_bone_, bone_state_dict, config_of, load_bone_state_dict_
 from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
+from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
 from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.errors import UsageError, near, unknown
 from weightsmith.core.files import say_where_link_leads, write_atomically
@@ -53,6 +55,8 @@ def save_bone(
 ) -> Path:
     """Write one adapter; other files of the folder stay.
 
+    Of a model that FSDP2 has sharded, every process must call this: tensors are gathered, and the first one writes.
+
     Args:
         model: One with adapters, on any device; merged or not.
         folder: The folder to write into; it is made where it is missing.
@@ -69,13 +73,35 @@ def save_bone(
     if format not in ("native", "peft", "lora"):
         raise unknown("format", format, ("native", "peft", "lora"))
     config = config_of(model, adapter_name)
-    state = {name: tensor.cpu().contiguous() for name, tensor in bone_state_dict(model, adapter_name).items()}
+    state = bone_state_dict(model, adapter_name)
+    if missing := [name for name in cast(list[str], config.where) if f"{name}.bone".lstrip(".") not in state]:
+        raise UsageError(
+            f"model must be the one that apply_bone_ was called on, not a wrapper around it: it has no {missing[0]}. "
+            "Pass what is inside (of torch.compile: model._orig_mod); of the wrappers that shard, only FSDP2 "
+            "(fully_shard) can be saved"
+        )
+    if not is_sharded(model):
+        return _save(model, Path(folder), format, config, state)
+    whole = {name: cast(Any, t).full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
+    try:
+        return _save(model, Path(folder), format, config, whole) if dist.get_rank() == 0 else Path(folder)
+    finally:
+        dist.barrier()  # when this returns, every process may read the folder
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the model's parameters over processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _save(model: nn.Module, folder: Path, format: Format, config: BoneConfig, state: Mapping[str, Tensor]) -> Path:
+    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     blocks = {name: state.pop(f"{name}.bone".lstrip(".")) for name in cast(list[str], config.where)}
     if format == "native":
         settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "where"}
         tensors = {f"bone.{name}": block for name, block in blocks.items()}
         tensors |= {f"saved.{name}": tensor for name, tensor in state.items()}
-        return _write(Path(folder), "bone_config.json", settings, "bone.safetensors", tensors)
+        return _write(folder, BONE_CONFIG, settings, BONE_TENSORS, tensors)
     layers = {name: model.get_submodule(name) for name in blocks}
     own, settings = (_as_miss if format == "peft" else _as_lora)(config, blocks, layers)
     settings |= {
@@ -87,7 +113,7 @@ def save_bone(
         "task_type": None,
     }
     tensors = {_PREFIX + name: tensor for name, tensor in (own | state).items()}
-    return _write(Path(folder), "adapter_config.json", settings, _PEFT_FILES[0], tensors)
+    return _write(folder, "adapter_config.json", settings, _PEFT_FILES[0], tensors)
 
 
 def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default", allow_pickle: bool = False) -> Model:
@@ -145,7 +171,7 @@ class _Stored:
 
 
 def _read(folder: Path, allow_pickle: bool) -> _Stored:
-    if (folder / "bone_config.json").is_file():
+    if (folder / BONE_CONFIG).is_file():
         return _read_native(folder)
     if (folder / "adapter_config.json").is_file():
         return _read_peft(folder, allow_pickle)
@@ -153,17 +179,17 @@ def _read(folder: Path, allow_pickle: bool) -> _Stored:
 
 
 def _read_native(folder: Path) -> _Stored:
-    settings = read_json(say_where_link_leads(folder / "bone_config.json"), _NATIVE)
+    settings = read_json(say_where_link_leads(folder / BONE_CONFIG), _NATIVE)
     if unexpected := sorted(settings.keys() - _FIELDS):
-        raise UsageError(f"{folder}/bone_config.json has {unexpected[0]!r:.60}, which this version does not know")
+        raise UsageError(f"{folder}/{BONE_CONFIG} has {unexpected[0]!r:.60}, which this version does not know")
     settings["tile"] = tuple(settings["tile"]) if settings["tile"] else None
     settings["modules_to_save"] = tuple(settings["modules_to_save"])
     del settings["rank_pattern"]  # the tensors tell
     parts: dict[str, dict[str, Tensor]] = {"bone": {}, "saved": {}}
-    for key, tensor in Checkpoint(folder / "bone.safetensors").items():
+    for key, tensor in Checkpoint(folder / BONE_TENSORS).items():
         part, _, name = key.partition(".")
         if part not in parts:
-            raise UsageError(f"{folder}/bone.safetensors holds {key!r:.80}, which is no part of an adapter")
+            raise UsageError(f"{folder}/{BONE_TENSORS} holds {key!r:.80}, which is no part of an adapter")
         parts[part][name] = tensor
     return _Stored(cast(Variant, settings.pop("variant")), settings, parts["bone"], parts["saved"])
 

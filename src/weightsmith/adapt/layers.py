@@ -5,7 +5,7 @@ trained tensors are added under ``bone``. Taking the adapters off gives the very
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar, cast
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from weightsmith.adapt import fused
 from weightsmith.adapt.bone import BoneConfig, Variant, activations, add_tiled, autocast, bone_delta, bone_linear
+from weightsmith.core.adapters import BONE_MERGED
 from weightsmith.core.errors import UsageError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -82,6 +83,27 @@ class BoneLayer(nn.Module):
             if not needs_weight(form.variant, block):
                 result = result + bone_delta(weight, block.to(weight.dtype), form.variant)
         return result
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.bone_merged:
+            destination[f"{prefix}{BONE_MERGED}.{name}"] = torch.ones(1, dtype=torch.bool)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        marks = f"{prefix}{BONE_MERGED}."
+        unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(marks)]
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         # the class is made while the program runs, so that pickle has to be told how to make it again

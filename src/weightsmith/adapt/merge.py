@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from weightsmith.adapt.apply import Model, allow_fast_path, bone_layers, is_merged, owners, registry_of, swap_saved
+from weightsmith.adapt.apply import Model, bone_layers, is_merged, owners, registry_of, remove_hooks, swap_saved
 from weightsmith.adapt.bone import SHARED, as_tiles, bone_delta
 from weightsmith.adapt.fused import in_tiles
 from weightsmith.adapt.layers import BoneLayer, Form, is_plain, needs_weight, release
@@ -115,7 +115,7 @@ def unload_bone_(model: Model, *, merge: bool = False) -> Model:
         swap_saved(model, None)
     for _, layer in list(bone_layers(model)):
         release(layer)
-    allow_fast_path(model)
+    remove_hooks(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in registry.trainable)
     del model._bone

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from weightsmith.core.adapters import BONE_CONFIG
 from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
 from weightsmith.core.json_files import stream_json
 
-Kind = Literal["adapter", "model"]
+Kind = Literal["adapter", "bone", "model"]
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STATE = "trainer_state.json"
 _HISTORY = "log_history"
@@ -26,8 +27,8 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
-        step: Optimiser steps taken, or its position when the folder's name does not tell.
-        kind: ``"adapter"`` (a PEFT folder) or ``"model"`` (all weights).
+        step: Optimizer steps taken, or its position when the folder's name does not tell.
+        kind: ``"adapter"`` (a PEFT folder), ``"bone"`` (a folder of ``save_bone``) or ``"model"`` (all weights).
     """
 
     path: Path
@@ -130,7 +131,9 @@ def _steps(run: Path) -> dict[int, Path]:
 
 
 def _kind(path: Path) -> Kind:
-    return "adapter" if (path / "adapter_config.json").is_file() else "model"
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    return "bone" if (path / BONE_CONFIG).is_file() else "model"
 
 
 def _log(newest: Checkpoint) -> Path:

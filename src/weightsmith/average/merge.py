@@ -25,7 +25,8 @@ from weightsmith.average.dense import Dense, merged_by_peft
 from weightsmith.average.sources import Place, check_alike, open_places
 from weightsmith.average.state_dicts import normalised
 from weightsmith.average.stream import Mean
-from weightsmith.average.weights import Metric, Scheme, metric_weights
+from weightsmith.average.weights import Decay, Metric, Scheme, decay_weights, metric_weights
+from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
 from weightsmith.core.checkpoint import write_pieces
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
 from weightsmith.core.files import check_target, folder_atomically, say_where_link_leads, write_atomically
@@ -88,6 +89,7 @@ def weigh_checkpoints(
     source: str = "since_previous",
     scheme: Scheme = "power",
     penalty: float = 1.0,
+    decay: Decay | None = None,
     top: int | None = None,
     skip_bad: bool = False,
 ) -> list[Share]:
@@ -101,7 +103,9 @@ def weigh_checkpoints(
         source: Which entry of the log, see :func:`checkpoint_losses`.
         scheme: See :func:`metric_weights`.
         penalty: See :func:`metric_weights`.
-        top: Take only so many, the best by metric.
+        decay: Weigh by step so that the average equals a decay of the learning rate that was not trained, see
+            :func:`decay_weights`; metric, scheme and penalty are ignored.
+        top: Take only this many, the best by metric.
         skip_bad: Leave out checkpoints whose metric is not finite.
 
     Returns:
@@ -110,14 +114,21 @@ def weigh_checkpoints(
     Raises:
         UsageError: There is no such checkpoint or log entry, or an argument is out of range.
     """
+    given = {"values": values, "weights": weights, "decay": decay}
+    ruling = [name for name, value in given.items() if value is not None]
+    if len(ruling) > 1 or (top is not None and ruling in (["weights"], ["decay"])):
+        raise UsageError(f"{' and '.join([*ruling, *(['top'] if top is not None else [])])} exclude each other")
     found = find_checkpoints(checkpoints) if isinstance(checkpoints, Path | str) else as_checkpoints(checkpoints)
+    if decay is not None:
+        shares = decay_weights([checkpoint.step for checkpoint in found], decay).tolist()
+        return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
     if weights is not None:
         shares = normalised(weights, len(found))
         return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
     if values is not None and len(values) != len(found):
         raise UsageError(f"values must be {len(found)} numbers, one per checkpoint, got {len(values)}")
-    if values is None and scheme in ("uniform", "ema") and top is None:
-        values = [checkpoint.step for checkpoint in found]  # these schemes look at no metric, so none need be logged
+    if values is None and (len(found) == 1 or scheme in ("uniform", "ema")) and top is None:
+        values = [checkpoint.step for checkpoint in found]  # the metric does not matter, so it need not be logged
     elif values is None:
         values = [c.step for c in found] if metric == "steps" else checkpoint_losses(found, source)
     known = list(zip(found, map(float, values), strict=True))
@@ -144,6 +155,7 @@ def merge_checkpoints(
     source: str = "since_previous",
     scheme: Scheme = "power",
     penalty: float = 1.0,
+    decay: Decay | None = None,
     top: int | None = None,
     skip_bad: bool = False,
     lora_mode: LoraMode = "svd",
@@ -161,13 +173,14 @@ def merge_checkpoints(
     Args:
         checkpoints: A run folder (its last four are taken), or checkpoints: see :func:`find_checkpoints`.
         out: The folder to make.
-        values: See :func:`weigh_checkpoints`, also for the next seven.
+        values: See :func:`weigh_checkpoints`, also for the next eight.
         weights: The weights themselves.
         metric: ``"loss"``, ``"steps"`` or ``"score"``.
         source: Which entry of the log.
         scheme: How metrics become weights.
         penalty: How sharply.
-        top: Take only so many, the best by metric.
+        decay: A decay of the learning rate that the average stands for, in place of a metric.
+        top: Take only this many, the best by metric.
         skip_bad: Leave out checkpoints whose metric is not finite.
         lora_mode: ``"svd"``: the best adapter of ``rank`` for the average update. ``"cat"``: that update exactly, at
             the sum of all ranks. ``"factors"``: average A and B, which drops the covariance gap. ``"dense"``: the exact
@@ -199,6 +212,7 @@ def merge_checkpoints(
         source=source,
         scheme=scheme,
         penalty=penalty,
+        decay=decay,
         top=top,
         skip_bad=skip_bad,
     )
@@ -209,21 +223,27 @@ def merge_checkpoints(
         kinds = ", ".join(f"{c.path.name}: {c.kind}" for c in chosen)
         raise UsageError(f"checkpoints must be all adapters or all models, got {kinds}")
     adapters = chosen[0].kind == "adapter"
+    if chosen[0].kind == "bone" and lora_mode == "dense":
+        raise UsageError(
+            "lora_mode 'dense' for Bone adapters is merge_bone_checkpoints of weightsmith.integrations.bone, or "
+            "weightsmith merge --lora-mode dense; without it they are averaged, exactly, into one Bone adapter"
+        )
     if adapters and lora_mode == "dense" and base is None:
         raise UsageError("lora_mode 'dense' needs the base model's folder as base (--base)")
     report = MergeReport(
         target,
         shares,
         [None] * len(shares),
-        settings={"metric": metric, "source": source, "scheme": scheme, "penalty": penalty, "rank": rank}
-        if weights is None
-        else {"weights": "given"},
+        settings=_settings(weights, decay, metric, source, scheme, penalty) | {"rank": rank},
         lora_mode=lora_mode if adapters else None,
     )
     mean = Mean([share.weight for share in shares], dtype=dtype, chunk_mb=chunk_mb)
     places = [open_places(checkpoint, allow_pickle=allow_pickle) for checkpoint in chosen]
     with folder_atomically(target) as fresh:
-        if not adapters:
+        if chosen[0].kind == "bone":
+            check_alike(places, mixed_dtypes=dtype is not None)
+            _write_bone(fresh, chosen, places, mean)
+        elif not adapters:
             check_alike(places, mixed_dtypes=dtype is not None)
             _write_model(fresh, chosen[-1].path, places, mean, dtype)
             if any(name.endswith("running_mean") for name in places[-1]):
@@ -249,6 +269,14 @@ def merge_checkpoints(
     return report
 
 
+def _settings(weights: object, decay: str | None, *by_metric: object) -> dict[str, Any]:
+    if weights is not None:
+        return {"weights": "given"}
+    if decay is not None:
+        return {"decay": decay}
+    return dict(zip(("metric", "source", "scheme", "penalty"), by_metric, strict=True))
+
+
 class _Source(Protocol):
     def dtype_of(self, place: Place, /) -> torch.dtype: ...
 
@@ -268,11 +296,31 @@ def _write_model(
         parts = (piece for name in names for piece in source.pieces(name, [found[name] for found in places]))
         write_pieces(fresh / file, layout, parts)
         total += sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
-    _copy_others(newest, fresh, dtype)
+    copy_side_files(newest, fresh, dtype)
     if by_file.keys() != {_SINGLE}:
         weight_map = {name: file for file, names in by_file.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomically(fresh / f"{_SINGLE}.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_bone(fresh: Path, chosen: Sequence[Checkpoint], places: Sequence[Mapping[str, Place]], mean: Mean) -> None:
+    """Average Bone adapters as they are: every form is linear in its tensors."""
+    configs = [read_json(checkpoint.path / BONE_CONFIG, {"variant": str}) for checkpoint in chosen]
+    for checkpoint, config in zip(chosen, configs, strict=True):
+        if config["variant"] != configs[-1]["variant"]:
+            raise UsageError(
+                f"{checkpoint.path} and {chosen[-1].path} differ in variant: {config['variant']!r} and "
+                f"{configs[-1]['variant']!r}"
+            )
+    newest = places[-1]
+    # wide dtypes first keeps every tensor aligned in the file
+    names = sorted(newest, key=lambda name: (-mean.dtype_of(newest[name]).itemsize, name))
+    layout = {name: (mean.dtype_of(newest[name]), newest[name].shape) for name in names}
+    parts = (piece for name in names for piece in mean.pieces(name, [found[name] for found in places]))
+    write_pieces(fresh / BONE_TENSORS, layout, parts)
+    copy_side_files(chosen[-1].path, fresh, None)
+    for name in ("config.json", "generation_config.json"):
+        (fresh / name).unlink(missing_ok=True)  # this folder is no model
 
 
 def _write_adapter(
@@ -303,14 +351,14 @@ def _write_adapter(
             stored = open_places(Checkpoint(base, 0, "model"), allow_pickle=allow_pickle)
             _write_model(fresh, base, [stored], Dense(stored, adapters, shares, mean, chunk_mb), dtype)
         else:
-            _copy_others(base, fresh, None)
+            copy_side_files(base, fresh, None)
             model = merged_by_peft(base, chosen, shares, allow_pickle=allow_pickle)
             model.to(dtype or model.dtype).save_pretrained(fresh)
         return
     r = adapters.rank(mode, rank) if adapters.pairs else 0
     layout = adapters.layout(mode, r, mean)
     write_pieces(fresh / "adapter_model.safetensors", layout, adapters.pieces(layout, mode, r, shares, mean))
-    _copy_others(chosen[-1].path, fresh, None)
+    copy_side_files(chosen[-1].path, fresh, None)
     write_atomically(fresh / "adapter_config.json", json.dumps(adapters.merged_config(mode, r), indent=2) + "\n")
     report.discarded.update(adapters.discarded)
     if mode == "factors":
@@ -329,7 +377,7 @@ def _check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> Non
         raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
 
 
-def _copy_others(source: Path, fresh: Path, dtype: torch.dtype | None) -> None:
+def copy_side_files(source: Path, fresh: Path, dtype: torch.dtype | None) -> None:
     """Copy configuration, tokeniser and the like, and nothing of the optimiser or the run."""
     for path in source.iterdir():
         run_file = path.name in _RUN_FILES or path.name.endswith(".index.json")

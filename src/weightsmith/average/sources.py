@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.average.checkpoints import Checkpoint
+from weightsmith.core.adapters import BONE_TENSORS, refuse_adapter_tensors
 from weightsmith.core.checkpoint import Checkpoint as Safetensors
 from weightsmith.core.errors import UsageError
 from weightsmith.core.json_files import read_json
@@ -77,21 +78,28 @@ def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[s
     """Find a checkpoint's tensors, in the order of their data.
 
     Args:
-        checkpoint: Its folder; adapters are looked for in ``adapter_model.*``, models in ``model*.safetensors``.
+        checkpoint: Its folder; PEFT adapters are looked for in ``adapter_model.*``, Bone adapters in
+            ``bone.safetensors``, models in ``model*.safetensors``.
         allow_pickle: Also open ``.bin`` files, with ``torch.load(weights_only=True)``.
 
     Raises:
-        UsageError: There are none, they are damaged, quantised, or pickled without ``allow_pickle``.
+        UsageError: There are none, they are damaged, quantized, or pickled without ``allow_pickle``; or a whole model
+            has an adapter beside its weights.
     """
     path = checkpoint.path
+    if checkpoint.kind == "bone":
+        return {**Safetensors(path / BONE_TENSORS).stored()}
     stem = "adapter_model" if checkpoint.kind == "adapter" else "pytorch_model"
     safe = path / "adapter_model.safetensors" if checkpoint.kind == "adapter" else path
     safe_exists = safe.is_file() if checkpoint.kind == "adapter" else any(path.glob("*.safetensors"))
     if not safe_exists and any(path.glob(f"{stem}*.bin")):
         found = read_pickles(path, stem, allow_pickle=allow_pickle)
-        return {name: Pickled(file, tensor) for name, (file, tensor) in found.items()}
-    places: dict[str, Place] = {**Safetensors(safe).stored()}
-    _refuse_quantised(checkpoint, places)
+        places: dict[str, Place] = {name: Pickled(file, tensor) for name, (file, tensor) in found.items()}
+    else:
+        places = {**Safetensors(safe).stored()}
+        _refuse_quantised(checkpoint, places)
+    if checkpoint.kind == "model":
+        refuse_adapter_tensors(path, places)
     return places
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightsmith.core.adapters import refuse_adapter_tensors
 from weightsmith.core.checkpoint import Checkpoint, Stored
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import say_where_link_leads
@@ -125,10 +126,12 @@ class Source:
     def _check_weights(self, allow_pickle: bool) -> None:
         """Look at the files before ``transformers`` reads them: it follows any name in an index."""
         self._is_safe = any(self.folder.glob("*.safetensors"))
-        if self._is_safe:
+        refuse_adapter_tensors(
+            self.folder,
             Checkpoint(self.folder)
-        else:
-            read_pickles(self.folder, "pytorch_model", allow_pickle=allow_pickle)
+            if self._is_safe
+            else read_pickles(self.folder, "pytorch_model", allow_pickle=allow_pickle),
+        )
 
 
 def _own_class(folder: Path, auto_map: Mapping[str, Any]) -> Any:

@@ -20,7 +20,8 @@ from weightsmith.average import (
     weigh_checkpoints,
 )
 from weightsmith.average.adapters import LoraMode
-from weightsmith.average.weights import Scheme
+from weightsmith.average.checkpoints import as_checkpoints
+from weightsmith.average.weights import Decay, Scheme
 from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError
 
@@ -41,6 +42,8 @@ def merge(
     top: int | None = None,
     higher_is_better: bool = False,
     metrics: tuple[float, ...] = (),
+    weights: tuple[float, ...] = (),
+    decay: Decay | None = None,
     lora_mode: LoraMode = "svd",
     rank: int | None = None,
     base: Path | None = None,
@@ -64,15 +67,19 @@ def merge(
         scheme: How metrics become weights; uniform ignores them.
         penalty: How sharply: 0 is uniform for power and linear, a temperature for softmax, the base for rank and ema.
         last: How many of the newest checkpoints.
-        every: Take each so-many-th of them.
+        every: Take every n-th of them.
         steps: Take exactly these steps instead.
-        top: Of those, only so many, the best by metric.
+        top: Of those, only this many, the best by metric.
         higher_is_better: The metric is a score and no loss.
         metrics: The metric by hand, one number per checkpoint, oldest first.
+        weights: The weights by hand, one number per checkpoint, oldest first; scaled to sum 1.
+        decay: Of a run at a constant learning rate: weights whose average equals, to first order, this decay of the
+            rate from the first of these checkpoints to the last.
         lora_mode: Adapters: best adapter of the average update, that update at full rank, average of the factors, or
-            the update in the base model's weights.
+            the update in the base model's weights. Bone adapters are averaged exactly, and dense puts them into the
+            base.
         rank: Of svd; the checkpoints' own by default.
-        base: Folder of the base model, for dense.
+        base: Folder of the base model, for dense. A Bone adapter's checkpoint may hold it itself.
         dtype: Write this; the newest checkpoint's by default.
         soup: Greedy soup: your function (folder) -> score, higher is better, decides which checkpoints are averaged.
         chunk_mb: Memory for the buffers that full models are streamed through.
@@ -86,6 +93,8 @@ def merge(
     checkpoints = _checkpoints(paths, last, every, steps)
     weighing: dict[str, Any] = {
         "values": metrics or None,
+        "weights": weights or None,
+        "decay": decay,
         "scheme": scheme,
         "penalty": penalty,
         "top": top,
@@ -106,7 +115,12 @@ def merge(
         "overwrite": overwrite,
         "allow_pickle": allow_pickle,
     }
-    if soup is None:
+    if soup is None and lora_mode == "dense" and as_checkpoints(checkpoints)[-1].kind == "bone":
+        from weightsmith.integrations.bone import merge_bone_checkpoints
+
+        fitting = {name: writing[name] for name in ("base", "dtype", "overwrite")}
+        report = merge_bone_checkpoints(checkpoints, out, **weighing, **fitting)
+    elif soup is None:
         report = merge_checkpoints(checkpoints, out, **weighing, **writing)
     else:
         report = greedy_soup(checkpoints, out, _function(soup), **writing)
