@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
-from weightsmith.average.sources import Place, whole
+from weightsmith.average.sources import Place, narrowed, whole
 from weightsmith.average.stream import Mean
 from weightsmith.core.errors import UsageError
 from weightsmith.core.json_files import read_json
@@ -62,13 +62,13 @@ class Pair:
 
     @property
     def bias(self) -> str:
-        """Name of the tensor ``(out,)`` that adapters with ``lora_bias`` have besides."""
+        """Name of the tensor ``(out,)`` that adapters with ``lora_bias`` have as well."""
         return self.b.removesuffix("weight") + "bias"
 
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """The adapters of several checkpoints, oldest first, found to be alike.
+    """The adapters of several checkpoints, oldest first, found to have equal configurations.
 
     Attributes:
         configs: ``adapter_config.json`` of each.
@@ -151,10 +151,10 @@ class Adapters:
                 if mode == "svd":
                     a, b, self.discarded[pair.module] = best_of_rank(a, b, rank)
                 short = rank - len(a)
-                yield torch.nn.functional.pad(a, (0, 0, 0, short)).to(dtype).contiguous()
-                yield torch.nn.functional.pad(b, (0, short)).to(dtype).contiguous()
+                yield narrowed(torch.nn.functional.pad(a, (0, 0, 0, short)), dtype, pair.a).contiguous()
+                yield narrowed(torch.nn.functional.pad(b, (0, short)), dtype, pair.b).contiguous()
             elif name in biases:
-                yield self.bias(biases[name], shares).to(dtype)
+                yield narrowed(self.bias(biases[name], shares), dtype, name)
             else:
                 yield from mean.pieces(name, [places[name] for places in self.places])
 
@@ -247,9 +247,9 @@ def _check_configs(checkpoints: Sequence[Checkpoint], configs: Sequence[Config],
         for key in keys:
             mine, newest = _comparable(config.get(key)), _comparable(configs[-1].get(key))
             if mine != newest:
-                mend = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
+                hint = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
                 raise UsageError(
-                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {mine!r} and {newest!r}{mend}"
+                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {mine!r} and {newest!r}{hint}"
                 )
 
 

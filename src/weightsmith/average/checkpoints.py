@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from weightsmith.core.adapters import BONE_CONFIG
 from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
 from weightsmith.core.json_files import stream_json
@@ -44,7 +46,7 @@ def find_checkpoints(
     Args:
         run_dir: The run's output folder.
         last: How many of the newest; ``None``: all.
-        every: Take each ``every``-th, counted back from the newest.
+        every: Take every n-th, counted back from the newest.
         steps: Take exactly these instead.
 
     Raises:
@@ -97,6 +99,35 @@ def as_checkpoints(paths: Sequence[Path | str | Checkpoint]) -> list[Checkpoint]
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
+def refuse_incomplete(checkpoints: Sequence[Checkpoint], *, weights: bool = False) -> None:
+    """Refuse checkpoints that a run has not finished saving.
+
+    Args:
+        checkpoints: Of one run, oldest first.
+        weights: Look for weight files too.
+
+    Raises:
+        UsageError: One lacks what an older one has: the Trainer's state, which is written last, or the Bone adapter;
+            or it has no weights.
+    """
+    for index, checkpoint in enumerate(checkpoints):
+        path, older = checkpoint.path, checkpoints[:index]
+        missing = None
+        if weights and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            missing = "no weights"
+        elif checkpoint.kind == "model" and older and all(other.kind == "bone" for other in older):
+            missing = f"no {BONE_CONFIG}, which the older ones have"
+        elif not (path / _STATE).is_file() and any((other.path / _STATE).is_file() for other in older):
+            missing = f"no {_STATE}, which the Trainer writes last"
+        if missing:
+            steps = [other.step for other in checkpoints if other is not checkpoint]
+            without = f", or leave it out: steps={steps} (--steps {' '.join(map(str, steps))})" if steps else ""
+            raise UsageError(
+                f"{path} is incomplete: it has {missing}. The run was probably stopped while it saved this checkpoint: "
+                f"remove the folder{without}"
+            )
+
+
 def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_previous") -> list[float]:
     """Read from the run's log how good each checkpoint is.
 
@@ -105,7 +136,8 @@ def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_pr
         source: ``"since_previous"``: mean training loss of the steps since the checkpoint folder before it, each log
             entry weighted by the steps that it covers; entries that began earlier count whole. Where there is none, as
             ``"last"``. ``"last"``: the last training loss logged up to its step. ``"eval"``: the evaluation loss at its
-            step; ``"eval:<key>"``: another evaluation metric, for example ``"eval:accuracy"``.
+            step; ``"eval:<key>"``: another evaluation metric, for example ``"eval:accuracy"``. A resumed run logs
+            steps again: the last entry of each step counts.
 
     Returns:
         One number per checkpoint; it may be ``nan`` where the log says so.
@@ -145,17 +177,22 @@ def _log(newest: Checkpoint) -> Path:
 
 
 class _Losses:
-    """The training losses of a log, which may be larger than memory: 16 bytes per entry."""
+    """The training losses of a log, which may be larger than memory: 16 bytes per entry.
+
+    A run that was resumed from an older checkpoint logs steps again: the last entry of each step counts.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._steps, self._losses = array("q"), array("d")
+        steps, losses = array("q"), array("d")
         for entry in stream_json(path, _HISTORY, {"step": int, "loss?": float}):
             if "loss" in entry:
-                self._steps.append(entry["step"])
-                self._losses.append(entry["loss"])
+                steps.append(entry["step"])
+                losses.append(entry["loss"])
+        self._steps, last = np.unique(np.array(steps, dtype=np.int64)[::-1], return_index=True)
+        self._losses = np.array(losses)[::-1][last]
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        return zip(self._steps, self._losses, strict=True)
+        return zip(map(int, self._steps), map(float, self._losses), strict=True)
 
 
 def _evaluations(path: Path, checkpoints: Sequence[Checkpoint], key: str) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightsmith.average.adapters import Adapters, Pair, base_name
 from weightsmith.average.checkpoints import Checkpoint
-from weightsmith.average.sources import Place, open_places, whole
+from weightsmith.average.sources import Place, narrowed, open_places, whole
 from weightsmith.average.stream import Mean
 from weightsmith.core.errors import UsageError, near, require
 from weightsmith.core.json_files import read_json
@@ -60,18 +60,18 @@ class Dense:
         if name in self._replaced:
             key = self._replaced[name]
             for piece in self._mean.pieces(key, [found[key] for found in self._adapters.places]):
-                yield piece.to(self.dtype_of(place))
+                yield narrowed(piece, self.dtype_of(place), name)
         elif name in self._updates:
-            yield from self._updated(place, self._updates[name])
+            yield from self._updated(name, place, self._updates[name])
         elif name in self._biases:
             sums = whole(place).float() + self._adapters.bias(self._biases[name], self._shares)
-            yield sums.to(self.dtype_of(place))
+            yield narrowed(sums, self.dtype_of(place), name)
         else:
             yield from Mean([1.0], dtype=self.dtype_of(place), chunk_mb=16 * self._elements / 2**20).pieces(
                 name, [place]
             )
 
-    def _updated(self, place: Place, pair: Pair) -> Iterator[Tensor]:
+    def _updated(self, name: str, place: Place, pair: Pair) -> Iterator[Tensor]:
         a, b = self._adapters.product(pair, self._shares)
         if pair.embedding or self._adapters.configs[-1].get("fan_in_fan_out"):
             a, b = b.T, a.T  # these weights are stored as (in, out)
@@ -86,7 +86,7 @@ class Dense:
             weights = torch.empty(len(some) * width, dtype=place.dtype)
             place.read(weights, first * width)
             sums = torch.addmm(weights.view(-1, width).to(a.dtype), some, a)
-            yield sums.to(self.dtype_of(place))
+            yield narrowed(sums, self.dtype_of(place), name)
 
 
 def merged_by_peft(
@@ -127,6 +127,15 @@ def merged_by_peft(
                 total[name] = total[name].add_(wide, alpha=share) if name in total else wide * share
     model.load_state_dict(total, strict=False)
     return model
+
+
+def cast_(model: Any, dtype: torch.dtype) -> Any:
+    """Cast a model whose values are finite, in place, or say that the dtype cannot hold them."""
+    largest = {name: tensor.abs().max() for name, tensor in model.state_dict().items() if tensor.numel()}
+    for name, value in largest.items():
+        if value.is_floating_point():
+            narrowed(value, dtype, name)
+    return model.to(dtype)
 
 
 def _spell_out_(config: Any, modules: Sequence[str], where: Path) -> None:

@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 
 from weightsmith.average.adapters import LoraMode, open_adapters
-from weightsmith.average.checkpoints import Checkpoint, as_checkpoints, checkpoint_losses, find_checkpoints
-from weightsmith.average.dense import Dense, merged_by_peft
+from weightsmith.average.checkpoints import (
+    Checkpoint,
+    as_checkpoints,
+    checkpoint_losses,
+    find_checkpoints,
+    refuse_incomplete,
+)
+from weightsmith.average.dense import Dense, cast_, merged_by_peft
 from weightsmith.average.sources import Place, check_alike, open_places
 from weightsmith.average.state_dicts import normalised
 from weightsmith.average.stream import Mean
@@ -119,6 +125,7 @@ def weigh_checkpoints(
     if len(ruling) > 1 or (top is not None and ruling in (["weights"], ["decay"])):
         raise UsageError(f"{' and '.join([*ruling, *(['top'] if top is not None else [])])} exclude each other")
     found = find_checkpoints(checkpoints) if isinstance(checkpoints, Path | str) else as_checkpoints(checkpoints)
+    refuse_incomplete(found)
     if decay is not None:
         shares = decay_weights([checkpoint.step for checkpoint in found], decay).tolist()
         return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
@@ -218,7 +225,8 @@ def merge_checkpoints(
     )
     chosen = [share.checkpoint for share in shares]
     target = Path(out)
-    _check_target(target, [*(c.path for c in chosen), *([Path(base)] if base else [])], overwrite)
+    check_new_folder(target, [*(c.path for c in chosen), *([Path(base)] if base else [])], overwrite)
+    refuse_incomplete(chosen, weights=True)
     if len({checkpoint.kind for checkpoint in chosen}) > 1:
         kinds = ", ".join(f"{c.path.name}: {c.kind}" for c in chosen)
         raise UsageError(f"checkpoints must be all adapters or all models, got {kinds}")
@@ -353,7 +361,7 @@ def _write_adapter(
         else:
             copy_side_files(base, fresh, None)
             model = merged_by_peft(base, chosen, shares, allow_pickle=allow_pickle)
-            model.to(dtype or model.dtype).save_pretrained(fresh)
+            cast_(model, dtype or model.dtype).save_pretrained(fresh)
         return
     r = adapters.rank(mode, rank) if adapters.pairs else 0
     layout = adapters.layout(mode, r, mean)
@@ -371,8 +379,16 @@ def _write_adapter(
             )
 
 
-def _check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
+def check_new_folder(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Make sure that a merged folder may be written.
+
+    Raises:
+        UsageError: Something is in its place, or it would replace what is read.
+    """
     check_target(target, sources)
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"out must be a folder, got {target}: {path} is a file")
     if target.exists() and not overwrite:
         raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
 

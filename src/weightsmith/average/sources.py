@@ -74,6 +74,17 @@ def finite(tensor: Tensor, place: Place, name: str = "") -> Tensor:
     return tensor
 
 
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Cast finite values to the dtype that they are written as, or say that it cannot hold them."""
+    cast = tensor.to(dtype)
+    if cast.is_floating_point() and not cast.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise UsageError(
+            f"{name} does not fit into {dtype}: its largest value is {largest:.3g}, dtype must hold up to that"
+        )
+    return cast
+
+
 def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[str, Place]:
     """Find a checkpoint's tensors, in the order of their data.
 

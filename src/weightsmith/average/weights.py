@@ -62,7 +62,7 @@ def decay_weights(steps: Sequence[int], decay: Decay = "1-sqrt") -> NDArray[np.f
     Raises:
         UsageError: The curve is not known, or there are no steps, or they do not increase.
 
-    Source: arXiv 2507.17634, theorem 3.1, with the mean of the curve over each interval in place of its value at one
+    Source: arXiv 2507.17634, with the mean of the curve over each interval in place of its value at one
     step, so that checkpoints may be any number of steps apart.
 
     Example:

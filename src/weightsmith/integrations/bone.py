@@ -14,11 +14,12 @@ from weightsmith.adapt.apply import config_of
 from weightsmith.adapt.folders import Format, is_sharded
 from weightsmith.average import Checkpoint, MergeReport, find_checkpoints, merge_checkpoints
 from weightsmith.average.checkpoints import as_checkpoints
-from weightsmith.average.merge import copy_side_files
+from weightsmith.average.dense import cast_
+from weightsmith.average.merge import check_new_folder, copy_side_files
 from weightsmith.core.adapters import BONE_CONFIG, BONE_MERGED
 from weightsmith.core.checkpoint import Checkpoint as Safetensors
 from weightsmith.core.errors import UsageError, require
-from weightsmith.core.files import check_target, folder_atomically, temporary_folder, write_atomically
+from weightsmith.core.files import folder_atomically, temporary_folder, write_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pretrained import load_pretrained, model_class
 
@@ -81,9 +82,7 @@ def merge_bone_checkpoints(
     """
     found = find_checkpoints(checkpoints) if isinstance(checkpoints, Path | str) else as_checkpoints(checkpoints)
     target, home = Path(out), Path(base) if base else found[-1].path
-    check_target(target, [*(checkpoint.path for checkpoint in found), home])
-    if target.exists() and not overwrite:
-        raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
+    check_new_folder(target, [*(checkpoint.path for checkpoint in found), home], overwrite)
     if not (home / "config.json").is_file():
         raise UsageError(f"{home} holds no model: give the base model's folder as base (--base)")
     with temporary_folder(target) as scratch:
@@ -91,7 +90,7 @@ def merge_bone_checkpoints(
         model = _base_model(home)
         unload_bone_(load_bone(model, scratch / "adapter"), merge=True)
         if dtype is not None:
-            _narrow_(model, dtype)
+            cast_(model, dtype)
         report = replace(report, out=target, settings={**report.settings, "base": str(home)})
         with folder_atomically(target) as fresh:
             for source in (home, scratch / "adapter"):
@@ -110,12 +109,6 @@ def _base_model(folder: Path) -> Any:
     with _without_warnings():
         loader = model_class(folder, read_json(folder / "config.json").get("architectures"))
         return load_pretrained(loader, folder, dtype="auto", use_safetensors=True)
-
-
-def _narrow_(model: Any, dtype: torch.dtype) -> None:
-    for name, tensor in model.to(dtype).state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UsageError(f"{name} does not fit into {dtype}: choose a dtype with a larger range")
 
 
 @contextlib.contextmanager

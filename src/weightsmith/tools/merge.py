@@ -1,7 +1,9 @@
 """``weightsmith merge``: the checkpoints of a training run into one."""
 
+import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ from weightsmith.average.adapters import LoraMode
 from weightsmith.average.checkpoints import as_checkpoints
 from weightsmith.average.weights import Decay, Scheme
 from weightsmith.core.display import markup
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, WeightsmithWarning
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _console = Console()
@@ -55,7 +57,7 @@ def merge(
     skip_bad: bool = False,
     allow_pickle: bool = False,
 ) -> int:
-    """Merge the checkpoints of one training run, weighted by what the run has logged.
+    """Merge the checkpoints of one training run, weighted by what the run has logged, or for a decay of its rate.
 
     Reads a Trainer's output folder, adapters or full models, and writes a folder that from_pretrained loads unchanged.
 
@@ -90,7 +92,6 @@ def merge(
     """
     if out is None and not dry_run:
         raise UsageError("--out names the folder to make (or give --dry-run)")
-    checkpoints = _checkpoints(paths, last, every, steps)
     weighing: dict[str, Any] = {
         "values": metrics or None,
         "weights": weights or None,
@@ -101,31 +102,51 @@ def merge(
         "skip_bad": skip_bad,
         **_metric(by, higher_is_better),
     }
-    if out is None or dry_run:
+    if soup is not None and (metrics or weights or decay or top):
+        raise UsageError(
+            "--soup chooses by evaluations and averages equally: leave --metrics, --weights, --decay, --top"
+        )
+    with _warnings_as_notes():
+        checkpoints = _checkpoints(paths, last, every, steps)
+        if out is None or dry_run:
+            if soup is not None:
+                raise UsageError("--dry-run knows no weights of a --soup: they come from evaluations")
+            _console.print(_table(weigh_checkpoints(checkpoints, **weighing)))
+            return 0
+        writing: dict[str, Any] = {
+            "lora_mode": lora_mode,
+            "rank": rank,
+            "base": base,
+            "dtype": _DTYPES[dtype] if dtype else None,
+            "chunk_mb": chunk_mb,
+            "overwrite": overwrite,
+            "allow_pickle": allow_pickle,
+        }
         if soup is not None:
-            raise UsageError("--dry-run knows no weights of a --soup: they come from evaluations")
-        _console.print(_table(weigh_checkpoints(checkpoints, **weighing)))
-        return 0
-    writing: dict[str, Any] = {
-        "lora_mode": lora_mode,
-        "rank": rank,
-        "base": base,
-        "dtype": _DTYPES[dtype] if dtype else None,
-        "chunk_mb": chunk_mb,
-        "overwrite": overwrite,
-        "allow_pickle": allow_pickle,
-    }
-    if soup is None and lora_mode == "dense" and as_checkpoints(checkpoints)[-1].kind == "bone":
-        from weightsmith.integrations.bone import merge_bone_checkpoints
+            report = greedy_soup(checkpoints, out, _function(soup), **writing)
+        elif lora_mode == "dense" and as_checkpoints(checkpoints)[-1].kind == "bone":
+            from weightsmith.integrations.bone import merge_bone_checkpoints
 
-        fitting = {name: writing[name] for name in ("base", "dtype", "overwrite")}
-        report = merge_bone_checkpoints(checkpoints, out, **weighing, **fitting)
-    elif soup is None:
-        report = merge_checkpoints(checkpoints, out, **weighing, **writing)
-    else:
-        report = greedy_soup(checkpoints, out, _function(soup), **writing)
-    _show(report)
+            fitting = {name: writing[name] for name in ("base", "dtype", "overwrite")}
+            report = merge_bone_checkpoints(checkpoints, out, **weighing, **fitting)
+        else:
+            report = merge_checkpoints(checkpoints, out, **weighing, **writing)
+        _show(report)
+    _console.print(f"\nMerged: {markup(report.out.resolve())}", soft_wrap=True, highlight=False)
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print our warnings as lines of their own, without the file and line of source that Python adds."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsmithWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, WeightsmithWarning):
+            _console.print(f"[yellow]note:[/] {markup(str(warning.message))}", soft_wrap=True, highlight=False)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _checkpoints(
@@ -180,6 +201,3 @@ def _show(report: MergeReport) -> None:
             worst = max(losses, key=losses.__getitem__)
             mean = sum(losses.values()) / len(losses)
             _console.print(f"{what}: mean {mean:.2%}, most {losses[worst]:.2%} ({markup(worst)})", highlight=False)
-    for note in report.notes:
-        _console.print(f"[yellow]note:[/] {markup(note)}", highlight=False)
-    _console.print(f"\nMerged: {markup(report.out.resolve())}", soft_wrap=True, highlight=False)
