@@ -259,7 +259,7 @@ def test_the_model_folder_must_hold_a_trained_model(folder, tmp_path):
 
 
 def test_out_must_not_be_somebody_elses_folder(folder, tmp_path):
-    with pytest.raises(UsageError, match="another folder than the model's own"):
+    with pytest.raises(UsageError, match="neither in, around nor equal to what is read"):
         quantize(folder / "llama", out=folder / "llama", method="rtn", **QUIET)
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(UsageError, match="not written by this command"):
