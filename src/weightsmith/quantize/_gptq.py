@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.checkpoint import Checkpoint
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.quantize import _compressed
@@ -150,7 +150,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     facts = read_json(folder / "config.json", {"quantization_config": _FACTS})["quantization_config"]
     if (form := facts.get("checkpoint_format", METHOD)) not in _SUBTRACTED:
         known = " and ".join(map(repr, _SUBTRACTED))
-        raise UsageError(f"{folder} is of checkpoint_format {form!r}; this version of the library reads {known}")
+        raise UsageError(f"{folder} is of checkpoint_format {brief(form)}; this version of the library reads {known}")
     if lacking := [key for key in ("bits", "group_size", "sym") if key not in facts]:
         raise UsageError(f"{folder / 'config.json'} is damaged: quantization_config has no {', '.join(lacking)}")
     if facts["bits"] not in BITS:

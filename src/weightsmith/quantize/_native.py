@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.quantize.activations import DynamicActivation, StaticActivation, quantise_input_
@@ -141,7 +141,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if config["quant_method"] == METHOD and config["version"] == _VERSION:
         return read_json(folder / CONFIG, _CONTENT)
     raise UsageError(
-        f"{folder / CONFIG} is of quant_method {config['quant_method']!r}, version {config['version']!r}; "
+        f"{folder / CONFIG} is of quant_method {brief(config['quant_method'])}, version {config['version']}; "
         f"this version of the library reads {METHOD!r}, version {_VERSION}"
     )
 

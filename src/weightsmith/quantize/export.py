@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from weightsmith.core.errors import UsageError, require, unknown
+from weightsmith.core.errors import UsageError, brief, reason, require, unknown
 from weightsmith.core.files import folder_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pretrained import load_pretrained, model_class
@@ -80,14 +80,7 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
         MissingExtra: ``transformers`` or ``compressed-tensors`` is needed and not installed.
     """
     source = Path(folder)
-    layout: Any = _layout(source)
-    try:
-        state, weights = layout.read(source)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"{source} is damaged: {type(error).__name__}: {reason}") from error
+    layout, state, weights = read_folder(source)
     if model is None:
         model = _from_config(source, state, weights, layout)
     else:
@@ -96,6 +89,21 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
         owner, _, tensor = name.rpartition(".")
         attach_(model.get_submodule(owner), quantized, tensor)
     return model
+
+
+def read_folder(folder: Path) -> tuple[Any, dict[str, Tensor], dict[str, QuantizedWeight]]:
+    """Read the module of a folder's format, the tensors that are not quantized, and the quantized weights.
+
+    Raises:
+        UsageError: It holds no quantized model, or is damaged.
+    """
+    layout: Any = _layout(folder)
+    try:
+        return layout, *layout.read(folder)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{folder} is damaged: {reason(error)}") from error
 
 
 def _layout(folder: Path) -> Any:
@@ -107,7 +115,7 @@ def _layout(folder: Path) -> Any:
     if method.get("quant_method") in _FOREIGN:
         return _FOREIGN[method["quant_method"]]
     found = (
-        f"its config.json says quant_method {method.get('quant_method')!r:.60}" if method else "nothing in it says so"
+        f"its config.json says quant_method {brief(method.get('quant_method'))}" if method else "nothing in it says so"
     )
     raise UsageError(f"{folder} holds no quantised model that save_quantized has written: {found}")
 
@@ -142,4 +150,4 @@ def _fill(
         _native.quantise_inputs_(model, folder)
         model.load_state_dict(full)
     except (AttributeError, RuntimeError) as error:
-        raise UsageError(f"model= does not fit what is in {folder}: {error}") from error
+        raise UsageError(f"model= does not fit what is in {folder}: {reason(error)}") from error

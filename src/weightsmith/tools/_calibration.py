@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError, require
+from weightsmith.core.errors import UsageError, reason, require
 from weightsmith.core.json_files import read_jsonl, read_text
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -86,9 +86,9 @@ def images(processor: Any, folder: Path, *, samples: int) -> dict[str, Tensor]:
             with pillow.open(file) as image:
                 pixels.append(processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"])
         except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, struct.error) as error:
-            raise UsageError(f"{file} cannot be read as an image: {error}") from error
+            raise UsageError(f"{file} cannot be read as an image: {reason(error)}") from error
         except pillow.DecompressionBombError as error:
-            raise UsageError(f"{file} is too large an image: {error}") from error
+            raise UsageError(f"{file} is too large an image: {reason(error)}") from error
     return {"pixel_values": torch.cat(pixels)}
 
 

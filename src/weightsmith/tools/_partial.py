@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, reason
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import parse_json
 from weightsmith.quantize._native import FACTS
@@ -43,7 +43,7 @@ class Partial:
                 found, report = _read(path)
             except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
                 raise UsageError(
-                    f"{path} is damaged: {error}; remove {self.folder.parent} to quantize from the start"
+                    f"{path} is damaged: {reason(error)}; remove {self.folder.parent} to quantize from the start"
                 ) from error
             weights[report.name], reports[report.name] = found, report
         return weights, reports
