@@ -208,8 +208,8 @@ def open_adapters(
     if plain_lora and isinstance(start, str) and start.startswith(_FROM_BASE):
         if mode in ("svd", "cat"):
             raise UsageError(
-                f"lora_mode must be 'factors' or 'dense' for adapters initialized by {brief(start)}, got {mode!r}: PEFT "
-                "changes the base weights by their rank and scaling, which this mode replaces"
+                f"lora_mode must be 'factors' or 'dense' for adapters initialized by {brief(start)}, got {mode!r}: "
+                "PEFT changes the base weights by their rank and scaling, which this mode replaces"
             )
         caveat = (
             f"adapters initialized by {brief(start)} only fit the base weights that this initialisation has changed"
@@ -253,9 +253,10 @@ def _check_configs(checkpoints: Sequence[Checkpoint], configs: Sequence[Config],
         for key in keys:
             mine, newest = _comparable(config.get(key)), _comparable(configs[-1].get(key))
             if mine != newest:
-                mend = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
+                fix = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
                 raise UsageError(
-                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {brief(mine)} and {brief(newest)}{mend}"
+                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {brief(mine)} and {brief(newest)}"
+                    f"{fix}"
                 )
 
 
