@@ -6,6 +6,7 @@ Exit codes: 0 it ran, whatever the verdict; 1 it failed; 2 it was asked for some
 import contextlib
 import dataclasses
 import importlib
+import io
 import os
 import sys
 import time
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.markup import escape
 from rich.table import Table
 
+from weightsmith.core.display import markup
 from weightsmith.core.errors import MissingExtra, UsageError, unknown
 from weightsmith.techniques import TECHNIQUES, Technique, technique
 
@@ -56,7 +57,7 @@ def show(slug: Slug, /) -> int:
     card = technique(slug)
     body = Path(__file__).parent / "cards" / f"{slug}.md"
     if body.is_file():
-        _console.print(Markdown(body.read_text(), hyperlinks=False))
+        _console.print(Markdown(body.read_text("utf-8"), hyperlinks=False))
     else:
         _console.print(Markdown(f"# {card.title}\n\n{card.purpose}.\n\n*Announced: not in this version yet.*"))
     facts = Table(box=None, pad_edge=False, show_header=False)
@@ -83,7 +84,7 @@ def report(run_dir: tyro.conf.Positional[Path], /) -> int:
 
     page = reports.write(run_dir)
     _console.print(reports.to_terminal(reports.load(run_dir)))
-    _console.print(f"\nReport: {page.resolve()}", soft_wrap=True, highlight=False)
+    _console.print(f"\nReport: {markup(page.resolve())}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -186,7 +187,7 @@ def _run(
         page = reports.write(result.folder)
         _console.print(reports.to_terminal(reports.load(result.folder)))
         done = f"{len(result.finished)} jobs run, {len(result.skipped)} reused, {time.perf_counter() - started:.0f} s"
-        _console.print(f"\n{done}\nReport: {page.resolve()}", soft_wrap=True, highlight=False)
+        _console.print(f"\n{done}\nReport: {markup(page.resolve())}", soft_wrap=True, highlight=False)
     for failure in result.failures:
         trace = result.folder / failure.arm / f"seed-{failure.seed}.error.txt"
         _complain(f"{failure.arm}, seed {failure.seed} failed: {failure.error}\n  traceback: {trace}")
@@ -253,7 +254,8 @@ def _preset(arguments: Sequence[str]) -> str:
 
 
 def _complain(message: str) -> None:
-    _errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    lines = "\n".join(map(markup, message.split("\n")))
+    _errors.print(f"[bold red]error:[/] {lines}", highlight=False, soft_wrap=True)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -280,6 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; ``None``: those of this process. ``--debug`` shows tracebacks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks must not end the command
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -255,15 +255,15 @@ def test_grouped_convolutions_allow_factors_only(tmp_path):
     for i in (1, 2):
         state = {f"{stem}.lora_A.weight": torch.randn(4, 2, 3, 3), f"{stem}.lora_B.weight": torch.randn(8, 2, 1, 1)}
         write_adapter(tmp_path / f"checkpoint-{i}", state)
-    with pytest.raises(UsageError, match="must be 'factors' for conv, a grouped convolution"):
+    with pytest.raises(UsageError, match="must be 'factors' for 'conv', a grouped convolution"):
         merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("layer.0.weight"), r"layer\.0\.weight is only in the newest"),
-        (lambda s: s.update(extra=torch.ones(1)), "extra is only in one"),
+        (lambda s: s.pop("layer.0.weight"), r"'layer\.0\.weight' is only in the newest"),
+        (lambda s: s.update(extra=torch.ones(1)), "'extra' is only in one"),
         (lambda s: s.update({"layer.0.weight": torch.ones(5, 7)}), r"has shapes \(5, 7\) and \(7, 5\)"),
         (
             lambda s: s.update({"layer.0.weight": torch.ones(7, 5).half()}),

@@ -27,7 +27,7 @@ from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
 from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
 from weightsmith.core.checkpoint import Checkpoint
-from weightsmith.core.errors import UsageError, near, unknown
+from weightsmith.core.errors import UsageError, brief, near, unknown
 from weightsmith.core.files import say_where_link_leads, write_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pickles import read_pickle
@@ -136,13 +136,13 @@ def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default"
     for name, block in stored.blocks.items():
         if name not in layers or (kind_of(layers[name]) is None and not isinstance(layers[name], BoneLayer)):
             able = [near for near, module in layers.items() if kind_of(module) is not None]
-            raise UsageError(f"{folder} adapts {name!r}, which is no layer of the model: {near(name, able)}")
+            raise UsageError(f"{folder} adapts {brief(name)}, which is no layer of the model: {near(name, able)}")
         if block.dim() < 2 or not block.numel():
-            raise UsageError(f"{folder} is damaged: the tensor of {name!r} has shape {tuple(block.shape)}")
+            raise UsageError(f"{folder} is damaged: the tensor of {brief(name)} has shape {tuple(block.shape)}")
         check_block(widths(layers[name]), tuple(block.shape), stored.variant)
     for name, tensor in stored.saved.items():
         if name not in known:
-            raise UsageError(f"{folder} holds {name!r}, which the model does not have: {near(name, known)}")
+            raise UsageError(f"{folder} holds {brief(name)}, which the model does not have: {near(name, known)}")
         if known[name].shape != tensor.shape:
             raise UsageError(
                 f"{name} must have shape {tuple(known[name].shape)}, got {tuple(tensor.shape)} in {folder}"
@@ -181,7 +181,7 @@ def _read(folder: Path, allow_pickle: bool) -> _Stored:
 def _read_native(folder: Path) -> _Stored:
     settings = read_json(say_where_link_leads(folder / BONE_CONFIG), _NATIVE)
     if unexpected := sorted(settings.keys() - _FIELDS):
-        raise UsageError(f"{folder}/{BONE_CONFIG} has {unexpected[0]!r:.60}, which this version does not know")
+        raise UsageError(f"{folder}/{BONE_CONFIG} has {brief(unexpected[0])}, which this version does not know")
     settings["tile"] = tuple(settings["tile"]) if settings["tile"] else None
     settings["modules_to_save"] = tuple(settings["modules_to_save"])
     del settings["rank_pattern"]  # the tensors tell
@@ -189,7 +189,7 @@ def _read_native(folder: Path) -> _Stored:
     for key, tensor in Checkpoint(folder / BONE_TENSORS).items():
         part, _, name = key.partition(".")
         if part not in parts:
-            raise UsageError(f"{folder}/{BONE_TENSORS} holds {key!r:.80}, which is no part of an adapter")
+            raise UsageError(f"{folder}/{BONE_TENSORS} holds {brief(key)}, which is no part of an adapter")
         parts[part][name] = tensor
     return _Stored(cast(Variant, settings.pop("variant")), settings, parts["bone"], parts["saved"])
 
@@ -197,9 +197,11 @@ def _read_native(folder: Path) -> _Stored:
 def _read_peft(folder: Path, allow_pickle: bool) -> _Stored:
     found = read_json(say_where_link_leads(folder / "adapter_config.json"), _PEFT)
     if found["peft_type"] not in ("MISS", "BONE"):
-        raise UsageError(f"{folder} holds a {found['peft_type']} adapter, not MISS or BONE: PEFT itself loads it")
+        raise UsageError(
+            f"{folder} holds a {brief(found['peft_type'])} adapter, not MISS or BONE: PEFT itself loads it"
+        )
     if found.get("bias", "none") != "none":
-        raise UsageError(f"{folder} holds biases as well (bias={found['bias']!r}), which cannot be loaded here")
+        raise UsageError(f"{folder} holds biases as well (bias={brief(found['bias'])}), which cannot be loaded here")
     init = found.get("init_weights", True)
     variant: Variant = "col" if init == "bat" else "mini" if init == "mini" else "miss"
     file = next((folder / name for name in _PEFT_FILES if (folder / name).is_file()), None)

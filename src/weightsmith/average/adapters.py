@@ -18,7 +18,7 @@ from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
 from weightsmith.average.sources import Place, narrowed, whole
 from weightsmith.average.stream import Mean
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.json_files import read_json
 from weightsmith.core.patterns import compile_pattern
 
@@ -90,7 +90,7 @@ class Adapters:
         matches = (a for key, a in patterns.items() if compile_pattern(rf"(.*\.)?({key})", where)(pair.module))
         alpha = next(matches, config.get("lora_alpha", 8))
         if not math.isfinite(alpha):
-            raise UsageError(f"{where} and lora_alpha must be finite, got {alpha} for {pair.module}")
+            raise UsageError(f"{where} and lora_alpha must be finite, got {alpha} for {brief(pair.module)}")
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def factors(self, pair: Pair) -> tuple[list[Tensor], list[Tensor]]:
@@ -201,17 +201,19 @@ def open_adapters(
         name = "DoRA" if kind == "LORA" else kind
         if mode != "factors":
             raise UsageError(
-                f"lora_mode must be 'factors' (approximate) or 'dense' (exact) for {name} adapters, got {mode!r}"
+                f"lora_mode must be 'factors' (approximate) or 'dense' (exact) for {brief(name)} adapters, got {mode!r}"
             )
         caveat = f"{name} adapters are not linear in their tensors, so this average is approximate; 'dense' is exact"
     start = newest.get("init_lora_weights")
     if plain_lora and isinstance(start, str) and start.startswith(_FROM_BASE):
         if mode in ("svd", "cat"):
             raise UsageError(
-                f"lora_mode must be 'factors' or 'dense' for adapters initialised by {start!r}, got {mode!r}: PEFT "
-                "changes the base weights by their rank and scaling, which this mode replaces"
+                f"lora_mode must be 'factors' or 'dense' for adapters initialized by {brief(start)}, got {mode!r}: "
+                "PEFT changes the base weights by their rank and scaling, which this mode replaces"
             )
-        caveat = f"adapters initialised by {start!r} only fit the base weights that this initialisation has changed"
+        caveat = (
+            f"adapters initialized by {brief(start)} only fit the base weights that this initialisation has changed"
+        )
     pairs = _pairs(places[-1]) if plain_lora else {}
     adapters = Adapters(configs, places, pairs)
     for found, pair in product(places, pairs.values()):
@@ -219,9 +221,13 @@ def open_adapters(
             continue  # which tensors they all must hold is checked elsewhere
         a, b = found[pair.a].shape, found[pair.b].shape
         if len(a) < 2 or len(b) < 2 or not a[0]:
-            raise UsageError(f"{found[pair.a].file} is damaged: the factors of {pair.module} have shapes {a} and {b}")
+            raise UsageError(
+                f"{found[pair.a].file} is damaged: the factors of {brief(pair.module)} have shapes {a} and {b}"
+            )
         if mode != "factors" and (a[0] != b[1] or math.prod(b[2:]) != 1):
-            raise UsageError(f"lora_mode must be 'factors' for {pair.module}, a grouped convolution, got {mode!r}")
+            raise UsageError(
+                f"lora_mode must be 'factors' for {brief(pair.module)}, a grouped convolution, got {mode!r}"
+            )
     return adapters, caveat
 
 
@@ -232,7 +238,7 @@ def _pairs(places: Mapping[str, Place]) -> dict[str, Pair]:
         if match and match[3] == "A":
             partner = name.removesuffix(match[4] or "")[:-1] + "B" + (match[4] or "")
             if partner not in places:
-                raise UsageError(f"{places[name].file} has {name} without {partner}")
+                raise UsageError(f"{places[name].file} has {brief(name)} without {brief(partner)}")
             pairs[name] = Pair(base_name(match[1]), name, partner, embedding=bool(match[2]))
     return pairs
 
@@ -247,9 +253,10 @@ def _check_configs(checkpoints: Sequence[Checkpoint], configs: Sequence[Config],
         for key in keys:
             mine, newest = _comparable(config.get(key)), _comparable(configs[-1].get(key))
             if mine != newest:
-                hint = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
+                fix = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
                 raise UsageError(
-                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {mine!r} and {newest!r}{hint}"
+                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {brief(mine)} and {brief(newest)}"
+                    f"{fix}"
                 )
 
 

@@ -13,7 +13,7 @@ from weightsmith.average.adapters import Adapters, Pair, base_name
 from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.average.sources import Place, narrowed, open_places, whole
 from weightsmith.average.stream import Mean
-from weightsmith.core.errors import UsageError, near, require
+from weightsmith.core.errors import UsageError, near, reason, require
 from weightsmith.core.json_files import read_json
 from weightsmith.core.patterns import compile_pattern
 from weightsmith.core.pretrained import load_pretrained, model_class
@@ -119,8 +119,7 @@ def merged_by_peft(
         except (UsageError, ImportError, MemoryError):
             raise
         except Exception as error:  # what a damaged folder leads to in there can be anything
-            reason = str(error).strip().partition("\n")[0]
-            raise UsageError(f"PEFT cannot load {checkpoint.path}: {type(error).__name__}: {reason}") from error
+            raise UsageError(f"PEFT cannot load {checkpoint.path}: {reason(error)}") from error
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
                 wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

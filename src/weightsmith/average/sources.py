@@ -11,7 +11,7 @@ from torch import Tensor
 from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.core.adapters import BONE_TENSORS, refuse_adapter_tensors
 from weightsmith.core.checkpoint import Checkpoint as Safetensors
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pickles import read_pickles
 
@@ -130,15 +130,17 @@ def check_alike(
     newest = sources[-1]
     for source in sources[:-1]:
         differing = sorted(source.keys() ^ newest.keys())
-        found = [f"{name} is only in {'one' if name in source else 'the newest'}" for name in differing]
+        found = [f"{brief(name)} is only in {'one' if name in source else 'the newest'}" for name in differing]
         for name in newest.keys() & source.keys():
             mine, theirs = source[name], newest[name]
             if mine.shape != theirs.shape and name not in free:
-                found.append(f"{name} has shapes {mine.shape} and {theirs.shape}")
+                found.append(f"{brief(name)} has shapes {mine.shape} and {theirs.shape}")
             if mine.dtype != theirs.dtype and not (
                 mixed_dtypes and mine.dtype.is_floating_point and theirs.dtype.is_floating_point
             ):
-                found.append(f"{name} is {mine.dtype} and {theirs.dtype} (dtype= converts floating-point tensors)")
+                found.append(
+                    f"{brief(name)} is {mine.dtype} and {theirs.dtype} (dtype= converts floating-point tensors)"
+                )
         if found:
             files = f"{next(iter(source.values())).file} and {next(iter(newest.values())).file}" if source else "files"
             more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""

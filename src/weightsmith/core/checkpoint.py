@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError, near
+from weightsmith.core.errors import UsageError, brief, near, reason
 from weightsmith.core.files import check_plain_name, folder_atomically, say_where_link_leads, write_atomically
 from weightsmith.core.json_files import parse_json, read_json
 
 _NAME = "model"
 _DEFAULT_SHARD_BYTES = 5 * 10**9
+_MOST_NAMED = 5
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _DTYPES = {
     "F64": torch.float64,
@@ -111,7 +112,7 @@ class Checkpoint(Mapping[str, Tensor]):
             try:
                 return file.get_tensor(name)
             except (SafetensorError, RuntimeError) as error:  # of a dtype that torch does not have, for example
-                raise UsageError(f"{name!r} in {self._shard[name]} cannot be read: {error}") from error
+                raise UsageError(f"{brief(name)} in {self._shard[name]} cannot be read: {reason(error)}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard)
@@ -231,11 +232,11 @@ def _indexed(index: Path) -> dict[str, Path]:
     shards = {shard: index.parent / check_plain_name(shard, index) for shard in weight_map.values()}
     missing = sorted(name for name, shard in shards.items() if not shard.is_file())
     if missing:
-        raise UsageError(f"{index.parent} lacks {', '.join(missing)}, which its index names")
+        raise UsageError(f"{index.parent} lacks {', '.join(missing[:_MOST_NAMED])}, which its index names")
     held = {name: _names(shard) for name, shard in shards.items()}
     for name, shard in weight_map.items():
         if name not in held[shard]:
-            raise UsageError(f"{index} says that {shard} holds {name!r}, which it does not: the folder is damaged")
+            raise UsageError(f"{index} says that {shard} holds {brief(name)}, which it does not: the folder is damaged")
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 
@@ -245,7 +246,7 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(say_where_link_leads(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise UsageError(f"{path} is damaged or no safetensors file: {reason(error)}") from error
 
 
 def _names(path: Path) -> dict[str, Path]:
@@ -262,7 +263,7 @@ def _places(path: Path) -> dict[str, Stored]:
     places = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         if entry["dtype"] not in _DTYPES:
-            raise UsageError(f"{name} in {path} has dtype {entry['dtype']}; known: {', '.join(_DTYPES)}")
+            raise UsageError(f"{brief(name)} in {path} has dtype {entry['dtype']}; known: {', '.join(_DTYPES)}")
         start = 8 + size + entry["data_offsets"][0]
         places[name] = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
     return places

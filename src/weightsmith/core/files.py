@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from weightsmith.core.errors import UsageError, WeightsmithWarning
+from weightsmith.core.errors import UsageError, WeightsmithWarning, brief
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.tmp", re.DOTALL)
 _REPLACED = "replaced"
@@ -163,7 +163,7 @@ def check_plain_name(name: str, where: Path | str) -> str:
         UsageError: It has folders in it, or characters that no such name has.
     """
     if name in ("", ".", "..") or not name.isprintable() or any(mark in name for mark in "/\\:") or len(name) > 255:
-        raise UsageError(f"{where} names the file {name!r}; it must be a plain file name in the same folder")
+        raise UsageError(f"{where} names the file {brief(name)}; it must be a plain file name in the same folder")
     return name
 
 

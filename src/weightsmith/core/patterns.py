@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief, reason
 
 _Ends = partial[frozenset[int]]
 """A function of a name, the places where a part of the pattern can begin and a budget: where it can end."""
@@ -52,7 +52,9 @@ class _Budget:
     def spend(self, steps: int) -> None:
         self._left -= steps + 1
         if self._left < 0:
-            raise UsageError(f"{self._where}: the pattern {self._pattern!r:.80} takes too many steps; write it simpler")
+            raise UsageError(
+                f"{self._where}: the pattern {brief(self._pattern)} takes too many steps; write it simpler"
+            )
 
 
 class _Parser:
@@ -62,7 +64,7 @@ class _Parser:
             raise self.fault(f"is longer than {_LONGEST} characters")
 
     def fault(self, what: str) -> UsageError:
-        return UsageError(f"{self._where}: the pattern {self._pattern!r:.80} {what}")
+        return UsageError(f"{self._where}: the pattern {brief(self._pattern)} {what}")
 
     def alternatives(self) -> _Ends:
         branches = [self._sequence()]
@@ -105,7 +107,7 @@ class _Parser:
         try:
             one = re.compile(atom)
         except (re.error, OverflowError) as error:
-            raise self.fault(f"is not a regular expression: {error}") from None
+            raise self.fault(f"is not a regular expression: {reason(error)}") from None
         return partial(_assertion if atom in _ASSERTIONS else _character, one)
 
     def _group(self) -> _Ends:

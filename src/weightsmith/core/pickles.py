@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief, reason
 from weightsmith.core.files import check_plain_name, say_where_link_leads
 from weightsmith.core.json_files import read_json
 
@@ -36,8 +36,7 @@ def read_pickle(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
         zipped = _is_plain_zip(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged pickles fail in any way
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"{file} cannot be read as plain tensors: {type(error).__name__}: {reason}") from error
+        raise UsageError(f"{file} cannot be read as plain tensors: {reason(error)}") from error
     _check_state(file, state)
     return dict(state)
 
@@ -66,7 +65,9 @@ def read_pickles(folder: Path, stem: str, *, allow_pickle: bool) -> dict[str, tu
     held = {name: read_pickle(file, allow_pickle=allow_pickle) for name, file in files.items()}
     for name, file_name in weight_map.items():
         if name not in held[file_name]:
-            raise UsageError(f"{index} says that {file_name} holds {name!r}, which it does not: the folder is damaged")
+            raise UsageError(
+                f"{index} says that {file_name} holds {brief(name)}, which it does not: the folder is damaged"
+            )
     return {name: (files[file_name], held[file_name][name]) for name, file_name in weight_map.items()}
 
 
@@ -86,9 +87,9 @@ def _check_state(file: Path, state: object) -> None:
     total = 0
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UsageError(f"{file} must hold tensors by name, got {type(tensor).__name__} under {name!r:.60}")
+            raise UsageError(f"{file} must hold tensors by name, got {type(tensor).__name__} under {brief(name)}")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise UsageError(f"{name!r:.60} in {file} must be a plain tensor, got {tensor.layout} on {tensor.device}")
+            raise UsageError(f"{brief(name)} in {file} must be a plain tensor, got {tensor.layout} on {tensor.device}")
         total += tensor.numel() * tensor.element_size()
         if total > _MOST_TIMES * file.stat().st_size + _FREE_BYTES:
             raise UsageError(

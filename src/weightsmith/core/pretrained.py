@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief, reason
 
 
 def load_pretrained(loader: Any, folder: Path | str, *, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -28,10 +28,7 @@ def load_pretrained(loader: Any, folder: Path | str, *, trust_remote_code: bool 
                 f"{folder} needs Python code of its own to be run, which could do anything: read that code, then pass "
                 "trust_remote_code=True (--trust-remote-code)"
             ) from error
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"{loader.__name__} cannot be loaded from {folder}: {type(error).__name__}: {reason}"
-        ) from error
+        raise UsageError(f"{loader.__name__} cannot be loaded from {folder}: {reason(error)}") from error
 
 
 def model_class(folder: Path | str, architectures: Any) -> Any:
@@ -49,5 +46,5 @@ def model_class(folder: Path | str, architectures: Any) -> Any:
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise UsageError(f"{folder}/config.json names architecture {name!r:.80}, which transformers does not have")
+        raise UsageError(f"{folder}/config.json names architecture {brief(name)}, which transformers does not have")
     return found

@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
+from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, require, unknown
-from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.core.files import check_target, folder_atomically, write_atomically
 from weightsmith.lab.hub import switched_off
 from weightsmith.quantize import _gptq
 from weightsmith.quantize.blocks import find_blocks
@@ -70,6 +71,8 @@ def quantize(
     window: int = 2048,
     bos: bool = False,
     format: Format = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     console: tyro.conf.Suppress[Console | None] = None,
 ) -> int:
     """Put a model's weights on a few bits, block by block; the result loads with transformers where the format allows.
@@ -104,6 +107,8 @@ def quantize(
         bos: Begin every window of the evaluation with the BOS token.
         format: compressed-tensors, gptq (2, 3, 4 or 8 bits), weightsmith, or auto: compressed-tensors where it can
             hold the result, else weightsmith.
+        trust_remote_code: Run Python files that the model's folder brings, which can do anything.
+        allow_pickle: Also read weights from .bin files, and from those nothing but plain tensors.
         console: Where to write to.
     """
     started = time.perf_counter()
@@ -120,7 +125,7 @@ def quantize(
             raise UsageError(f"{name} must be at least {least}, got {value}")
     if iterations is not None and iterations < 0:
         raise UsageError(f"iterations must not be negative, got {iterations}")
-    _check_out(out, model_dir)
+    _check_out(out, [path for path in (model_dir, calibration, evaluate) if path is not None])
     if calibration is None and method != "rtn":
         raise UsageError(f"calibration is needed for method={method!r}: pass a .jsonl file, or a folder of images")
     require("transformers", extra="hf", purpose="quantising a Hugging Face model")
@@ -128,7 +133,7 @@ def quantize(
         require(
             "compressed_tensors", extra="hf", purpose="the format that transformers loads (or --format weightsmith)"
         )
-    source = Source(model_dir)
+    source = Source(model_dir, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     size, tokens_each = samples or (32 if quick else 512), length or (256 if quick else 1024)
     inputs = None if calibration is None else source.inputs(calibration, size, tokens_each)
     place = _device(device)
@@ -190,7 +195,7 @@ def quantize(
             write_atomically(fresh / REPORT, json.dumps(content, indent=2) + "\n")
     partial.remove()
     console.print(*_tables(content, report), sep="\n")
-    console.print(f"\n{out.resolve()}", soft_wrap=True, highlight=False)
+    console.print(f"\n{markup(out.resolve())}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -213,9 +218,8 @@ def _device(name: str | None) -> torch.device | None:
         raise UsageError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
 
 
-def _check_out(out: Path, model_dir: Path) -> None:
-    if out.resolve() == model_dir.resolve():
-        raise UsageError("out must be another folder than the model's own")
+def _check_out(out: Path, sources: list[Path]) -> None:
+    check_target(out, sources)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / REPORT).is_file())):
         raise UsageError(f"out={out} exists and was not written by this command: name a new folder")
 
