@@ -79,6 +79,7 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
     if adapter_name in registry.configs:
         raise UsageError(f"adapter_name {adapter_name!r} is taken: choose another, or unload_bone_ first")
     refuse_merged(model)
+    refuse_sharded(model, "adapted")
     saved = _modules_to_save(model, config.modules_to_save)
     layers = _chosen(model, config, saved)
     shapes = {}
@@ -232,7 +233,7 @@ def load_bone_state_dict_(model: Model, state: dict[str, Tensor], adapter_name: 
             raise UsageError(f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(_placed(state[name], tensor))
     return model
 
 
@@ -271,6 +272,20 @@ def refuse_merged(model: nn.Module) -> None:
         raise UsageError("the adapters are merged into the weights: call unmerge_bone_ first")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the model's parameters over processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise if FSDP2 has sharded a model, whose layers are then also of its classes."""
+    if is_sharded(model):
+        raise UsageError(
+            f"a model that FSDP2 has sharded cannot be {what}: call apply_bone_ before fully_shard; after training, "
+            "save_bone gathers the adapter, and load_bone puts it on a whole model"
+        )
+
+
 def owners(model: nn.Module) -> dict[int, list[str]]:
     """Names of the modules that own each parameter, by its identity; more than one for a tied weight."""
     found: dict[int, list[str]] = {}
@@ -292,7 +307,7 @@ def swap_saved(model: nn.Module, adapter_name: str | None) -> None:
         registry.saved[registry.live] = {name: tensors[name].detach().clone() for name in registry.saved[registry.live]}
     values = registry.original | (registry.saved[adapter_name] if adapter_name is not None else {})
     for name, tensor in tensors.items():
-        tensor.copy_(values[name])
+        tensor.copy_(_placed(values[name], tensor))
     registry.live = adapter_name
 
 
@@ -368,6 +383,15 @@ def _tensors(model: nn.Module, names: Sequence[str] | dict[str, Tensor]) -> dict
     """Parameters and buffers of the named modules, or the named tensors themselves, as they are in the model."""
     state = model.state_dict(keep_vars=True)
     return {key: t for key, t in state.items() if any(key == name or key.startswith(f"{name}.") for name in names)}
+
+
+def _placed(value: Tensor, like: Any) -> Tensor:
+    """Spread a whole tensor over processes as another one is, if that one is."""
+    if not hasattr(like, "full_tensor") or hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def _block_fast_path(model: nn.Module) -> None:

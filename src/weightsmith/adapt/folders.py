@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from weightsmith.adapt.apply import Model, apply_bone_, bone_state_dict, config_of, load_bone_state_dict_
+from weightsmith.adapt.apply import Model, apply_bone_, bone_state_dict, config_of, is_sharded, load_bone_state_dict_
 from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
 from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
@@ -87,11 +87,6 @@ def save_bone(
         return _save(model, Path(folder), format, config, whole) if dist.get_rank() == 0 else Path(folder)
     finally:
         dist.barrier()  # when this returns, every process may read the folder
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the model's parameters over processes."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def _save(model: nn.Module, folder: Path, format: Format, config: BoneConfig, state: Mapping[str, Tensor]) -> Path:
