@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from weightsmith.adapt.bone import BoneConfig, block_shape
 from weightsmith.adapt.layers import BoneLayer, Form, adopt, check_layer, is_plain, kind_of, widths
 from weightsmith.core.adapters import BONE_MERGED
-from weightsmith.core.errors import UsageError, near, unknown
+from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
 from weightsmith.core.select import Predicate, select
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,6 +67,9 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
     Raises:
         UsageError: The name is taken, nothing matches, or the adapter does not fit a layer; the message names it.
 
+    Warns:
+        WeightsmithWarning: ``where`` is ``None``, and a classifier stays frozen.
+
     Example:
         >>> model = apply_bone_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), BoneConfig(r=4, variant="row"))
         >>> print(trainable_parameters(model))
@@ -80,7 +85,12 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         raise UsageError(f"adapter_name {adapter_name!r} is taken: choose another, or unload_bone_ first")
     refuse_merged(model)
     refuse_sharded(model, "adapted")
-    saved = _modules_to_save(model, config.modules_to_save)
+    if peft := next((name for name, module in model.named_modules() if _is_peft(module)), None):
+        raise UsageError(
+            f"{peft} is a layer of PEFT, whose own factors would be adapted: call merge_and_unload() first, or use "
+            "accelerate_peft_ on PEFT's MiSS"
+        )
+    saved = resolved_modules(model, config.modules_to_save)
     layers = _chosen(model, config, saved)
     shapes = {}
     for name, module in layers.items():
@@ -90,6 +100,8 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         if config.dropout and isinstance(module, nn.Embedding):
             raise UsageError(f"dropout must be 0 for {name}, an embedding, got {config.dropout}")
 
+    if config.where is None:
+        _warn_of_frozen_heads(model, layers, saved)
     model._bone = registry  # type: ignore[assignment]
     registry.configs[adapter_name] = replace(config, where=list(layers))
     if saved:
@@ -102,7 +114,7 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         dtype = torch.float64 if home.dtype == torch.float64 else torch.float32
         layer = adopt(module)
         layer.bone[adapter_name] = nn.Parameter(torch.zeros(shapes[name], dtype=dtype, device=home.device))
-        layer.bone_forms[adapter_name] = Form(config.variant, config.dropout)
+        layer.bone_forms[adapter_name] = Form(config.variant, config.dropout, config.fused)
     _block_fast_path(model)
     if len(registry.configs) == 1:
         model.register_load_state_dict_pre_hook(_check_merged)
@@ -351,8 +363,8 @@ def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """Output layers of language models, which the papers leave alone: named as such, or tied to an embedding."""
-    found = set()
+    """Output layers, which the papers leave alone: of language models, and what is behind a model's body."""
+    found = {id(module) for module in _classifiers(model).values()}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         found.add(id(getattr(module, "get_output_embeddings", lambda: None)()))
@@ -361,7 +373,54 @@ def _heads(model: nn.Module) -> set[int]:
     return found
 
 
-def _modules_to_save(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
+def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers behind the body, by what the model's class says: of ``transformers`` its base model, of ``timm`` its head."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[nn.Module] = []
+    for module in model.modules():
+        body = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
+        if isinstance(body, nn.Module) and body is not module:
+            inside = {id(part) for part in body.modules()}
+            found += [part for part in module.modules() if part is not module and id(part) not in inside]
+        classifier = cast(Any, module).get_classifier() if hasattr(type(module), "get_classifier") else None
+        if isinstance(classifier, nn.Module):
+            found += classifier.modules()
+    return {names[id(part)]: part for part in found if id(part) in names}
+
+
+def _warn_of_frozen_heads(model: nn.Module, layers: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
+    """Say that a classifier does not train: if it is new, nothing can be learnt through it."""
+    if any(getattr(module, "get_output_embeddings", lambda: None)() is not None for module in model.modules()):
+        return
+    heads = _classifiers(model)
+    outermost = [name for name in heads if not any(_is_in(name, other) for other in heads if other != name)]
+    frozen = [
+        head
+        for head in outermost
+        if next(heads[head].parameters(), None) is not None
+        and not any(_is_in(name, head) for name in layers)
+        and not any(_is_in(head, name) or _is_in(name, head) for name in saved)
+    ]
+    if frozen:
+        warnings.warn(
+            f"{', '.join(frozen)} will not train: where this head is new, train it in full with "
+            f"modules_to_save={tuple(frozen)}",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+
+
+def _is_in(name: str, top: str) -> bool:
+    """Whether a module is another one or part of it, by their names."""
+    return name == top or name.startswith(f"{top}.")
+
+
+def resolved_modules(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the modules that ``modules_to_save`` means.
+
+    Raises:
+        UsageError: One matches nothing, or shares a weight with a module that is not meant.
+    """
     names = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
     for target in wanted:
@@ -383,6 +442,11 @@ def _tensors(model: nn.Module, names: Sequence[str] | dict[str, Tensor]) -> dict
     """Parameters and buffers of the named modules, or the named tensors themselves, as they are in the model."""
     state = model.state_dict(keep_vars=True)
     return {key: t for key, t in state.items() if any(key == name or key.startswith(f"{name}.") for name in names)}
+
+
+def _is_peft(module: nn.Module) -> bool:
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # not imported: nothing of it can be here
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def _placed(value: Tensor, like: Any) -> Tensor:

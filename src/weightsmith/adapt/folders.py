@@ -22,7 +22,15 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from weightsmith.adapt.apply import Model, apply_bone_, bone_state_dict, config_of, is_sharded, load_bone_state_dict_
+from weightsmith.adapt.apply import (
+    Model,
+    apply_bone_,
+    bone_state_dict,
+    config_of,
+    is_sharded,
+    load_bone_state_dict_,
+    resolved_modules,
+)
 from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
 from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
@@ -44,6 +52,7 @@ _NATIVE = {
     "mini_r": (int, None),
     "tile": ([int], None),
     "modules_to_save": [str],
+    "fused?": bool,
 }
 _PEFT = {"peft_type": str, "bias?": str, "r": int, "miss_dropout?": float, "mini_r?": (int, None)}
 _FIELDS = {item.name for item in fields(BoneConfig)} - {"where"}
@@ -103,7 +112,7 @@ def _save(model: nn.Module, folder: Path, format: Format, config: BoneConfig, st
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "bias": "none",
         "inference_mode": True,
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": _modules_for_peft(model, config) or None,
         "target_modules": _targets(model, list(blocks)),
         "task_type": None,
     }
@@ -285,6 +294,18 @@ def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
         if meant == set(names):
             return sorted(targets)
     return "|".join(map(re.escape, names))
+
+
+def _modules_for_peft(model: nn.Module, config: BoneConfig) -> list[str]:
+    """Name modules in full: PEFT takes every module whose name ends so, also in the middle of a word."""
+    names = list(resolved_modules(model, config.modules_to_save))
+    others = [name for name, _ in model.named_modules() if name not in names and name.endswith(tuple(names))]
+    if names and others:
+        raise UsageError(
+            f"PEFT would take {others[0]} for one of modules_to_save, as its name ends like one of {names}: use "
+            "format='native'"
+        )
+    return names
 
 
 def _write(

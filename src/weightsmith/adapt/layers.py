@@ -1,4 +1,4 @@
-"""A layer of the user's that has learnt to carry adapters, in its place and under its name.
+"""A layer of the user's model that carries adapters, in its place and under its name.
 
 The module keeps its parameters, buffers, hooks and keys; only its class changes, to a subclass of what it was, and the
 trained tensors are added under ``bone``. Taking the adapters off gives the very object back that went in.
@@ -29,6 +29,7 @@ class Form:
 
     variant: Variant
     dropout: float
+    fused: bool = True
 
 
 class BoneLayer(nn.Module):
@@ -117,7 +118,8 @@ class _Linear(BoneLayer):
         dropped = self.training and any(form.dropout for form, _ in adapters)
         if len(adapters) == 1 and not dropped and is_plain(self):
             form, block = adapters[0]
-            return bone_linear(x, self.oriented(self.weight), self.bias, block, form.variant)
+            kernel = None if form.fused else False
+            return bone_linear(x, self.oriented(self.weight), self.bias, block, form.variant, fused=kernel)
         if any(needs_weight(form.variant, block) for form, block in adapters):
             weight = self.oriented(self.weight)
             if not dropped:
