@@ -1,6 +1,8 @@
 """Adapters on models: they change nothing at first, train alone, live side by side, and leave without a trace."""
 
 import copy
+import dataclasses
+import json
 import pickle
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 import weightsmith.adapt as adapt
 from weightsmith.adapt import BoneConfig, apply_bone_, bone_disabled, set_adapter_, unload_bone_
 from weightsmith.adapt.apply import bone_layers
+from weightsmith.core.errors import WeightsmithWarning
 
 CONFIGS = {
     "miss": BoneConfig(r=4),
@@ -24,8 +27,6 @@ BODY = ["0", "2"]
 
 
 def on_body(name, **options):
-    import dataclasses
-
     return dataclasses.replace(CONFIGS[name], where=BODY, **options)
 
 
@@ -85,6 +86,18 @@ def test_copies_and_pickles_are_the_same_model(name, net, x, shake):
 
 
 @each
+def test_a_folder_keeps_whether_kernels_are_fused(name, net, tmp_path):
+    fresh = copy.deepcopy(net)
+    adapt.save_bone(apply_bone_(net, on_body(name, fused=False)), tmp_path)
+    model = adapt.load_bone(copy.deepcopy(fresh), tmp_path)
+    assert not any(form.fused for _, layer in bone_layers(model) for form in layer.bone_forms.values())
+    settings = json.loads((tmp_path / "bone_config.json").read_text())
+    del settings["fused"]  # as it was written before there was a choice
+    (tmp_path / "bone_config.json").write_text(json.dumps(settings))
+    assert all(f.fused for _, layer in bone_layers(adapt.load_bone(fresh, tmp_path)) for f in layer.bone_forms.values())
+
+
+@each
 def test_save_load_continue_equals_never_having_stopped(name, net, x, tmp_path):
     def ready(model):
         apply_bone_(model, on_body(name))
@@ -117,6 +130,92 @@ def test_the_default_leaves_the_head_of_a_language_model_alone(llama):
         model = apply_bone_(llama(tie), BoneConfig(r=8))
         names = [name.rpartition(".")[2] for name, _ in bone_layers(model)]
         assert names == 2 * ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def classifier(kind):
+    transformers = pytest.importorskip("transformers")
+    blocks = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {"vocab_size": 32, "max_position_embeddings": 16, "num_labels": 3, "pad_token_id": 0}
+    config, cls = {
+        "bert": (transformers.BertConfig(**blocks, **text), transformers.BertForSequenceClassification),
+        "roberta": (transformers.RobertaConfig(**blocks, **text), transformers.RobertaForSequenceClassification),
+        "llama": (transformers.LlamaConfig(**blocks, **text), transformers.LlamaForSequenceClassification),
+        "vit": (
+            transformers.ViTConfig(**blocks, num_labels=3, image_size=8, patch_size=4),
+            transformers.ViTForImageClassification,
+        ),
+        "tokens": (transformers.BertConfig(**blocks, **text), transformers.BertForTokenClassification),
+    }[kind]
+    torch.manual_seed(0)
+    return cls(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("bert", "classifier"),
+        ("roberta", "classifier"),
+        ("llama", "score"),
+        ("vit", "classifier"),
+        ("tokens", "classifier"),
+    ],
+)
+def test_the_default_leaves_classifiers_alone_and_says_so(kind, head):
+    model = classifier(kind)
+    wrapped = nn.ModuleDict({"inner": copy.deepcopy(model)})
+    # three labels: "row" could not even be put on the head
+    with pytest.warns(WeightsmithWarning, match=rf"^{head} will not train: .*modules_to_save=\('{head}',\)"):
+        apply_bone_(model, BoneConfig(r=8, variant="row"))
+    names = [name for name, _ in bone_layers(model)]
+    assert names
+    assert not any(name.startswith(head) for name in names)
+    with pytest.warns(WeightsmithWarning, match=rf"^inner\.{head} will not train"):
+        apply_bone_(wrapped, BoneConfig(r=8))
+    for quiet in (BoneConfig(r=8, modules_to_save=(head,)), BoneConfig(r=2, where=["*", f"!*{head}*"])):
+        apply_bone_(classifier(kind), quiet)
+
+
+def test_a_head_that_timm_names_is_left_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def get_classifier(self):
+            return self.fc
+
+    model = Net()
+    with pytest.warns(WeightsmithWarning, match="^fc will not train"):
+        apply_bone_(model, BoneConfig(r=4, variant="row"))
+    assert [name for name, _ in bone_layers(model)] == ["body"]
+
+
+@each
+def test_without_fused_kernels_functions_of_functions_work(name, net, x, shake):
+    model = shake(apply_bone_(net.double(), on_body(name, fused=False)))
+    x = x.double()
+    fused = copy.deepcopy(model)
+    for _, layer in bone_layers(fused):
+        layer.bone_forms = {key: dataclasses.replace(form, fused=True) for key, form in layer.bone_forms.items()}
+    assert torch.allclose(model(x), fused(x))
+    blocks = {key: p for key, p in model.named_parameters() if p.requires_grad}
+
+    def loss(blocks, row):
+        return torch.func.functional_call(model, blocks, (row[None],)).square().sum()
+
+    each_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(blocks, x)
+    for key in blocks:
+        summed = torch.autograd.grad(fused(x).square().sum(), fused.get_parameter(key))[0]
+        assert torch.allclose(each_row[key].sum(0), summed)
+    leaf = x.clone().requires_grad_()
+    assert torch.autograd.gradcheck(model, leaf)
+    assert torch.autograd.gradgradcheck(model, leaf)
+    hessian = torch.func.hessian(loss)(blocks, x[0])
+    assert all(part.isfinite().all() for row in hessian.values() for part in row.values())
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(
+            torch.func.grad(lambda b, r: torch.func.functional_call(fused, b, (r[None],)).sum()), (None, 0)
+        )(blocks, x)
 
 
 def test_where_chooses_and_rank_pattern_overrules_r(net):

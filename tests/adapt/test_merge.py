@@ -1,12 +1,24 @@
 """Into the weights and out again."""
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from weightsmith.adapt import BoneConfig, apply_bone_, merge_bone_, set_adapter_, unload_bone_, unmerge_bone_
+from weightsmith.adapt import (
+    BoneConfig,
+    apply_bone_,
+    bone_state_dict,
+    load_bone_state_dict_,
+    merge_bone_,
+    set_adapter_,
+    unload_bone_,
+    unmerge_bone_,
+)
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 
 CONFIGS = [
@@ -127,3 +139,42 @@ def test_a_merged_model_unloads_as_asked(merge, layer, x, shake):
     before = layer(x)
     adapted = merge_bone_(shake(apply_bone_(layer, CONFIGS[2])))(x)
     assert torch.equal(unload_bone_(layer, merge=merge)(x), adapted if merge else before)
+
+
+@each
+def test_a_merged_state_is_never_applied_twice(config, net, x, shake):
+    config = dataclasses.replace(config, where=["0", "2"])
+    fresh = apply_bone_(copy.deepcopy(net), config)
+    model = merge_bone_(shake(apply_bone_(net, config)))
+    state = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(fresh.state_dict())
+    for wrapped in (fresh, nn.Sequential(fresh)):
+        prefix = "" if wrapped is fresh else "0."
+        with pytest.raises(UsageError, match=r"adapter default merged into the weight of 0, .*apply it again"):
+            wrapped.load_state_dict({prefix + name: tensor for name, tensor in state.items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+    merge_bone_(fresh).load_state_dict(state)
+    assert torch.equal(fresh(x), model(x))
+    with pytest.raises(UsageError, match="without adapters, and the model has merged default into its own"):
+        fresh.load_state_dict(before)
+    with pytest.raises(UsageError, match="unmerge_bone_ first"):
+        load_bone_state_dict_(fresh, bone_state_dict(model))
+    unmerge_bone_(fresh).load_state_dict(unmerge_bone_(model).state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_copies_of_a_model_check_what_they_load_and_an_unloaded_one_does_not(layer, shake):
+    state = merge_bone_(shake(apply_bone_(copy.deepcopy(layer), CONFIGS[0]))).state_dict()
+    apply_bone_(layer, CONFIGS[0])
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with pytest.raises(UsageError, match="merged into the weight of the model"):
+            twin.load_state_dict(state)
+    assert not unload_bone_(layer)._load_state_dict_pre_hooks
+    layer.load_state_dict({name: tensor for name, tensor in state.items() if "bone" not in name})
+
+
+def test_a_merged_state_loads_into_a_plain_model_as_what_it_computes(layer, x, shake):
+    plain = copy.deepcopy(layer)
+    model = merge_bone_(shake(apply_bone_(layer, CONFIGS[0])))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(plain(x), model(x))

@@ -166,3 +166,29 @@ def test_uniform_and_exponential_weights_need_no_log(tmp_path):
     found = find_checkpoints(tmp_path, last=2)
     assert [s.weight for s in weigh_checkpoints(found, scheme="uniform")] == [0.5, 0.5]
     assert [s.weight for s in weigh_checkpoints(found, scheme="ema", penalty=0.5)] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_a_log_of_a_resumed_run_counts_each_step_once_in_order(tmp_path):
+    log = [{"step": 10, "loss": 4.0}, {"step": 20, "loss": 9.0}, {"step": 11, "loss": 3.0}, {"step": 20, "loss": 2.0}]
+    found = find_checkpoints(run_with(tmp_path, [10, 20], log), last=2)
+    assert checkpoint_losses(found) == pytest.approx([4.0, (1 * 3.0 + 9 * 2.0) / 10])
+    assert checkpoint_losses(found, "last") == [4.0, 2.0]
+    joined = [{"step": 10, "loss": 4.0}, {"step": 20, "loss": 6.0}, {"step": 11, "loss": 3.0}]
+    write_state(tmp_path / "checkpoint-20", joined)
+    assert min(checkpoint_losses(found)) > 0
+
+
+def test_the_newest_evaluation_of_a_step_counts(tmp_path):
+    log = [{"step": 2, "eval_loss": 5.0}, {"step": 1, "eval_loss": 4.0}, {"step": 2, "eval_loss": 3.0}]
+    assert checkpoint_losses(find_checkpoints(run_with(tmp_path, [1, 2], log), last=2), "eval") == [4.0, 3.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"scheme": "uniform"}, {"weights": [1, 1, 1]}, {"decay": "linear"}])
+def test_a_checkpoint_that_was_not_saved_to_its_end_is_named_with_what_to_do(tmp_path, options):
+    run = run_with(tmp_path, [1, 2, 3])
+    write_state(run / "checkpoint-2", log_of([1.0, 0.5]))
+    (run / "checkpoint-3/trainer_state.json").unlink()
+    message = r"checkpoint-3 is incomplete: it has no trainer_state\.json.*steps=\[1, 2\] \(--steps 1 2\)"
+    with pytest.raises(UsageError, match=message):
+        weigh_checkpoints(find_checkpoints(run, last=3), **options)
+    assert steps_of(s.checkpoint for s in weigh_checkpoints(find_checkpoints(run, steps=[1, 2]))) == [1, 2]

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from runs import LORA, adapter_run, factors, log_of, lora_delta, write_adapter, write_model, write_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from weightsmith.average import greedy_members, greedy_soup, merge_checkpoints
 from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
@@ -234,7 +234,7 @@ def test_adapters_that_are_not_linear_need_factors_or_dense(tmp_path, config, na
     for i in (1, 2):
         write_adapter(tmp_path / f"checkpoint-{i}", factors(i), {**LORA, **config})
     for mode in ("svd", "cat"):
-        with pytest.raises(UsageError, match=f"lora_mode must be 'factors' .* for {name} adapters, got '{mode}'"):
+        with pytest.raises(UsageError, match=f"lora_mode must be 'factors' .* for '?{name}'? adapters, got '{mode}'"):
             merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform", lora_mode=mode)
     with pytest.warns(WeightsmithWarning, match="approximate"):
         merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform", lora_mode="factors")
@@ -255,15 +255,15 @@ def test_grouped_convolutions_allow_factors_only(tmp_path):
     for i in (1, 2):
         state = {f"{stem}.lora_A.weight": torch.randn(4, 2, 3, 3), f"{stem}.lora_B.weight": torch.randn(8, 2, 1, 1)}
         write_adapter(tmp_path / f"checkpoint-{i}", state)
-    with pytest.raises(UsageError, match="must be 'factors' for conv, a grouped convolution"):
+    with pytest.raises(UsageError, match="must be 'factors' for 'conv', a grouped convolution"):
         merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("layer.0.weight"), r"layer\.0\.weight is only in the newest"),
-        (lambda s: s.update(extra=torch.ones(1)), "extra is only in one"),
+        (lambda s: s.pop("layer.0.weight"), r"'layer\.0\.weight' is only in the newest"),
+        (lambda s: s.update(extra=torch.ones(1)), "'extra' is only in one"),
         (lambda s: s.update({"layer.0.weight": torch.ones(5, 7)}), r"has shapes \(5, 7\) and \(7, 5\)"),
         (
             lambda s: s.update({"layer.0.weight": torch.ones(7, 5).half()}),
@@ -421,7 +421,100 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
+def test_a_newest_checkpoint_without_weights_is_incomplete(tmp_path):
+    run = model_run(tmp_path / "run")
+    (run / "checkpoint-3/model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"checkpoint-3 is incomplete: it has no weights.*--steps 1 2"):
+        merge_checkpoints(folders(run), tmp_path / "out")
+
+
+def test_a_newest_checkpoint_without_the_adapter_is_incomplete(tmp_path):
+    for i in (1, 2, 3):
+        folder = write_model(tmp_path / f"checkpoint-{i}", {**layers(i), "layer.0.bone.default": torch.ones(2, 7)})
+        if i < 3:
+            save_file({"bone.layer.0": torch.ones(2, 7)}, folder / "bone.safetensors")
+            (folder / "bone_config.json").write_text('{"variant": "miss"}')
+    with pytest.raises(UsageError, match=r"checkpoint-3 is incomplete: it has no bone_config\.json"):
+        merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform")
+
+
+def test_shards_whose_index_is_lost_are_refused(tmp_path):
+    for i in (1, 2, 3):
+        write_checkpoint(layers(i), tmp_path / f"checkpoint-{i}", max_shard_bytes=150)
+        (tmp_path / f"checkpoint-{i}/model.safetensors.index.json").unlink()
+    with pytest.raises(
+        UsageError, match=r"holds model-00001-of-00004\.safetensors, which is a part of a model, and no"
+    ):
+        merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform")
+
+
+def test_pickled_shards_whose_index_is_lost_are_refused(tmp_path):
+    for i in (1, 2):
+        (tmp_path / f"checkpoint-{i}").mkdir()
+        for part, name in enumerate(sorted(layers(i))[:2], start=1):
+            file = tmp_path / f"checkpoint-{i}/pytorch_model-{part:05d}-of-00003.bin"
+            torch.save({name: layers(i)[name]}, file)
+    with pytest.raises(UsageError, match=r"neither pytorch_model\.bin nor"):
+        merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform", allow_pickle=True)
+
+
+def test_a_pickle_with_its_tensors_one_level_down_is_one_clear_line(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    torch.save({"state_dict": layers(1), "epoch": 3}, tmp_path / "checkpoint-1/pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"must hold tensors by name, got \w+ under 'state_dict'") as caught:
+        merge_checkpoints(folders(tmp_path), tmp_path / "out", allow_pickle=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_a_smaller_dtype_cannot_hold_are_refused(tmp_path):
+    for i in (1, 2):
+        write_model(tmp_path / f"checkpoint-{i}", {"w": torch.tensor([1.0, -1e6])})
+    for dtype in (torch.float32, torch.bfloat16):
+        merge_checkpoints(folders(tmp_path), tmp_path / str(dtype), scheme="uniform", dtype=dtype)
+    with pytest.raises(UsageError, match=r"w does not fit into torch\.float16: its largest value is 1e\+06"):
+        merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["svd", "cat", "factors"])
+def test_factors_that_a_smaller_dtype_cannot_hold_are_refused(tmp_path, mode):
+    for i in (1, 2):
+        write_adapter(tmp_path / f"checkpoint-{i}", {name: 1e7 * t for name, t in factors(i).items()})
+    options = {"scheme": "uniform", "dtype": torch.float16, "lora_mode": mode}
+    with pytest.raises(UsageError, match=r"lora_\w\.weight does not fit into torch\.float16"):
+        merge_checkpoints(folders(tmp_path), tmp_path / "out", **options)
+
+
+def test_a_dense_sum_that_the_base_cannot_hold_is_refused(tmp_path):
+    stem = "base_model.model.q.lora_"
+    for i in (1, 2):
+        state = {f"{stem}A.weight": torch.full((1, 2), 300.0), f"{stem}B.weight": torch.full((2, 1), 300.0)}
+        write_adapter(tmp_path / f"checkpoint-{i}", state, {**LORA, "r": 1, "lora_alpha": 1})
+    base = write_model(tmp_path / "base", {"q.weight": torch.ones(2, 2, dtype=torch.float16)})
+    with pytest.raises(UsageError, match=r"q\.weight does not fit into torch\.float16"):
+        merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform", lora_mode="dense", base=base)
+
+
+def test_a_decay_of_adapters_is_averaged_as_updates(tmp_path):
+    run = adapter_run(tmp_path / "run", count=3)
+    report = merge_checkpoints(folders(run), tmp_path / "out", decay="linear", lora_mode="cat")
+    assert [share.weight for share in report.shares] == pytest.approx([0.25, 0.5, 0.25])
+    state, config = merged_adapter(tmp_path / "out")
+    for module in MODULES:
+        torch.testing.assert_close(
+            lora_delta(state, config, module), exact_update(run, [0.25, 0.5, 0.25], module), rtol=1e-5, atol=1e-5
+        )
+
+
 # greedy soup
+
+
+def test_a_greedy_soup_leaves_out_what_has_diverged():
+    scores = {0: float("nan"), 1: 1.0, 2: 2.0}
+    score = lambda members: sum(scores[i] for i in members) / len(members) ** 0.5  # noqa: E731
+    assert greedy_members(3, score) == [1, 2]
+    with pytest.raises(UsageError, match="NaN for each of the 2 models"):
+        greedy_members(2, lambda _: float("nan"))
 
 
 def test_a_greedy_soup_keeps_members_that_do_not_hurt():

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsmith.average import metric_weights
+from weightsmith.average import decay_weights, metric_weights
 from weightsmith.core.errors import UsageError
 
 SCHEMES = {"power": 2.0, "linear": 0.7, "softmax": 0.5, "rank": 0.6, "uniform": 1.0}
@@ -126,3 +126,74 @@ def test_unknown_names_bring_near_ones():
         metric_weights([1.0], "step")
     with pytest.raises(UsageError, match="one number per checkpoint"):
         metric_weights([])
+
+
+@pytest.mark.parametrize("name", ["power", "softmax"])
+@pytest.mark.parametrize("metric", ["loss", "score"])
+def test_an_infinite_penalty_is_refused_and_a_huge_one_keeps_the_best(name, metric):
+    with pytest.raises(UsageError, match="must be finite and"):
+        metric_weights([1.0, 2.0], metric, name, float("inf"))
+    huge = 1e308 if name == "power" else 1e-308
+    best = [1.0, 0.0, 0.0] if metric == "loss" else [0.0, 0.0, 1.0]
+    assert metric_weights([1e-5, 1e-4, 1e5], metric, name, huge).tolist() == best
+
+
+CURVES = {
+    "cosine": lambda t: (1 + np.cos(np.pi * t)) / 2,
+    "linear": lambda t: 1 - t,
+    "1-sqrt": lambda t: 1 - np.sqrt(t),
+}
+each_curve = pytest.mark.parametrize("decay", CURVES)
+increasing = st.lists(st.integers(0, 10**6), min_size=1, max_size=12, unique=True).map(sorted)
+
+
+@each_curve
+@given(increasing)
+def test_decay_weights_are_a_distribution(decay, steps):
+    w = decay_weights(steps, decay)
+    assert (w >= 0).all()
+    assert w.sum() == pytest.approx(1, abs=1e-12)
+
+
+@each_curve
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.integers(0, 100), st.integers(0, 2**32 - 1))
+def test_a_merge_equals_the_decay_that_was_not_trained(decay, gaps, start, seed):
+    # a linear model of updates: what a step adds is its rate times a vector that does not depend on the weights
+    steps = start + np.cumsum([0, *gaps])
+    rng = np.random.default_rng(seed)
+    per_interval = rng.standard_normal((len(gaps), 3))  # the same for all steps between two checkpoints
+    checkpoints = np.cumsum([rng.standard_normal(3), *(g * u for g, u in zip(gaps, per_interval, strict=True))], axis=0)
+    fine = 2000  # rates at so small parts of a step that their sum is the curve's integral
+    t = (np.arange(sum(gaps) * fine) + 0.5) / (sum(gaps) * fine)
+    rates = CURVES[decay](t).reshape(sum(gaps), fine).mean(1)
+    decayed = checkpoints[0] + (rates[:, None] * np.repeat(per_interval, gaps, axis=0)).sum(0)
+    np.testing.assert_allclose(decay_weights(steps, decay) @ checkpoints, decayed, atol=1e-4 * sum(gaps))
+
+
+@each_curve
+def test_a_checkpoint_at_every_step_needs_no_equal_updates(decay):
+    updates = np.random.default_rng(0).standard_normal((50, 4))
+    checkpoints = np.cumsum(np.concatenate([np.ones((1, 4)), updates]), axis=0)
+    rates = CURVES[decay]((np.arange(50 * 2000) + 0.5) / (50 * 2000)).reshape(50, 2000).mean(1)
+    expected = checkpoints[0] + rates @ updates
+    np.testing.assert_allclose(decay_weights(range(51), decay) @ checkpoints, expected, atol=1e-4)
+
+
+def test_decay_weights_fall_where_the_curve_is_flat():
+    assert decay_weights([7]).tolist() == [1.0]
+    np.testing.assert_allclose(decay_weights([0, 1, 2, 3, 4], "linear"), [1 / 8, 1 / 4, 1 / 4, 1 / 4, 1 / 8])
+    cosine, root = decay_weights(range(5), "cosine"), decay_weights(range(5), "1-sqrt")
+    assert cosine.argmax() == 2
+    assert root.argmax() == 0  # 1 - sqrt(t) falls at once
+    assert decay_weights([0, 1, 10], "linear")[0] < decay_weights([0, 9, 10], "linear")[0]
+
+
+@pytest.mark.parametrize("steps", [[], [1, 1], [2, 1], [1, float("nan")]])
+def test_steps_that_do_not_increase_are_refused(steps):
+    with pytest.raises(UsageError, match="steps must increase"):
+        decay_weights(steps)
+
+
+def test_an_unknown_decay_is_refused():
+    with pytest.raises(UsageError, match="did you mean 'cosine'"):
+        decay_weights([1, 2], "cosin")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from weightsmith.core.checkpoint import Checkpoint, write_checkpoint, write_pieces
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, WeightsmithWarning
 
 
 def tensors():
@@ -159,3 +160,70 @@ def test_a_file_that_is_cut_off_after_it_was_opened_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UsageError, match="ends too early"):
         place.read(torch.empty(4))
+
+
+def sharded(tmp_path):
+    return write_checkpoint(tensors(), tmp_path / "model", max_shard_bytes=160)
+
+
+def change_index(folder, change):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    change(content)
+    index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "/elsewhere.safetensors", "deep/x.safetensors", "..", "\0"]
+)
+def test_shards_are_in_the_folder_itself(tmp_path, name):
+    folder = sharded(tmp_path)
+    write_checkpoint(tensors(), tmp_path / "outside")
+    (tmp_path / "outside" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    name = name.replace("/else", f"{tmp_path}/else") if name[0] == "/" else name
+    change_index(folder, lambda index: index["weight_map"].update({"layer.0.weight": name}))
+    with pytest.raises(UsageError, match="must be a plain file name in the same folder"):
+        Checkpoint(folder)
+
+
+def test_a_tensor_that_no_shard_holds_is_an_error(tmp_path):
+    folder = sharded(tmp_path)
+    change_index(folder, lambda index: index["weight_map"].update({"ghost": "model-00001-of-00003.safetensors"}))
+    with pytest.raises(UsageError, match=r"model-00001-of-00003.safetensors holds 'ghost', which it does not"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000, "\xe9"]
+)
+def test_an_index_of_another_shape_is_one_error(tmp_path, content):
+    folder = sharded(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UsageError, match=r"index\.json"):
+        Checkpoint(folder)
+
+
+def test_shards_without_their_index_are_not_taken_for_a_model(tmp_path):
+    folder = sharded(tmp_path)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UsageError, match=r"a part of a model, and no model.safetensors.index.json"):
+        Checkpoint(folder)
+
+
+def test_links_out_of_the_folder_are_said_and_the_hubs_own_are_not(tmp_path):
+    plain = write_checkpoint(tensors(), tmp_path / "plain")
+    snapshot = tmp_path / "models--x" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--x" / "blobs").mkdir()
+    (plain / "model.safetensors").rename(tmp_path / "models--x" / "blobs" / "ff00")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/ff00")
+    assert len(Checkpoint(snapshot).stored()) == 5
+    (plain / "model.safetensors").symlink_to(tmp_path / "models--x" / "blobs" / "ff00")
+    with pytest.warns(WeightsmithWarning, match="is a link out of its folder"):
+        Checkpoint(plain)
+
+
+def test_pipes_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="must be a file"):
+        Checkpoint(tmp_path)

@@ -115,7 +115,10 @@ def test_an_old_bone_folder_is_read_here_and_turned_into_one_that_peft_opens(for
         save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(Exception, match="BONE"):
         peft.PeftModel.from_pretrained(Net(), tmp_path)
-    here = load_bone(Net(), tmp_path)
+    if pickled:
+        with pytest.raises(UsageError, match="allow_pickle=True"):
+            load_bone(Net(), tmp_path)
+    here = load_bone(Net(), tmp_path, allow_pickle=pickled)
     assert torch.allclose(here(x), model(x), **close)
     save_bone(here, tmp_path / "new", format="peft")
     assert torch.allclose(peft.PeftModel.from_pretrained(Net(), tmp_path / "new")(x), model(x), **close)
@@ -171,7 +174,7 @@ def test_two_bats_are_applied_in_the_order_that_peft_applies_them_in(x, tmp_path
 
 def test_folders_that_cannot_be_read_say_why(tmp_path):
     peft.get_peft_model(Net(), peft.LoraConfig(target_modules=LAYERS)).save_pretrained(tmp_path / "lora")
-    with pytest.raises(UsageError, match="a LORA adapter, not MISS or BONE"):
+    with pytest.raises(UsageError, match="a '?LORA'? adapter, not MISS or BONE"):
         load_bone(Net(), tmp_path / "lora")
     theirs("miss", bias="all").save_pretrained(tmp_path / "bias")
     with pytest.raises(UsageError, match="bias='all'"):
@@ -273,3 +276,30 @@ def test_the_same_adapter_trains_alike_here_and_there(x):
             optimizer.step()
         results.append(net(x))
     assert torch.allclose(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_to_save_are_written_by_their_full_names(tmp_path):
+    net = nn.ModuleDict(
+        {"body": nn.ModuleDict({"up": nn.Linear(8, 8), "head": nn.Linear(8, 8)}), "out": nn.Linear(8, 8)}
+    )
+    model = apply_bone_(copy.deepcopy(net), BoneConfig(r=4, where="body.up", modules_to_save=("head",)))
+    save_bone(model, tmp_path, format="peft")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["body.head"]
+    loaded = peft.PeftModel.from_pretrained(net, tmp_path).base_model.model
+    assert [n for n, m in loaded.named_modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)] == ["body.head"]
+
+
+def test_names_that_peft_would_take_for_others_are_refused(tmp_path):
+    net = nn.ModuleDict({"up": nn.Linear(8, 8), "head": nn.Linear(8, 8), "overhead": nn.Linear(8, 8)})
+    model = apply_bone_(net, BoneConfig(r=4, where="up", modules_to_save=("head",)))
+    with pytest.raises(UsageError, match="PEFT would take overhead for one of modules_to_save"):
+        save_bone(model, tmp_path, format="peft")
+    assert not list(tmp_path.iterdir())
+    save_bone(model, tmp_path)
+
+
+def test_layers_of_peft_are_not_adapted_once_more():
+    model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=LAYERS))
+    with pytest.raises(UsageError, match=r"base_model\.model\.first is a layer of PEFT"):
+        apply_bone_(model, BoneConfig(r=8))
+    apply_bone_(model.merge_and_unload(), BoneConfig(r=8, where=LAYERS))

@@ -122,12 +122,23 @@ def test_a_greedy_soup_asks_your_function(run, tmp_path, monkeypatch):
         (["--out", "out", "--soup", "os"], "--soup must be MODULE:FUNCTION"),
         (["--dry-run", "--soup", "os:getcwd"], "--dry-run knows no weights"),
         (["--out", "out", "--scheme", "linear", "--penalty", "2"], "between 0 and 1"),
+        (["--out", "file/deep"], "out must be a folder, got file/deep: file is a file"),
+        (["--out", "file", "--overwrite"], "out must be a folder, got file: file is a file"),
+        (["--out", "out", "--soup", "os:getcwd", "--decay", "linear"], "--soup chooses by evaluations"),
+        (
+            ["--out", "out", "--weights", "1", "2", "3", "4", "--decay", "linear"],
+            "weights and decay exclude each other",
+        ),
+        (["--out", "out", "--decay", "linear", "--top", "2"], "decay and top exclude each other"),
+        (["--out", "out", "--weights", "1", "2"], "weights must be 4 numbers, one per checkpoint, got 2"),
     ],
 )
 def test_what_cannot_be_done_says_so(run, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match=message):
         command(run, *words)
+    assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "out").exists()
 
 
@@ -136,3 +147,34 @@ def test_a_folder_that_is_no_run_says_so(tmp_path):
         command(tmp_path, "--out", tmp_path / "out")
     with pytest.raises(UsageError, match="give a run folder"):
         merge((), out=tmp_path / "out")
+
+
+def test_weights_are_given_by_hand(run, tmp_path):
+    command(run, "--out", tmp_path / "out", "--last", "3", "--weights", "1", "1", "2")
+    assert value(tmp_path / "out") == pytest.approx(by([1, 1, 2], members=(3, 4, 5)))
+
+
+def test_a_decay_is_merged(run, tmp_path, capsys):
+    command(run, "--out", tmp_path / "out", "--last", "3", "--decay", "linear")
+    assert value(tmp_path / "out") == pytest.approx(by([1, 2, 1], members=(3, 4, 5)))
+    assert json.loads((tmp_path / "out/merge_report.json").read_text())["settings"]["decay"] == "linear"
+
+
+def test_a_warning_is_one_line(run, tmp_path, capsys, recwarn):
+    command(run, "--out", tmp_path / "out", "--last", "99")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "fewer than the last 99" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("note: ")
+    assert not recwarn.list
+
+
+def test_a_single_checkpoint_needs_no_log(run, tmp_path):
+    command(run / "checkpoint-30", "--out", tmp_path / "out")
+    assert value(tmp_path / "out") == 3
+
+
+def test_a_logged_null_is_one_clear_line(run, tmp_path):
+    (run / "checkpoint-50/trainer_state.json").write_text('{"log_history": [{"step": 10, "loss": null}]}')
+    with pytest.raises(UsageError, match=r"trainer_state\.json.*loss.*null") as caught:
+        command(run, "--out", tmp_path / "out")
+    assert "\n" not in str(caught.value)

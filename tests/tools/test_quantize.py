@@ -288,8 +288,8 @@ BAD = [
     ({"calibration": "text.csv"}, r"existing \.jsonl or \.txt file"),
     ({"calibration": "missing.jsonl"}, r"existing \.jsonl or \.txt file"),
     ({"calibration": "llama"}, r"existing \.jsonl or \.txt file"),
-    ({"calibration": "damaged.jsonl"}, "line 2, is not JSON"),
-    ({"calibration": "list.jsonl"}, "must be a JSON object"),
+    ({"calibration": "damaged.jsonl"}, "line 2, is damaged or not JSON"),
+    ({"calibration": "list.jsonl"}, "must be an object"),
     ({"calibration": "empty.jsonl"}, "holds no text"),
     ({"length": 64, "calibration": "short.txt"}, "at least 2 are needed"),
     ({"samples": 1}, "samples must be at least 2"),
@@ -319,7 +319,7 @@ def test_the_model_folder_must_hold_a_trained_model(folder, tmp_path):
     with pytest.raises(UsageError, match=r"no config\.json"):
         quantize(tmp_path / "nowhere", out=tmp_path / "out", method="rtn", **QUIET)
     quantize(folder / "llama", out=tmp_path / "out", method="rtn", **QUIET)
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         quantize(tmp_path / "out", out=tmp_path / "again", method="rtn", **QUIET)
 
 
@@ -355,7 +355,7 @@ def test_warnings_are_a_line_each_without_source(folder, tmp_path):
 
 
 def test_out_must_not_be_somebody_elses_folder(folder, tmp_path):
-    with pytest.raises(UsageError, match="another folder than the model's own"):
+    with pytest.raises(UsageError, match="neither in, around nor equal to what is read"):
         quantize(folder / "llama", out=folder / "llama", method="rtn", **QUIET)
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(UsageError, match="not written by this command"):

@@ -2,17 +2,20 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.adapt.bone import BoneConfig, block_shape
 from weightsmith.adapt.layers import BoneLayer, Form, adopt, check_layer, is_plain, kind_of, widths
-from weightsmith.core.errors import UsageError, near, unknown
+from weightsmith.core.adapters import BONE_MERGED
+from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
 from weightsmith.core.select import Predicate, select
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,6 +67,9 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
     Raises:
         UsageError: The name is taken, nothing matches, or the adapter does not fit a layer; the message names it.
 
+    Warns:
+        WeightsmithWarning: ``where`` is ``None``, and a classifier stays frozen.
+
     Example:
         >>> model = apply_bone_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), BoneConfig(r=4, variant="row"))
         >>> print(trainable_parameters(model))
@@ -78,7 +84,13 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
     if adapter_name in registry.configs:
         raise UsageError(f"adapter_name {adapter_name!r} is taken: choose another, or unload_bone_ first")
     refuse_merged(model)
-    saved = _modules_to_save(model, config.modules_to_save)
+    refuse_sharded(model, "adapted")
+    if peft := next((name for name, module in model.named_modules() if _is_peft(module)), None):
+        raise UsageError(
+            f"{peft} is a layer of PEFT, whose own factors would be adapted: call merge_and_unload() first, or use "
+            "accelerate_peft_ on PEFT's MiSS"
+        )
+    saved = resolved_modules(model, config.modules_to_save)
     layers = _chosen(model, config, saved)
     shapes = {}
     for name, module in layers.items():
@@ -88,6 +100,8 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         if config.dropout and isinstance(module, nn.Embedding):
             raise UsageError(f"dropout must be 0 for {name}, an embedding, got {config.dropout}")
 
+    if config.where is None:
+        _warn_of_frozen_heads(model, layers, saved)
     model._bone = registry  # type: ignore[assignment]
     registry.configs[adapter_name] = replace(config, where=list(layers))
     if saved:
@@ -100,8 +114,10 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         dtype = torch.float64 if home.dtype == torch.float64 else torch.float32
         layer = adopt(module)
         layer.bone[adapter_name] = nn.Parameter(torch.zeros(shapes[name], dtype=dtype, device=home.device))
-        layer.bone_forms[adapter_name] = Form(config.variant, config.dropout)
+        layer.bone_forms[adapter_name] = Form(config.variant, config.dropout, config.fused)
     _block_fast_path(model)
+    if len(registry.configs) == 1:
+        model.register_load_state_dict_pre_hook(_check_merged)
     set_adapter_(model, adapter_name)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.enable_input_require_grads()  # type: ignore[operator]  # reentrant checkpoints need an input with one
@@ -216,8 +232,9 @@ def load_bone_state_dict_(model: Model, state: dict[str, Tensor], adapter_name: 
         ``model`` itself.
 
     Raises:
-        UsageError: A tensor is missing, left over, or of another shape; nothing has been changed.
+        UsageError: A tensor is missing, left over, or of another shape; or adapters are merged. Nothing has changed.
     """
+    refuse_merged(model)
     own = bone_state_dict(model, adapter_name)
     if missing := own.keys() - state.keys():
         raise UsageError(f"state lacks {', '.join(sorted(missing)[:5])}, which adapter {adapter_name!r} has")
@@ -228,7 +245,7 @@ def load_bone_state_dict_(model: Model, state: dict[str, Tensor], adapter_name: 
             raise UsageError(f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(_placed(state[name], tensor))
     return model
 
 
@@ -267,6 +284,20 @@ def refuse_merged(model: nn.Module) -> None:
         raise UsageError("the adapters are merged into the weights: call unmerge_bone_ first")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the model's parameters over processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise if FSDP2 has sharded a model, whose layers are then also of its classes."""
+    if is_sharded(model):
+        raise UsageError(
+            f"a model that FSDP2 has sharded cannot be {what}: call apply_bone_ before fully_shard; after training, "
+            "save_bone gathers the adapter, and load_bone puts it on a whole model"
+        )
+
+
 def owners(model: nn.Module) -> dict[int, list[str]]:
     """Names of the modules that own each parameter, by its identity; more than one for a tied weight."""
     found: dict[int, list[str]] = {}
@@ -288,12 +319,15 @@ def swap_saved(model: nn.Module, adapter_name: str | None) -> None:
         registry.saved[registry.live] = {name: tensors[name].detach().clone() for name in registry.saved[registry.live]}
     values = registry.original | (registry.saved[adapter_name] if adapter_name is not None else {})
     for name, tensor in tensors.items():
-        tensor.copy_(values[name])
+        tensor.copy_(_placed(values[name], tensor))
     registry.live = adapter_name
 
 
-def allow_fast_path(model: nn.Module) -> None:
-    """Let torch's encoder layers take their fast path again."""
+def remove_hooks(model: nn.Module) -> None:
+    """Take away what :func:`apply_bone_` has hooked onto a model, so that torch's encoder layers are fast again."""
+    for key, held in list(model._load_state_dict_pre_hooks.items()):
+        if getattr(held, "hook", None) is _check_merged:
+            del model._load_state_dict_pre_hooks[key]
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _no_fast_path:
@@ -329,8 +363,8 @@ def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """Output layers of language models, which the papers leave alone: named as such, or tied to an embedding."""
-    found = set()
+    """Output layers, which the papers leave alone: of language models, and what is behind a model's body."""
+    found = {id(module) for module in _classifiers(model).values()}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         found.add(id(getattr(module, "get_output_embeddings", lambda: None)()))
@@ -339,7 +373,54 @@ def _heads(model: nn.Module) -> set[int]:
     return found
 
 
-def _modules_to_save(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
+def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers behind the body, by what the model's class says: of ``transformers`` its base model, of ``timm`` its head."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[nn.Module] = []
+    for module in model.modules():
+        body = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
+        if isinstance(body, nn.Module) and body is not module:
+            inside = {id(part) for part in body.modules()}
+            found += [part for part in module.modules() if part is not module and id(part) not in inside]
+        classifier = cast(Any, module).get_classifier() if hasattr(type(module), "get_classifier") else None
+        if isinstance(classifier, nn.Module):
+            found += classifier.modules()
+    return {names[id(part)]: part for part in found if id(part) in names}
+
+
+def _warn_of_frozen_heads(model: nn.Module, layers: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
+    """Say that a classifier does not train: if it is new, nothing can be learnt through it."""
+    if any(getattr(module, "get_output_embeddings", lambda: None)() is not None for module in model.modules()):
+        return
+    heads = _classifiers(model)
+    outermost = [name for name in heads if not any(_is_in(name, other) for other in heads if other != name)]
+    frozen = [
+        head
+        for head in outermost
+        if next(heads[head].parameters(), None) is not None
+        and not any(_is_in(name, head) for name in layers)
+        and not any(_is_in(head, name) or _is_in(name, head) for name in saved)
+    ]
+    if frozen:
+        warnings.warn(
+            f"{', '.join(frozen)} will not train: where this head is new, train it in full with "
+            f"modules_to_save={tuple(frozen)}",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+
+
+def _is_in(name: str, top: str) -> bool:
+    """Whether a module is another one or part of it, by their names."""
+    return name == top or name.startswith(f"{top}.")
+
+
+def resolved_modules(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the modules that ``modules_to_save`` means.
+
+    Raises:
+        UsageError: One matches nothing, or shares a weight with a module that is not meant.
+    """
     names = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
     for target in wanted:
@@ -363,6 +444,20 @@ def _tensors(model: nn.Module, names: Sequence[str] | dict[str, Tensor]) -> dict
     return {key: t for key, t in state.items() if any(key == name or key.startswith(f"{name}.") for name in names)}
 
 
+def _is_peft(module: nn.Module) -> bool:
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # not imported: nothing of it can be here
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def _placed(value: Tensor, like: Any) -> Tensor:
+    """Spread a whole tensor over processes as another one is, if that one is."""
+    if not hasattr(like, "full_tensor") or hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
 def _block_fast_path(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoderLayer) or _no_fast_path in module._forward_pre_hooks.values():
@@ -370,6 +465,29 @@ def _block_fast_path(model: nn.Module) -> None:
         if any(isinstance(part, BoneLayer) for part in module.modules()):
             # in evaluation it would take the weights of its layers without calling them; a hook makes it call
             module.register_forward_pre_hook(_no_fast_path)
+
+
+def _check_merged(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse weights that have other adapters in them than the model's have, before any is loaded."""
+    stored: dict[str, set[str]] = {}
+    for key in state:
+        at, found, adapter = key.rpartition(f"{BONE_MERGED}.")
+        if found:
+            stored.setdefault(at, set()).add(adapter)
+    for name, layer in bone_layers(module):
+        at = f"{prefix}{name}." if name else prefix
+        there = stored.get(at, set())
+        if f"{at}weight" not in state or there == set(layer.bone_merged):
+            continue
+        if there:
+            raise UsageError(
+                f"the state has adapter {', '.join(sorted(there))} merged into the weight of {name or 'the model'}, "
+                "and the model would apply it again: save the state after unmerge_bone_, or call merge_bone_ here first"
+            )
+        raise UsageError(
+            f"the state holds the weight of {name or 'the model'} without adapters, and the model has merged "
+            f"{', '.join(layer.bone_merged)} into its own: call unmerge_bone_ first"
+        )
 
 
 def _no_fast_path(module: nn.Module, arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Bone and its kin: one small tensor, shared by many blocks of a frozen weight, is all that trains.
+"""Bone and related adapters: one small tensor, shared by many blocks of a frozen weight, is all that trains.
 
 Cut ``W (out, in)`` into ``r x r`` blocks ``W[a, c]``. The update is linear in the trained tensor, which starts at zero,
 so the first step begins at the base model exactly. The *guided* forms multiply by the weight itself and are of full
@@ -41,14 +41,23 @@ class BoneConfig:
     Args:
         r: Side of a block, also called rank; the papers take 64 for models of 7 B parameters.
         variant: ``"miss"`` (any width, a little cheaper than LoRA), ``"row"`` (uses the weight, costs what LoRA does),
-            ``"col"`` (the first Bone; costs what full fine-tuning costs), ``"free"`` or ``"mini"``.
-        where: Which modules: ``None`` (every linear layer but the output head), glob(s) over module names, or a
-            predicate. ``"miss"`` also goes on convolutions and embeddings that are named.
+            ``"col"`` (the first Bone; costs what full fine-tuning costs), ``"mini"`` (``"miss"`` whose tensor is shared
+            by slices of ``mini_r`` outputs too: the fewest parameters) or ``"free"`` (between ``"row"`` and ``"col"``:
+            ``tile`` says how many blocks there are).
+        where: Which modules: ``None`` (every linear layer but output heads), glob(s) over module names, or a predicate.
+            Heads are a language model's output layer, and what the class of a ``transformers`` model, or
+            ``get_classifier`` of a ``timm`` model, puts behind the body: a classifier. Train a new one in full, with
+            ``modules_to_save``. ``"miss"`` also goes on convolutions and embeddings that are named.
         rank_pattern: Other block sizes by glob over module names; the first that matches counts.
         dropout: Probability of dropping an input of the adapter, in [0, 1); not for ``"col"`` and ``"free"``.
-        mini_r: Width ``m`` of the ``"mini"`` tensor, a divisor of every output width.
-        tile: ``(p, q)`` of ``"free"``: how many blocks repeat down and across.
+        mini_r: Width ``m`` of the ``"mini"`` tensor ``(r, m)``, a divisor of every output width: outputs ``m`` apart
+            get the same update. ``m`` equal to the output width is ``"miss"``.
+        tile: ``(p, q)`` of ``"free"``: ``p x q`` different blocks ``(r, r)``, repeated down and across the weight like
+            tiles. ``(1, 1)`` is one block for the whole weight, ``(1, in / r)`` is ``"row"``, ``(out / r, 1)`` is
+            ``"col"``. With ``p = 1`` it costs what ``"row"`` does and goes on quantized layers; else it is as ``"col"``.
         modules_to_save: Names (also last parts of names) of modules that are trained in full and saved along.
+        fused: Use our own backward pass, which saves memory and can be differentiated once. ``False``: plain
+            operations, for ``torch.func``, double backward and Hessians.
 
     Raises:
         UsageError: A value is out of range, or does not go with the variant.
@@ -62,6 +71,7 @@ class BoneConfig:
     mini_r: int | None = None
     tile: tuple[int, int] | None = None
     modules_to_save: tuple[str, ...] = ()
+    fused: bool = True
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):

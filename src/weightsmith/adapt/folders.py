@@ -18,20 +18,44 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch.distributed as dist
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from weightsmith.adapt.apply import Model, apply_bone_, bone_state_dict, config_of, load_bone_state_dict_
+from weightsmith.adapt.apply import (
+    Model,
+    apply_bone_,
+    bone_state_dict,
+    config_of,
+    is_sharded,
+    load_bone_state_dict_,
+    resolved_modules,
+)
 from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
-from weightsmith.core.errors import UsageError, near, unknown
-from weightsmith.core.files import write_atomically
+from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
+from weightsmith.core.checkpoint import Checkpoint
+from weightsmith.core.errors import UsageError, brief, near, unknown
+from weightsmith.core.files import say_where_link_leads, write_atomically
+from weightsmith.core.json_files import read_json
+from weightsmith.core.pickles import read_pickle
 
 Format = Literal["native", "peft", "lora"]
 
 _PREFIX = "base_model.model."
 _PEFT_INIT: dict[str, bool | str] = {"miss": True, "mini": "mini", "col": "bat"}
+_NATIVE = {
+    "variant": str,
+    "r": int,
+    "rank_pattern": object,
+    "dropout": float,
+    "mini_r": (int, None),
+    "tile": ([int], None),
+    "modules_to_save": [str],
+    "fused?": bool,
+}
+_PEFT = {"peft_type": str, "bias?": str, "r": int, "miss_dropout?": float, "mini_r?": (int, None)}
+_FIELDS = {item.name for item in fields(BoneConfig)} - {"where"}
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -39,6 +63,8 @@ def save_bone(
     model: nn.Module, folder: Path | str, *, format: Format = "native", adapter_name: str = "default"
 ) -> Path:
     """Write one adapter; other files of the folder stay.
+
+    Of a model that FSDP2 has sharded, every process must call this: tensors are gathered, and the first one writes.
 
     Args:
         model: One with adapters, on any device; merged or not.
@@ -56,34 +82,52 @@ def save_bone(
     if format not in ("native", "peft", "lora"):
         raise unknown("format", format, ("native", "peft", "lora"))
     config = config_of(model, adapter_name)
-    state = {name: tensor.cpu().contiguous() for name, tensor in bone_state_dict(model, adapter_name).items()}
+    state = bone_state_dict(model, adapter_name)
+    if missing := [name for name in cast(list[str], config.where) if f"{name}.bone".lstrip(".") not in state]:
+        raise UsageError(
+            f"model must be the one that apply_bone_ was called on, not a wrapper around it: it has no {missing[0]}. "
+            "Pass what is inside (of torch.compile: model._orig_mod); of the wrappers that shard, only FSDP2 "
+            "(fully_shard) can be saved"
+        )
+    if not is_sharded(model):
+        return _save(model, Path(folder), format, config, state)
+    whole = {name: cast(Any, t).full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
+    try:
+        return _save(model, Path(folder), format, config, whole) if dist.get_rank() == 0 else Path(folder)
+    finally:
+        dist.barrier()  # when this returns, every process may read the folder
+
+
+def _save(model: nn.Module, folder: Path, format: Format, config: BoneConfig, state: Mapping[str, Tensor]) -> Path:
+    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     blocks = {name: state.pop(f"{name}.bone".lstrip(".")) for name in cast(list[str], config.where)}
     if format == "native":
         settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "where"}
         tensors = {f"bone.{name}": block for name, block in blocks.items()}
         tensors |= {f"saved.{name}": tensor for name, tensor in state.items()}
-        return _write(Path(folder), "bone_config.json", settings, "bone.safetensors", tensors)
+        return _write(folder, BONE_CONFIG, settings, BONE_TENSORS, tensors)
     layers = {name: model.get_submodule(name) for name in blocks}
     own, settings = (_as_miss if format == "peft" else _as_lora)(config, blocks, layers)
     settings |= {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "bias": "none",
         "inference_mode": True,
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": _modules_for_peft(model, config) or None,
         "target_modules": _targets(model, list(blocks)),
         "task_type": None,
     }
     tensors = {_PREFIX + name: tensor for name, tensor in (own | state).items()}
-    return _write(Path(folder), "adapter_config.json", settings, _PEFT_FILES[0], tensors)
+    return _write(folder, "adapter_config.json", settings, _PEFT_FILES[0], tensors)
 
 
-def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default") -> Model:
+def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default", allow_pickle: bool = False) -> Model:
     """Read an adapter and put it on a model, in place; it becomes the only active one and can be trained on.
 
     Args:
         model: The model that the adapter was made for; changed after everything has been checked.
         folder: One of :func:`save_bone`, or a MISS or BONE folder of PEFT.
         adapter_name: The name that it gets here.
+        allow_pickle: Also read ``.bin`` files, and from those nothing but plain tensors.
 
     Returns:
         ``model`` itself.
@@ -91,16 +135,18 @@ def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default"
     Raises:
         UsageError: The folder is none of these or is damaged, or the adapter does not fit the model.
     """
-    stored = _read(Path(folder))
+    stored = _read(Path(folder), allow_pickle)
     layers, known = dict(model.named_modules()), model.state_dict()
     for name, block in stored.blocks.items():
         if name not in layers or (kind_of(layers[name]) is None and not isinstance(layers[name], BoneLayer)):
             able = [near for near, module in layers.items() if kind_of(module) is not None]
-            raise UsageError(f"{folder} adapts {name!r}, which is no layer of the model: {near(name, able)}")
+            raise UsageError(f"{folder} adapts {brief(name)}, which is no layer of the model: {near(name, able)}")
+        if block.dim() < 2 or not block.numel():
+            raise UsageError(f"{folder} is damaged: the tensor of {brief(name)} has shape {tuple(block.shape)}")
         check_block(widths(layers[name]), tuple(block.shape), stored.variant)
     for name, tensor in stored.saved.items():
         if name not in known:
-            raise UsageError(f"{folder} holds {name!r}, which the model does not have: {near(name, known)}")
+            raise UsageError(f"{folder} holds {brief(name)}, which the model does not have: {near(name, known)}")
         if known[name].shape != tensor.shape:
             raise UsageError(
                 f"{name} must have shape {tuple(known[name].shape)}, got {tuple(tensor.shape)} in {folder}"
@@ -128,43 +174,46 @@ class _Stored:
     saved: dict[str, Tensor]
 
 
-def _read(folder: Path) -> _Stored:
-    try:
-        if (folder / "bone_config.json").is_file():
-            return _read_native(folder)
-        if (folder / "adapter_config.json").is_file():
-            return _read_peft(folder)
-    except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{folder} is damaged ({type(error).__name__}: {error})") from error
+def _read(folder: Path, allow_pickle: bool) -> _Stored:
+    if (folder / BONE_CONFIG).is_file():
+        return _read_native(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _read_peft(folder, allow_pickle)
     raise UsageError(f"{folder} holds no adapter: neither bone_config.json nor adapter_config.json is there")
 
 
 def _read_native(folder: Path) -> _Stored:
-    settings = json.loads((folder / "bone_config.json").read_text())
+    settings = read_json(say_where_link_leads(folder / BONE_CONFIG), _NATIVE)
+    if unexpected := sorted(settings.keys() - _FIELDS):
+        raise UsageError(f"{folder}/{BONE_CONFIG} has {brief(unexpected[0])}, which this version does not know")
     settings["tile"] = tuple(settings["tile"]) if settings["tile"] else None
     settings["modules_to_save"] = tuple(settings["modules_to_save"])
     del settings["rank_pattern"]  # the tensors tell
     parts: dict[str, dict[str, Tensor]] = {"bone": {}, "saved": {}}
-    for key, tensor in load_file(folder / "bone.safetensors").items():
+    for key, tensor in Checkpoint(folder / BONE_TENSORS).items():
         part, _, name = key.partition(".")
+        if part not in parts:
+            raise UsageError(f"{folder}/{BONE_TENSORS} holds {brief(key)}, which is no part of an adapter")
         parts[part][name] = tensor
-    return _Stored(settings.pop("variant"), settings, parts["bone"], parts["saved"])
+    return _Stored(cast(Variant, settings.pop("variant")), settings, parts["bone"], parts["saved"])
 
 
-def _read_peft(folder: Path) -> _Stored:
-    found = json.loads((folder / "adapter_config.json").read_text())
+def _read_peft(folder: Path, allow_pickle: bool) -> _Stored:
+    found = read_json(say_where_link_leads(folder / "adapter_config.json"), _PEFT)
     if found["peft_type"] not in ("MISS", "BONE"):
-        raise UsageError(f"{folder} holds a {found['peft_type']} adapter, not MISS or BONE: PEFT itself loads it")
+        raise UsageError(
+            f"{folder} holds a {brief(found['peft_type'])} adapter, not MISS or BONE: PEFT itself loads it"
+        )
     if found.get("bias", "none") != "none":
-        raise UsageError(f"{folder} holds biases as well (bias={found['bias']!r}), which cannot be loaded here")
+        raise UsageError(f"{folder} holds biases as well (bias={brief(found['bias'])}), which cannot be loaded here")
     init = found.get("init_weights", True)
     variant: Variant = "col" if init == "bat" else "mini" if init == "mini" else "miss"
     file = next((folder / name for name in _PEFT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UsageError(f"{folder} has no {' or '.join(_PEFT_FILES)}")
-    tensors = torch.load(file, map_location="cpu", weights_only=True) if file.suffix == ".bin" else load_file(file)
+    tensors: Mapping[str, Tensor] = (
+        read_pickle(file, allow_pickle=allow_pickle) if file.suffix == ".bin" else Checkpoint(file)
+    )
     blocks, saved = {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
@@ -176,7 +225,7 @@ def _read_peft(folder: Path) -> _Stored:
     settings = {
         "r": found["r"],
         "dropout": 0.0 if variant == "col" else found.get("miss_dropout", 0.0),  # PEFT drops nothing there
-        "mini_r": found["mini_r"] if variant == "mini" else None,
+        "mini_r": found.get("mini_r") if variant == "mini" else None,
         "modules_to_save": tuple(dict.fromkeys(name.rpartition(".")[0] for name in saved)),
     }
     return _Stored(variant, settings, blocks, saved)
@@ -245,6 +294,18 @@ def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
         if meant == set(names):
             return sorted(targets)
     return "|".join(map(re.escape, names))
+
+
+def _modules_for_peft(model: nn.Module, config: BoneConfig) -> list[str]:
+    """Name modules in full: PEFT takes every module whose name ends so, also in the middle of a word."""
+    names = list(resolved_modules(model, config.modules_to_save))
+    others = [name for name, _ in model.named_modules() if name not in names and name.endswith(tuple(names))]
+    if names and others:
+        raise UsageError(
+            f"PEFT would take {others[0]} for one of modules_to_save, as its name ends like one of {names}: use "
+            "format='native'"
+        )
+    return names
 
 
 def _write(

@@ -1,11 +1,11 @@
-"""A layer of the user's that has learnt to carry adapters, in its place and under its name.
+"""A layer of the user's model that carries adapters, in its place and under its name.
 
 The module keeps its parameters, buffers, hooks and keys; only its class changes, to a subclass of what it was, and the
 trained tensors are added under ``bone``. Taking the adapters off gives the very object back that went in.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar, cast
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from weightsmith.adapt import fused
 from weightsmith.adapt.bone import BoneConfig, Variant, activations, add_tiled, autocast, bone_delta, bone_linear
+from weightsmith.core.adapters import BONE_MERGED
 from weightsmith.core.errors import UsageError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,6 +29,7 @@ class Form:
 
     variant: Variant
     dropout: float
+    fused: bool = True
 
 
 class BoneLayer(nn.Module):
@@ -83,6 +85,27 @@ class BoneLayer(nn.Module):
                 result = result + bone_delta(weight, block.to(weight.dtype), form.variant)
         return result
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.bone_merged:
+            destination[f"{prefix}{BONE_MERGED}.{name}"] = torch.ones(1, dtype=torch.bool)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        marks = f"{prefix}{BONE_MERGED}."
+        unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(marks)]
+
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         # the class is made while the program runs, so that pickle has to be told how to make it again
         return _blank, (self.kind, self.plain), self.__dict__
@@ -95,7 +118,8 @@ class _Linear(BoneLayer):
         dropped = self.training and any(form.dropout for form, _ in adapters)
         if len(adapters) == 1 and not dropped and is_plain(self):
             form, block = adapters[0]
-            return bone_linear(x, self.oriented(self.weight), self.bias, block, form.variant)
+            kernel = None if form.fused else False
+            return bone_linear(x, self.oriented(self.weight), self.bias, block, form.variant, fused=kernel)
         if any(needs_weight(form.variant, block) for form, block in adapters):
             weight = self.oriented(self.weight)
             if not dropped:

@@ -6,7 +6,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from weightsmith.adapt.apply import Model, allow_fast_path, bone_layers, is_merged, owners, registry_of, swap_saved
+from weightsmith.adapt.apply import (
+    Model,
+    bone_layers,
+    is_merged,
+    owners,
+    refuse_sharded,
+    registry_of,
+    remove_hooks,
+    swap_saved,
+)
 from weightsmith.adapt.bone import SHARED, as_tiles, bone_delta
 from weightsmith.adapt.fused import in_tiles
 from weightsmith.adapt.layers import BoneLayer, Form, is_plain, needs_weight, release
@@ -38,6 +47,7 @@ def merge_bone_(
     if is_merged(model):
         warnings.warn("the adapters are merged already: nothing to do", WeightsmithWarning, stacklevel=2)
         return model
+    refuse_sharded(model, "merged")
     layers = [(name, layer) for name, layer in bone_layers(model) if layer.bone_active]
     shared = owners(model)
     for name, layer in layers:
@@ -107,6 +117,7 @@ def unload_bone_(model: Model, *, merge: bool = False) -> Model:
         UsageError: There are no adapters, or they cannot be merged or taken out.
     """
     registry, merged = registry_of(model), is_merged(model)
+    refuse_sharded(model, "unloaded")
     if merge and not merged:
         merge_bone_(model, keep_base=False)
     if not merge:
@@ -115,7 +126,7 @@ def unload_bone_(model: Model, *, merge: bool = False) -> Model:
         swap_saved(model, None)
     for _, layer in list(bone_layers(model)):
         release(layer)
-    allow_fast_path(model)
+    remove_hooks(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in registry.trainable)
     del model._bone

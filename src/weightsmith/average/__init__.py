@@ -4,6 +4,7 @@
 ``merge_checkpoints``                            checkpoint folders, full models or adapters, into one folder
 ``find_checkpoints``, ``checkpoint_losses``      what a run has left behind, and how good each is
 ``metric_weights``, ``weigh_checkpoints``        metrics into weights
+``decay_weights``                                weights that stand for a decay of the learning rate
 ``average_state_dicts``                          the same in memory, for any module
 ``greedy_soup``, ``greedy_members``              keep only members that your evaluation likes
 ``ema``, ``swa``, ``LAWA``                       running averages while a model trains
@@ -14,7 +15,7 @@ from weightsmith.average.checkpoints import Checkpoint, checkpoint_losses, find_
 from weightsmith.average.merge import MergeReport, Share, merge_checkpoints, weigh_checkpoints
 from weightsmith.average.soup import greedy_members, greedy_soup
 from weightsmith.average.state_dicts import LAWA, average_state_dicts, ema, swa
-from weightsmith.average.weights import metric_weights
+from weightsmith.average.weights import decay_weights, metric_weights
 
 __all__ = [
     "LAWA",
@@ -23,6 +24,7 @@ __all__ = [
     "Share",
     "average_state_dicts",
     "checkpoint_losses",
+    "decay_weights",
     "ema",
     "find_checkpoints",
     "greedy_members",

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
-from weightsmith.average.sources import Place, read_json, whole
+from weightsmith.average.sources import Place, narrowed, whole
 from weightsmith.average.stream import Mean
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
+from weightsmith.core.json_files import read_json
+from weightsmith.core.patterns import compile_pattern
 
 LoraMode = Literal["svd", "cat", "factors", "dense"]
 Config = dict[str, Any]
@@ -31,6 +34,13 @@ _LINEAR = frozenset(
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base weights, by the adapter's rank and scaling."""
 _SAME = ("peft_type", "base_model_name_or_path", "target_modules", "use_dora", "fan_in_fan_out", "bias", "lora_bias")
+_CONFIG = {
+    "peft_type?": (str, None),
+    "lora_alpha?": float,
+    "alpha_pattern?": ({str: float}, None),
+    "rank_pattern?": ({str: int}, None),
+    "target_modules?": ([str], str, None),
+}
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
@@ -52,13 +62,13 @@ class Pair:
 
     @property
     def bias(self) -> str:
-        """Name of the tensor ``(out,)`` that adapters with ``lora_bias`` have besides."""
+        """Name of the tensor ``(out,)`` that adapters with ``lora_bias`` have as well."""
         return self.b.removesuffix("weight") + "bias"
 
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """The adapters of several checkpoints, oldest first, found to be alike.
+    """The adapters of several checkpoints, oldest first, found to have equal configurations.
 
     Attributes:
         configs: ``adapter_config.json`` of each.
@@ -76,8 +86,11 @@ class Adapters:
         """What checkpoint ``index`` multiplies a module's ``B A`` by: ``alpha / r``, or ``alpha / sqrt(r)``."""
         config, rank = self.configs[index], self.places[index][pair.a].shape[0]
         patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-        matches = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", pair.module))
+        where = f"alpha_pattern in {self.places[index][pair.a].file.parent / 'adapter_config.json'}"
+        matches = (a for key, a in patterns.items() if compile_pattern(rf"(.*\.)?({key})", where)(pair.module))
         alpha = next(matches, config.get("lora_alpha", 8))
+        if not math.isfinite(alpha):
+            raise UsageError(f"{where} and lora_alpha must be finite, got {alpha} for {brief(pair.module)}")
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def factors(self, pair: Pair) -> tuple[list[Tensor], list[Tensor]]:
@@ -138,10 +151,10 @@ class Adapters:
                 if mode == "svd":
                     a, b, self.discarded[pair.module] = best_of_rank(a, b, rank)
                 short = rank - len(a)
-                yield torch.nn.functional.pad(a, (0, 0, 0, short)).to(dtype).contiguous()
-                yield torch.nn.functional.pad(b, (0, short)).to(dtype).contiguous()
+                yield narrowed(torch.nn.functional.pad(a, (0, 0, 0, short)), dtype, pair.a).contiguous()
+                yield narrowed(torch.nn.functional.pad(b, (0, short)), dtype, pair.b).contiguous()
             elif name in biases:
-                yield self.bias(biases[name], shares).to(dtype)
+                yield narrowed(self.bias(biases[name], shares), dtype, name)
             else:
                 yield from mean.pieces(name, [places[name] for places in self.places])
 
@@ -178,7 +191,7 @@ def open_adapters(
     Raises:
         UsageError: Their configurations differ, or this kind of adapter does not allow the mode.
     """
-    configs = [read_json(checkpoint.path / "adapter_config.json") for checkpoint in checkpoints]
+    configs = [read_json(checkpoint.path / "adapter_config.json", _CONFIG) for checkpoint in checkpoints]
     _check_configs(checkpoints, configs, _SAME + (_SCALING if mode == "factors" else ()))
     newest = configs[-1]
     kind = str(newest.get("peft_type"))
@@ -188,23 +201,33 @@ def open_adapters(
         name = "DoRA" if kind == "LORA" else kind
         if mode != "factors":
             raise UsageError(
-                f"lora_mode must be 'factors' (approximate) or 'dense' (exact) for {name} adapters, got {mode!r}"
+                f"lora_mode must be 'factors' (approximate) or 'dense' (exact) for {brief(name)} adapters, got {mode!r}"
             )
         caveat = f"{name} adapters are not linear in their tensors, so this average is approximate; 'dense' is exact"
     start = newest.get("init_lora_weights")
     if plain_lora and isinstance(start, str) and start.startswith(_FROM_BASE):
         if mode in ("svd", "cat"):
             raise UsageError(
-                f"lora_mode must be 'factors' or 'dense' for adapters initialised by {start!r}, got {mode!r}: PEFT "
-                "changes the base weights by their rank and scaling, which this mode replaces"
+                f"lora_mode must be 'factors' or 'dense' for adapters initialized by {brief(start)}, got {mode!r}: "
+                "PEFT changes the base weights by their rank and scaling, which this mode replaces"
             )
-        caveat = f"adapters initialised by {start!r} only fit the base weights that this initialisation has changed"
+        caveat = (
+            f"adapters initialized by {brief(start)} only fit the base weights that this initialisation has changed"
+        )
     pairs = _pairs(places[-1]) if plain_lora else {}
     adapters = Adapters(configs, places, pairs)
-    for pair in pairs.values() if mode != "factors" else ():
-        a, b = places[-1][pair.a].shape, places[-1][pair.b].shape
-        if a[0] != b[1] or math.prod(b[2:]) != 1:
-            raise UsageError(f"lora_mode must be 'factors' for {pair.module}, a grouped convolution, got {mode!r}")
+    for found, pair in product(places, pairs.values()):
+        if pair.a not in found or pair.b not in found:
+            continue  # which tensors they all must hold is checked elsewhere
+        a, b = found[pair.a].shape, found[pair.b].shape
+        if len(a) < 2 or len(b) < 2 or not a[0]:
+            raise UsageError(
+                f"{found[pair.a].file} is damaged: the factors of {brief(pair.module)} have shapes {a} and {b}"
+            )
+        if mode != "factors" and (a[0] != b[1] or math.prod(b[2:]) != 1):
+            raise UsageError(
+                f"lora_mode must be 'factors' for {brief(pair.module)}, a grouped convolution, got {mode!r}"
+            )
     return adapters, caveat
 
 
@@ -215,7 +238,7 @@ def _pairs(places: Mapping[str, Place]) -> dict[str, Pair]:
         if match and match[3] == "A":
             partner = name.removesuffix(match[4] or "")[:-1] + "B" + (match[4] or "")
             if partner not in places:
-                raise UsageError(f"{places[name].file} has {name} without {partner}")
+                raise UsageError(f"{places[name].file} has {brief(name)} without {brief(partner)}")
             pairs[name] = Pair(base_name(match[1]), name, partner, embedding=bool(match[2]))
     return pairs
 
@@ -230,14 +253,15 @@ def _check_configs(checkpoints: Sequence[Checkpoint], configs: Sequence[Config],
         for key in keys:
             mine, newest = _comparable(config.get(key)), _comparable(configs[-1].get(key))
             if mine != newest:
-                mend = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
+                fix = "; lora_mode 'svd' or 'cat' allows that" if key in _SCALING else ""
                 raise UsageError(
-                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {mine!r} and {newest!r}{mend}"
+                    f"{checkpoint.path} and {checkpoints[-1].path} differ in {key}: {brief(mine)} and {brief(newest)}"
+                    f"{fix}"
                 )
 
 
 def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value or None  # lists hold sets, absent means off
+    return sorted(value, key=str) if isinstance(value, list) else value or None  # lists hold sets, absent means off
 
 
 def _wide(tensor: Tensor) -> Tensor:

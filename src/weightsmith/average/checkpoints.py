@@ -3,19 +3,24 @@
 A run folder holds ``checkpoint-<step>/`` folders; the newest one's ``trainer_state.json`` holds the run's whole log.
 """
 
-import json
 import re
 import warnings
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
+
+from weightsmith.core.adapters import BONE_CONFIG
 from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
+from weightsmith.core.json_files import stream_json
 
-Kind = Literal["adapter", "model"]
+Kind = Literal["adapter", "bone", "model"]
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STATE = "trainer_state.json"
+_HISTORY = "log_history"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +29,8 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
-        step: Optimiser steps taken, or its position when the folder's name does not tell.
-        kind: ``"adapter"`` (a PEFT folder) or ``"model"`` (all weights).
+        step: Optimizer steps taken, or its position when the folder's name does not tell.
+        kind: ``"adapter"`` (a PEFT folder), ``"bone"`` (a folder of ``save_bone``) or ``"model"`` (all weights).
     """
 
     path: Path
@@ -41,7 +46,7 @@ def find_checkpoints(
     Args:
         run_dir: The run's output folder.
         last: How many of the newest; ``None``: all.
-        every: Take each ``every``-th, counted back from the newest.
+        every: Take every n-th, counted back from the newest.
         steps: Take exactly these instead.
 
     Raises:
@@ -94,6 +99,35 @@ def as_checkpoints(paths: Sequence[Path | str | Checkpoint]) -> list[Checkpoint]
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
+def refuse_incomplete(checkpoints: Sequence[Checkpoint], *, weights: bool = False) -> None:
+    """Refuse checkpoints that a run has not finished saving.
+
+    Args:
+        checkpoints: Of one run, oldest first.
+        weights: Look for weight files too.
+
+    Raises:
+        UsageError: One lacks what an older one has: the Trainer's state, which is written last, or the Bone adapter;
+            or it has no weights.
+    """
+    for index, checkpoint in enumerate(checkpoints):
+        path, older = checkpoint.path, checkpoints[:index]
+        missing = None
+        if weights and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            missing = "no weights"
+        elif checkpoint.kind == "model" and older and all(other.kind == "bone" for other in older):
+            missing = f"no {BONE_CONFIG}, which the older ones have"
+        elif not (path / _STATE).is_file() and any((other.path / _STATE).is_file() for other in older):
+            missing = f"no {_STATE}, which the Trainer writes last"
+        if missing:
+            steps = [other.step for other in checkpoints if other is not checkpoint]
+            without = f", or leave it out: steps={steps} (--steps {' '.join(map(str, steps))})" if steps else ""
+            raise UsageError(
+                f"{path} is incomplete: it has {missing}. The run was probably stopped while it saved this checkpoint: "
+                f"remove the folder{without}"
+            )
+
+
 def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_previous") -> list[float]:
     """Read from the run's log how good each checkpoint is.
 
@@ -102,7 +136,8 @@ def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_pr
         source: ``"since_previous"``: mean training loss of the steps since the checkpoint folder before it, each log
             entry weighted by the steps that it covers; entries that began earlier count whole. Where there is none, as
             ``"last"``. ``"last"``: the last training loss logged up to its step. ``"eval"``: the evaluation loss at its
-            step; ``"eval:<key>"``: another evaluation metric, for example ``"eval:accuracy"``.
+            step; ``"eval:<key>"``: another evaluation metric, for example ``"eval:accuracy"``. A resumed run logs
+            steps again: the last entry of each step counts.
 
     Returns:
         One number per checkpoint; it may be ``nan`` where the log says so.
@@ -112,11 +147,11 @@ def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_pr
     """
     if source not in ("since_previous", "last", "eval") and not source.startswith("eval:"):
         raise unknown("source", source, ["since_previous", "last", "eval", "eval:<key>"])
-    log = _history(checkpoints[-1])
+    path = _log(checkpoints[-1])
     if source.startswith("eval"):
         key = "eval_" + (source.partition(":")[2] or "loss").removeprefix("eval_")
-        return [_evaluation(log, checkpoint, key) for checkpoint in checkpoints]
-    entries = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
+        return _evaluations(path, checkpoints, key)
+    entries = _Losses(path)
     if source == "last":
         return [_last(entries, checkpoint) for checkpoint in checkpoints]
     return [_since_previous(entries, checkpoint) for checkpoint in checkpoints]
@@ -128,40 +163,64 @@ def _steps(run: Path) -> dict[int, Path]:
 
 
 def _kind(path: Path) -> Kind:
-    return "adapter" if (path / "adapter_config.json").is_file() else "model"
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    return "bone" if (path / BONE_CONFIG).is_file() else "model"
 
 
-def _history(newest: Checkpoint) -> list[dict[str, Any]]:
+def _log(newest: Checkpoint) -> Path:
     candidates = [newest.path / _STATE, newest.path.parent / _STATE]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise UsageError(f"{newest.path} has no {_STATE}: give the values by hand, or weigh by steps")
-    try:
-        log = json.loads(path.read_text())["log_history"]
-        if not all(isinstance(entry["step"], int) for entry in log):
-            raise TypeError("an entry has no step")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    return log
+    return path
 
 
-def _evaluation(log: list[dict[str, Any]], checkpoint: Checkpoint, key: str) -> float:
-    for entry in reversed(log):
-        if key in entry and entry["step"] == checkpoint.step:
-            return float(entry[key])
-    known = {name for entry in log for name in entry if name.startswith("eval_")}
-    hint = near(key, sorted(known)) if key not in known else "evaluate as often as you save, or weigh by training loss"
-    raise UsageError(f"the log has no {key} at step {checkpoint.step} ({checkpoint.path.name}); {hint}")
+class _Losses:
+    """The training losses of a log, which may be larger than memory: 16 bytes per entry.
+
+    A run that was resumed from an older checkpoint logs steps again: the last entry of each step counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        steps, losses = array("q"), array("d")
+        for entry in stream_json(path, _HISTORY, {"step": int, "loss?": float}):
+            if "loss" in entry:
+                steps.append(entry["step"])
+                losses.append(entry["loss"])
+        self._steps, last = np.unique(np.array(steps, dtype=np.int64)[::-1], return_index=True)
+        self._losses = np.array(losses)[::-1][last]
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return zip(map(int, self._steps), map(float, self._losses), strict=True)
 
 
-def _last(entries: list[tuple[int, float]], checkpoint: Checkpoint) -> float:
-    losses = [loss for step, loss in entries if step <= checkpoint.step]
-    if not losses:
+def _evaluations(path: Path, checkpoints: Sequence[Checkpoint], key: str) -> list[float]:
+    steps = {checkpoint.step for checkpoint in checkpoints}
+    values: dict[int, float] = {}
+    known: set[str] = set()
+    for entry in stream_json(path, _HISTORY, {"step": int, f"{key}?": float}):
+        known.update(name for name in entry if name.startswith("eval_"))
+        if key in entry and entry["step"] in steps:
+            values[entry["step"]] = float(entry[key])
+    for checkpoint in checkpoints:
+        if checkpoint.step not in values:
+            often = "evaluate as often as you save, or weigh by training loss"
+            hint = often if key in known else near(key, sorted(known))
+            raise UsageError(f"the log has no {key} at step {checkpoint.step} ({checkpoint.path.name}); {hint}")
+    return [values[checkpoint.step] for checkpoint in checkpoints]
+
+
+def _last(entries: _Losses, checkpoint: Checkpoint) -> float:
+    last = None
+    for step, loss in entries:
+        last = loss if step <= checkpoint.step else last
+    if last is None:
         raise UsageError(f"the log has no training loss up to step {checkpoint.step} ({checkpoint.path.name})")
-    return losses[-1]
+    return last
 
 
-def _since_previous(entries: list[tuple[int, float]], checkpoint: Checkpoint) -> float:
+def _since_previous(entries: _Losses, checkpoint: Checkpoint) -> float:
     previous = max((step for step in _steps(checkpoint.path.parent) if step < checkpoint.step), default=0)
     total = covered = 0.0
     logged = 0

@@ -20,18 +20,27 @@ import torch
 from torch import Tensor
 
 from weightsmith.average.adapters import LoraMode, open_adapters
-from weightsmith.average.checkpoints import Checkpoint, as_checkpoints, checkpoint_losses, find_checkpoints
-from weightsmith.average.dense import Dense, merged_by_peft
-from weightsmith.average.sources import Place, check_alike, open_places, read_json
+from weightsmith.average.checkpoints import (
+    Checkpoint,
+    as_checkpoints,
+    checkpoint_losses,
+    find_checkpoints,
+    refuse_incomplete,
+)
+from weightsmith.average.dense import Dense, cast_, merged_by_peft
+from weightsmith.average.sources import Place, check_alike, open_places
 from weightsmith.average.state_dicts import normalised
 from weightsmith.average.stream import Mean
-from weightsmith.average.weights import Metric, Scheme, metric_weights
+from weightsmith.average.weights import Decay, Metric, Scheme, decay_weights, metric_weights
+from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
 from weightsmith.core.checkpoint import write_pieces
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
-from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.core.files import check_target, folder_atomically, say_where_link_leads, write_atomically
+from weightsmith.core.json_files import read_json
 
 _WEIGHT_FILES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
 _RUN_FILES = frozenset({"trainer_state.json", "merge_report.json"})
+_SINGLE = "model.safetensors"
 _LARGE_GAP = 0.1
 _Paths = Path | str | Sequence[Path | str | Checkpoint]
 
@@ -86,6 +95,7 @@ def weigh_checkpoints(
     source: str = "since_previous",
     scheme: Scheme = "power",
     penalty: float = 1.0,
+    decay: Decay | None = None,
     top: int | None = None,
     skip_bad: bool = False,
 ) -> list[Share]:
@@ -99,7 +109,9 @@ def weigh_checkpoints(
         source: Which entry of the log, see :func:`checkpoint_losses`.
         scheme: See :func:`metric_weights`.
         penalty: See :func:`metric_weights`.
-        top: Take only so many, the best by metric.
+        decay: Weigh by step so that the average equals a decay of the learning rate that was not trained, see
+            :func:`decay_weights`; metric, scheme and penalty are ignored.
+        top: Take only this many, the best by metric.
         skip_bad: Leave out checkpoints whose metric is not finite.
 
     Returns:
@@ -108,14 +120,22 @@ def weigh_checkpoints(
     Raises:
         UsageError: There is no such checkpoint or log entry, or an argument is out of range.
     """
+    given = {"values": values, "weights": weights, "decay": decay}
+    ruling = [name for name, value in given.items() if value is not None]
+    if len(ruling) > 1 or (top is not None and ruling in (["weights"], ["decay"])):
+        raise UsageError(f"{' and '.join([*ruling, *(['top'] if top is not None else [])])} exclude each other")
     found = find_checkpoints(checkpoints) if isinstance(checkpoints, Path | str) else as_checkpoints(checkpoints)
+    refuse_incomplete(found)
+    if decay is not None:
+        shares = decay_weights([checkpoint.step for checkpoint in found], decay).tolist()
+        return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
     if weights is not None:
         shares = normalised(weights, len(found))
         return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
     if values is not None and len(values) != len(found):
         raise UsageError(f"values must be {len(found)} numbers, one per checkpoint, got {len(values)}")
-    if values is None and scheme in ("uniform", "ema") and top is None:
-        values = [checkpoint.step for checkpoint in found]  # these schemes look at no metric, so none need be logged
+    if values is None and (len(found) == 1 or scheme in ("uniform", "ema")) and top is None:
+        values = [checkpoint.step for checkpoint in found]  # the metric does not matter, so it need not be logged
     elif values is None:
         values = [c.step for c in found] if metric == "steps" else checkpoint_losses(found, source)
     known = list(zip(found, map(float, values), strict=True))
@@ -142,6 +162,7 @@ def merge_checkpoints(
     source: str = "since_previous",
     scheme: Scheme = "power",
     penalty: float = 1.0,
+    decay: Decay | None = None,
     top: int | None = None,
     skip_bad: bool = False,
     lora_mode: LoraMode = "svd",
@@ -159,13 +180,14 @@ def merge_checkpoints(
     Args:
         checkpoints: A run folder (its last four are taken), or checkpoints: see :func:`find_checkpoints`.
         out: The folder to make.
-        values: See :func:`weigh_checkpoints`, also for the next seven.
+        values: See :func:`weigh_checkpoints`, also for the next eight.
         weights: The weights themselves.
         metric: ``"loss"``, ``"steps"`` or ``"score"``.
         source: Which entry of the log.
         scheme: How metrics become weights.
         penalty: How sharply.
-        top: Take only so many, the best by metric.
+        decay: A decay of the learning rate that the average stands for, in place of a metric.
+        top: Take only this many, the best by metric.
         skip_bad: Leave out checkpoints whose metric is not finite.
         lora_mode: ``"svd"``: the best adapter of ``rank`` for the average update. ``"cat"``: that update exactly, at
             the sum of all ranks. ``"factors"``: average A and B, which drops the covariance gap. ``"dense"``: the exact
@@ -197,43 +219,70 @@ def merge_checkpoints(
         source=source,
         scheme=scheme,
         penalty=penalty,
+        decay=decay,
         top=top,
         skip_bad=skip_bad,
     )
     chosen = [share.checkpoint for share in shares]
     target = Path(out)
-    _check_target(target, [*(c.path for c in chosen), *([Path(base)] if base else [])], overwrite)
+    check_new_folder(target, [*(c.path for c in chosen), *([Path(base)] if base else [])], overwrite)
+    refuse_incomplete(chosen, weights=True)
     if len({checkpoint.kind for checkpoint in chosen}) > 1:
         kinds = ", ".join(f"{c.path.name}: {c.kind}" for c in chosen)
         raise UsageError(f"checkpoints must be all adapters or all models, got {kinds}")
     adapters = chosen[0].kind == "adapter"
+    if chosen[0].kind == "bone" and lora_mode == "dense":
+        raise UsageError(
+            "lora_mode 'dense' for Bone adapters is merge_bone_checkpoints of weightsmith.integrations.bone, or "
+            "weightsmith merge --lora-mode dense; without it they are averaged, exactly, into one Bone adapter"
+        )
     if adapters and lora_mode == "dense" and base is None:
         raise UsageError("lora_mode 'dense' needs the base model's folder as base (--base)")
     report = MergeReport(
         target,
         shares,
         [None] * len(shares),
-        settings={"metric": metric, "source": source, "scheme": scheme, "penalty": penalty, "rank": rank}
-        if weights is None
-        else {"weights": "given"},
+        settings=_settings(weights, decay, metric, source, scheme, penalty) | {"rank": rank},
         lora_mode=lora_mode if adapters else None,
     )
     mean = Mean([share.weight for share in shares], dtype=dtype, chunk_mb=chunk_mb)
     places = [open_places(checkpoint, allow_pickle=allow_pickle) for checkpoint in chosen]
     with folder_atomically(target) as fresh:
-        if not adapters:
+        if chosen[0].kind == "bone":
+            check_alike(places, mixed_dtypes=dtype is not None)
+            _write_bone(fresh, chosen, places, mean)
+        elif not adapters:
             check_alike(places, mixed_dtypes=dtype is not None)
             _write_model(fresh, chosen[-1].path, places, mean, dtype)
             if any(name.endswith("running_mean") for name in places[-1]):
                 report.notes.append("batch norm's statistics were averaged; measure them anew: swa_utils.update_bn")
         else:
-            _write_adapter(fresh, report, places, mean, dtype, lora_mode, rank, Path(base) if base else None, chunk_mb)
+            _write_adapter(
+                fresh,
+                report,
+                places,
+                mean,
+                dtype,
+                lora_mode,
+                rank,
+                Path(base) if base else None,
+                chunk_mb,
+                allow_pickle,
+            )
         if mean.measured:
             report.distances[:] = mean.distances()
         write_atomically(fresh / "merge_report.json", json.dumps(asdict(report), indent=2, default=str) + "\n")
     for note in report.notes:
         warnings.warn(note, WeightsmithWarning, stacklevel=2)
     return report
+
+
+def _settings(weights: object, decay: str | None, *by_metric: object) -> dict[str, Any]:
+    if weights is not None:
+        return {"weights": "given"}
+    if decay is not None:
+        return {"decay": decay}
+    return dict(zip(("metric", "source", "scheme", "penalty"), by_metric, strict=True))
 
 
 class _Source(Protocol):
@@ -255,12 +304,31 @@ def _write_model(
         parts = (piece for name in names for piece in source.pieces(name, [found[name] for found in places]))
         write_pieces(fresh / file, layout, parts)
         total += sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
-    _copy_others(newest, fresh, dtype)
-    for path in newest.glob("*.index.json"):
-        index = read_json(path)
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-        index["weight_map"] = {name: _safe(file) for name, file in index["weight_map"].items()}
-        write_atomically(fresh / _safe(path.name), json.dumps(index, indent=2) + "\n")
+    copy_side_files(newest, fresh, dtype)
+    if by_file.keys() != {_SINGLE}:
+        weight_map = {name: file for file, names in by_file.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomically(fresh / f"{_SINGLE}.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_bone(fresh: Path, chosen: Sequence[Checkpoint], places: Sequence[Mapping[str, Place]], mean: Mean) -> None:
+    """Average Bone adapters as they are: every form is linear in its tensors."""
+    configs = [read_json(checkpoint.path / BONE_CONFIG, {"variant": str}) for checkpoint in chosen]
+    for checkpoint, config in zip(chosen, configs, strict=True):
+        if config["variant"] != configs[-1]["variant"]:
+            raise UsageError(
+                f"{checkpoint.path} and {chosen[-1].path} differ in variant: {config['variant']!r} and "
+                f"{configs[-1]['variant']!r}"
+            )
+    newest = places[-1]
+    # wide dtypes first keeps every tensor aligned in the file
+    names = sorted(newest, key=lambda name: (-mean.dtype_of(newest[name]).itemsize, name))
+    layout = {name: (mean.dtype_of(newest[name]), newest[name].shape) for name in names}
+    parts = (piece for name in names for piece in mean.pieces(name, [found[name] for found in places]))
+    write_pieces(fresh / BONE_TENSORS, layout, parts)
+    copy_side_files(chosen[-1].path, fresh, None)
+    for name in ("config.json", "generation_config.json"):
+        (fresh / name).unlink(missing_ok=True)  # this folder is no model
 
 
 def _write_adapter(
@@ -273,6 +341,7 @@ def _write_adapter(
     rank: int | None,
     base: Path | None,
     chunk_mb: float,
+    allow_pickle: bool,
 ) -> None:
     chosen, shares = [s.checkpoint for s in report.shares], [s.weight for s in report.shares]
     adapters, caveat = open_adapters(chosen, places, mode)
@@ -287,17 +356,17 @@ def _write_adapter(
     if mode == "dense":
         assert base is not None
         if adapters.pairs:
-            stored = open_places(Checkpoint(base, 0, "model"))
+            stored = open_places(Checkpoint(base, 0, "model"), allow_pickle=allow_pickle)
             _write_model(fresh, base, [stored], Dense(stored, adapters, shares, mean, chunk_mb), dtype)
         else:
-            _copy_others(base, fresh, None)
-            model = merged_by_peft(base, chosen, shares)
-            model.to(dtype or model.dtype).save_pretrained(fresh)
+            copy_side_files(base, fresh, None)
+            model = merged_by_peft(base, chosen, shares, allow_pickle=allow_pickle)
+            cast_(model, dtype or model.dtype).save_pretrained(fresh)
         return
     r = adapters.rank(mode, rank) if adapters.pairs else 0
     layout = adapters.layout(mode, r, mean)
     write_pieces(fresh / "adapter_model.safetensors", layout, adapters.pieces(layout, mode, r, shares, mean))
-    _copy_others(chosen[-1].path, fresh, None)
+    copy_side_files(chosen[-1].path, fresh, None)
     write_atomically(fresh / "adapter_config.json", json.dumps(adapters.merged_config(mode, r), indent=2) + "\n")
     report.discarded.update(adapters.discarded)
     if mode == "factors":
@@ -310,21 +379,26 @@ def _write_adapter(
             )
 
 
-def _check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    resolved = target.resolve()
-    for source in (path.resolve() for path in sources):
-        if source.is_relative_to(resolved) or resolved.is_relative_to(source):
-            raise UsageError(f"out must be neither in, around nor equal to what is merged, got {target} for {source}")
+def check_new_folder(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Make sure that a merged folder may be written.
+
+    Raises:
+        UsageError: Something is in its place, or it would replace what is read.
+    """
+    check_target(target, sources)
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"out must be a folder, got {target}: {path} is a file")
     if target.exists() and not overwrite:
         raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
 
 
-def _copy_others(source: Path, fresh: Path, dtype: torch.dtype | None) -> None:
+def copy_side_files(source: Path, fresh: Path, dtype: torch.dtype | None) -> None:
     """Copy configuration, tokeniser and the like, and nothing of the optimiser or the run."""
     for path in source.iterdir():
         run_file = path.name in _RUN_FILES or path.name.endswith(".index.json")
         if path.is_file() and path.suffix not in _WEIGHT_FILES and not run_file:
-            shutil.copyfile(path, fresh / path.name)
+            shutil.copyfile(say_where_link_leads(path), fresh / path.name)
     config = fresh / "config.json"
     if dtype is not None and config.is_file():
         content = read_json(config)

@@ -4,7 +4,7 @@ Source: "Model soups: averaging weights of multiple fine-tuned models improves a
 time" (arXiv 2203.05482), recipe 1.
 """
 
-import tempfile
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from weightsmith.average.checkpoints import Checkpoint, as_checkpoints
 from weightsmith.average.merge import MergeReport, merge_checkpoints
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import temporary_folder
 
 
 def greedy_members(count: int, evaluate: Callable[[Sequence[int]], float]) -> list[int]:
@@ -19,15 +20,22 @@ def greedy_members(count: int, evaluate: Callable[[Sequence[int]], float]) -> li
 
     Args:
         count: How many there are.
-        evaluate: ``members -> score`` of their uniform average, higher is better; on held-out data.
+        evaluate: ``members -> score`` of their uniform average, higher is better; on held-out data. A score of NaN is
+            that of a model that has diverged, which is left out.
 
     Returns:
         The members, in ascending order.
+
+    Raises:
+        UsageError: There are none, or every score is NaN.
     """
     if count < 1:
         raise UsageError("there is nothing to average")
     alone = [evaluate([index]) for index in range(count)]
-    first, *others = sorted(range(count), key=lambda index: -alone[index])
+    usable = [index for index in range(count) if not math.isnan(alone[index])]
+    if not usable:
+        raise UsageError(f"evaluate gave NaN for each of the {count} models: none can be averaged")
+    first, *others = sorted(usable, key=lambda index: -alone[index])
     members, score = [first], alone[first]
     for index in others:
         candidate = sorted([*members, index])
@@ -52,14 +60,13 @@ def greedy_soup(
     """
     found = as_checkpoints(checkpoints)
     target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
     options["scheme"] = "uniform"
 
     def score(members: Sequence[int]) -> float:
         if len(members) == 1:
             return evaluate(found[members[0]].path)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            candidate = Path(folder, "candidate")
+        with temporary_folder(target) as folder:
+            candidate = folder / "candidate"
             merge_checkpoints([found[index] for index in members], candidate, **options)
             return evaluate(candidate)
 

@@ -1,17 +1,19 @@
 """Checkpoint files as tensors of which any piece can be read, whatever format they are in."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weightsmith.average.checkpoints import Checkpoint
+from weightsmith.core.adapters import BONE_TENSORS, refuse_adapter_tensors
 from weightsmith.core.checkpoint import Checkpoint as Safetensors
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
+from weightsmith.core.json_files import read_json
+from weightsmith.core.pickles import read_pickles
 
 _QUANTISED = ("qweight", "absmax", "quant_state", "SCB", "weight_packed")
 _MOST = 5  # differences that an error lists
@@ -72,27 +74,43 @@ def finite(tensor: Tensor, place: Place, name: str = "") -> Tensor:
     return tensor
 
 
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Cast finite values to the dtype that they are written as, or say that it cannot hold them."""
+    cast = tensor.to(dtype)
+    if cast.is_floating_point() and not cast.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise UsageError(
+            f"{name} does not fit into {dtype}: its largest value is {largest:.3g}, dtype must hold up to that"
+        )
+    return cast
+
+
 def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[str, Place]:
     """Find a checkpoint's tensors, in the order of their data.
 
     Args:
-        checkpoint: Its folder; adapters are looked for in ``adapter_model.*``, models in ``model*.safetensors``.
+        checkpoint: Its folder; PEFT adapters are looked for in ``adapter_model.*``, Bone adapters in
+            ``bone.safetensors``, models in ``model*.safetensors``.
         allow_pickle: Also open ``.bin`` files, with ``torch.load(weights_only=True)``.
 
     Raises:
-        UsageError: There are none, they are damaged, quantised, or pickled without ``allow_pickle``.
+        UsageError: There are none, they are damaged, quantized, or pickled without ``allow_pickle``; or a whole model
+            has an adapter beside its weights.
     """
     path = checkpoint.path
+    if checkpoint.kind == "bone":
+        return {**Safetensors(path / BONE_TENSORS).stored()}
     stem = "adapter_model" if checkpoint.kind == "adapter" else "pytorch_model"
-    pickles = sorted({*path.glob(f"{stem}.bin"), *path.glob(f"{stem}-*-of-*.bin")})
     safe = path / "adapter_model.safetensors" if checkpoint.kind == "adapter" else path
     safe_exists = safe.is_file() if checkpoint.kind == "adapter" else any(path.glob("*.safetensors"))
-    if pickles and not safe_exists:
-        if not allow_pickle:
-            raise UsageError(f"{path} holds {pickles[0].name}, a pickle; allow_pickle=True (--allow-pickle) reads it")
-        return {name: place for file in pickles for name, place in _pickled(file).items()}
-    places: dict[str, Place] = {**Safetensors(safe).stored()}
-    _refuse_quantised(checkpoint, places)
+    if not safe_exists and any(path.glob(f"{stem}*.bin")):
+        found = read_pickles(path, stem, allow_pickle=allow_pickle)
+        places: dict[str, Place] = {name: Pickled(file, tensor) for name, (file, tensor) in found.items()}
+    else:
+        places = {**Safetensors(safe).stored()}
+        _refuse_quantised(checkpoint, places)
+    if checkpoint.kind == "model":
+        refuse_adapter_tensors(path, places)
     return places
 
 
@@ -112,38 +130,21 @@ def check_alike(
     newest = sources[-1]
     for source in sources[:-1]:
         differing = sorted(source.keys() ^ newest.keys())
-        found = [f"{name} is only in {'one' if name in source else 'the newest'}" for name in differing]
+        found = [f"{brief(name)} is only in {'one' if name in source else 'the newest'}" for name in differing]
         for name in newest.keys() & source.keys():
             mine, theirs = source[name], newest[name]
             if mine.shape != theirs.shape and name not in free:
-                found.append(f"{name} has shapes {mine.shape} and {theirs.shape}")
+                found.append(f"{brief(name)} has shapes {mine.shape} and {theirs.shape}")
             if mine.dtype != theirs.dtype and not (
                 mixed_dtypes and mine.dtype.is_floating_point and theirs.dtype.is_floating_point
             ):
-                found.append(f"{name} is {mine.dtype} and {theirs.dtype} (dtype= converts floating-point tensors)")
+                found.append(
+                    f"{brief(name)} is {mine.dtype} and {theirs.dtype} (dtype= converts floating-point tensors)"
+                )
         if found:
             files = f"{next(iter(source.values())).file} and {next(iter(newest.values())).file}" if source else "files"
             more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
             raise UsageError(f"{files} do not match: " + "; ".join(sorted(found)[:_MOST]) + more)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or say that the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is missing or damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it holds no object")
-    return content
-
-
-def _pickled(file: Path) -> dict[str, Place]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a pickle can fail in any way
-        raise UsageError(f"{file} cannot be read as plain tensors: {error}") from error
-    return {name: Pickled(file, tensor) for name, tensor in state.items()}
 
 
 def _refuse_quantised(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from weightsmith.average.sources import Place, finite
+from weightsmith.average.sources import Place, finite, narrowed
 
 _BYTES_PER_ELEMENT = 32  # the newest's, the difference, the sum, and what is read or written, at most 8 each
 
@@ -60,7 +60,7 @@ class Mean:
             Consecutive elements; each piece is overwritten by the next.
 
         Raises:
-            UsageError: A checkpoint holds NaN or infinity there.
+            UsageError: A checkpoint holds NaN or infinity there, or the mean does not fit into the dtype asked for.
         """
         newest = places[-1]
         count, length = math.prod(newest.shape), self._piece
@@ -79,7 +79,7 @@ class Mean:
                 _read(place, first, away)
                 self._squares[index] += self._square(away.sub_(here), place, name)
                 mean.add_(away, alpha=self._shares[index])
-            yield mean.to(written)
+            yield narrowed(mean, written, name) if self._dtype is not None else mean.to(written)
 
     def _square(self, x: Tensor, place: Place, name: str) -> float:
         square = torch.dot(x, x).item()

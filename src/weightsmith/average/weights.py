@@ -4,10 +4,15 @@ A run's checkpoints are ranked by their loss (lower counts more), their step (la
 number, the *penalty*, says how sharply. The paper that proposes this publishes no formula, so the schemes here are a
 family of our own that holds the plausible readings of it; none of them is "the paper's".
 
-Source: "Parameter-Efficient Checkpoint Merging via Metrics-Weighted Averaging" (arXiv 2504.18580), abstract, figures.
+:func:`decay_weights` needs no metric: it weighs checkpoints so that their average stands for a decay of the learning
+rate that was never trained.
+
+Sources: "Parameter-Efficient Checkpoint Merging via Metrics-Weighted Averaging" (arXiv 2504.18580), abstract, figures;
+"WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM Pre-training" (arXiv 2507.17634).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,6 +22,7 @@ from weightsmith.core.errors import UsageError, unknown
 
 Metric = Literal["loss", "steps", "score"]
 Scheme = Literal["power", "linear", "softmax", "rank", "ema", "uniform"]
+Decay = Literal["cosine", "linear", "1-sqrt"]
 
 _RANGES = {
     "power": ("at least 0", lambda p: p >= 0),
@@ -25,6 +31,55 @@ _RANGES = {
     "rank": ("above 0 and at most 1", lambda p: 0 < p <= 1),
     "ema": ("between 0 and 1, both excluded", lambda p: 0 < p < 1),
 }
+
+
+_DECAYED: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "cosine": lambda t: t / 2 + np.sin(math.pi * t) / (2 * math.pi),
+    "linear": lambda t: t - t**2 / 2,
+    "1-sqrt": lambda t: t - 2 / 3 * t**1.5,
+}
+"""The integral from 0 to ``t`` of each decay curve: of ``(1 + cos(pi t)) / 2``, ``1 - t`` and ``1 - sqrt(t)``."""
+
+
+def decay_weights(steps: Sequence[int], decay: Decay = "1-sqrt") -> NDArray[np.float64]:
+    """Weigh checkpoints of a constant-rate run so that their average equals a decay of its learning rate.
+
+    Had the rate decayed to 0 from the first checkpoint to the last, the updates between checkpoints ``i - 1`` and ``i``
+    would have been scaled by ``d_i``, the curve's mean over these steps, and training would have ended, to first order,
+    at ``theta_0 + sum_i d_i (theta_i - theta_(i-1))``. Sorted by checkpoint, that is
+
+        w_0 = 1 - d_1,   w_i = d_i - d_(i+1),   w_n = d_n
+
+    The first checkpoint is where the decay begins, so ``n`` checkpoints stand for ``n - 1`` intervals.
+
+    Args:
+        steps: ``(n,)``, strictly increasing: at which step each checkpoint was saved.
+        decay: ``"cosine"``: ``(1 + cos(pi t)) / 2``; ``"linear"``: ``1 - t``; ``"1-sqrt"``: ``1 - sqrt(t)``.
+
+    Returns:
+        ``(n,)``, float64, at least 0, of sum 1.
+
+    Raises:
+        UsageError: The curve is not known, or there are no steps, or they do not increase.
+
+    Source: arXiv 2507.17634, with the mean of the curve over each interval in place of its value at one
+    step, so that checkpoints may be any number of steps apart.
+
+    Example:
+        >>> print(decay_weights([100, 200, 300], "linear"))
+        [0.25 0.5  0.25]
+    """
+    if decay not in _DECAYED:
+        raise unknown("decay", decay, _DECAYED)
+    at = np.asarray(steps, dtype=np.float64)
+    if at.ndim != 1 or not len(at) or not np.isfinite(at).all() or (np.diff(at) <= 0).any():
+        raise UsageError(f"steps must increase from checkpoint to checkpoint, got {list(steps)}")
+    if len(at) == 1:
+        return np.ones(1)
+    t = (at - at[0]) / (at[-1] - at[0])
+    means = np.diff(_DECAYED[decay](t)) / np.diff(t)
+    weights = -np.diff(means, prepend=1.0, append=0.0)
+    return np.maximum(weights, 0.0) / np.maximum(weights, 0.0).sum()
 
 
 def metric_weights(
@@ -73,8 +128,8 @@ def metric_weights(
     m = np.asarray(values, dtype=np.float64)
     if m.ndim != 1 or not len(m):
         raise UsageError(f"values must be one number per checkpoint, got shape {m.shape}")
-    if scheme in _RANGES and not _RANGES[scheme][1](penalty):
-        raise UsageError(f"penalty of scheme {scheme!r} must be {_RANGES[scheme][0]}, got {penalty}")
+    if scheme in _RANGES and not (math.isfinite(penalty) and _RANGES[scheme][1](penalty)):
+        raise UsageError(f"penalty of scheme {scheme!r} must be finite and {_RANGES[scheme][0]}, got {penalty}")
     bad = np.flatnonzero(~np.isfinite(m))
     if len(bad):
         raise UsageError(f"values[{bad[0]}] must be finite, got {m[bad[0]]}")
@@ -95,14 +150,15 @@ def _log_raw(
             raise UsageError(
                 f"{metric} must be {least} for scheme 'power', got {m.min():g}; take 'linear', 'rank' or 'softmax'"
             )
-        with np.errstate(divide="ignore"):  # the logarithm of step 0 is -inf: weight 0
-            logs = np.log(m) * (-p if metric == "loss" else p)
-        return logs - logs.max() if np.isfinite(logs.max()) else logs
+        with np.errstate(divide="ignore", over="ignore"):  # the logarithm of step 0 is -inf: weight 0
+            logs = np.log(m) if metric != "loss" else -np.log(m)
+            return (logs - logs.max()) * p if np.isfinite(logs.max()) else logs
     if scheme == "linear" and good.max() > good.min():
         with np.errstate(divide="ignore"):
             return np.log1p(-p * (good.max() - good) / (good.max() - good.min()))
     if scheme == "softmax":
-        return (good - good.max()) / p
+        with np.errstate(over="ignore"):
+            return (good - good.max()) / p
     if scheme == "rank":
         better = (good[None, :] > good[:, None]).sum(axis=1)
         return better * np.log(p)

@@ -4,6 +4,7 @@ Exit codes: 0 it ran, whatever the verdict; 1 it failed; 2 it was asked for some
 """
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; ``None``: those of this process. ``--debug`` shows tracebacks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks must not end the command
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

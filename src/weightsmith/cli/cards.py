@@ -31,7 +31,7 @@ def show(slug: tyro.conf.Positional[str], /) -> int:
     card = technique(slug)
     body = Path(weightsmith.__file__).parent / "cards" / f"{slug}.md"
     if body.is_file():
-        console.print(Markdown(body.read_text(), hyperlinks=False))
+        console.print(Markdown(body.read_text("utf-8"), hyperlinks=False))
     else:
         console.print(Markdown(f"# {card.title}\n\n{card.purpose}.\n\n*Announced: not in this version yet.*"))
     facts = Table(box=None, pad_edge=False, show_header=False)

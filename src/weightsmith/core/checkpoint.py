@@ -8,6 +8,7 @@ any size can be walked through in the memory of its largest tensor; read and wri
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError, near
-from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.core.errors import UsageError, brief, near, reason
+from weightsmith.core.files import check_plain_name, folder_atomically, say_where_link_leads, write_atomically
+from weightsmith.core.json_files import parse_json, read_json
 
 _NAME = "model"
 _DEFAULT_SHARD_BYTES = 5 * 10**9
+_MOST_NAMED = 5
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -86,7 +90,11 @@ class Checkpoint(Mapping[str, Tensor]):
         path: A folder as described above, or one ``.safetensors`` file.
 
     Raises:
-        UsageError: There is no checkpoint there, a shard is missing, or a file is damaged.
+        UsageError: There is no checkpoint there, a file is damaged or missing, an index names files in other folders or
+            tensors that its files do not hold.
+
+    Warns:
+        WeightsmithWarning: A file is a link out of its folder (those of the Hugging Face hub's cache are expected).
 
     Example:
         >>> for name, tensor in Checkpoint("my-model").items():  # doctest: +SKIP
@@ -101,7 +109,10 @@ class Checkpoint(Mapping[str, Tensor]):
         if name not in self._shard:
             raise KeyError(f"{name!r} is not in {self.path}; {near(name, self._shard)}")
         with _open(self._shard[name]) as file:
-            return file.get_tensor(name)
+            try:
+                return file.get_tensor(name)
+            except (SafetensorError, RuntimeError) as error:  # of a dtype that torch does not have, for example
+                raise UsageError(f"{brief(name)} in {self._shard[name]} cannot be read: {reason(error)}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard)
@@ -203,30 +214,39 @@ def _locate(path: Path) -> dict[str, Path]:
         return _names(path)
     index = path / f"{_NAME}.safetensors.index.json"
     if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{index} is damaged: {error}") from error
-        missing = sorted({shard for shard in weight_map.values() if not (path / shard).is_file()})
-        if missing:
-            raise UsageError(f"{path} lacks {', '.join(missing)}, which its index names")
-        return {name: path / shard for name, shard in weight_map.items()}
+        return _indexed(index)
     if not path.is_dir():
         raise UsageError(f"{path} is neither a folder nor a file")
-    single = [path / f"{_NAME}.safetensors", *sorted(path.glob("*.safetensors"))]
-    for candidate in single:
-        if candidate.is_file():
-            return _names(candidate)
+    found = sorted(path.glob("*.safetensors"), key=lambda file: (file.name != f"{_NAME}.safetensors", file.name))
+    if found:
+        if _SHARD.search(found[0].name):
+            raise UsageError(f"{path} holds {found[0].name}, which is a part of a model, and no {index.name}")
+        return _names(found[0])
     pickles = sorted(found.name for found in path.glob("*.bin"))
     hint = f"; convert {pickles[0]} first (load it, then save_pretrained writes safetensors)" if pickles else ""
     raise UsageError(f"{path} holds no .safetensors file{hint}")
 
 
+def _indexed(index: Path) -> dict[str, Path]:
+    weight_map: dict[str, str] = read_json(say_where_link_leads(index), {"weight_map": {str: str}})["weight_map"]
+    shards = {shard: index.parent / check_plain_name(shard, index) for shard in weight_map.values()}
+    missing = sorted(name for name, shard in shards.items() if not shard.is_file())
+    if missing:
+        raise UsageError(f"{index.parent} lacks {', '.join(missing[:_MOST_NAMED])}, which its index names")
+    held = {name: _names(shard) for name, shard in shards.items()}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise UsageError(f"{index} says that {shard} holds {brief(name)}, which it does not: the folder is damaged")
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
 def _open(path: Path) -> safe_open:
+    if not path.is_file():
+        raise UsageError(f"{path} must be a file")
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UsageError(f"{path} is damaged or no safetensors file: {error}") from error
+        return safe_open(say_where_link_leads(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged or no safetensors file: {reason(error)}") from error
 
 
 def _names(path: Path) -> dict[str, Path]:
@@ -238,12 +258,12 @@ def _places(path: Path) -> dict[str, Stored]:
     _names(path)  # whether the file is whole is checked there
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+        header: dict[str, Any] = parse_json(file.read(size), path, {str: dict})
     header.pop("__metadata__", None)
     places = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         if entry["dtype"] not in _DTYPES:
-            raise UsageError(f"{name} in {path} has dtype {entry['dtype']}; known: {', '.join(_DTYPES)}")
+            raise UsageError(f"{brief(name)} in {path} has dtype {entry['dtype']}; known: {', '.join(_DTYPES)}")
         start = 8 + size + entry["data_offsets"][0]
         places[name] = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
     return places
@@ -294,4 +314,4 @@ def _name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> Non
 def _copy_others(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.suffix not in {".safetensors", ".bin"} and not path.name.endswith(".index.json"):
-            shutil.copy2(path, target / path.name)
+            shutil.copy2(say_where_link_leads(path), target / path.name)

@@ -1,4 +1,4 @@
-"""Errors that say what is wrong and what to do, worded alike everywhere."""
+"""Errors that say what is wrong and what to do, worded in the same way everywhere."""
 
 import difflib
 import importlib
@@ -11,7 +11,7 @@ class MissingExtra(ImportError):
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done as asked; the message names the argument, its value and the mend."""
+    """What the user asked for cannot be done as asked; the message names the argument, its value and how to fix it."""
 
 
 class WeightsmithWarning(UserWarning):
@@ -36,6 +36,19 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             raise  # the module is there, but something that it needs is not: hide nothing
         name = module.split(".")[0]
         raise MissingExtra(f'{name} is needed for {purpose}: pip install "weightsmith[{extra}]"') from error
+
+
+def brief(value: object, most: int = 80) -> str:
+    """Show a value out of a file, in one line of limited length."""
+    text = ascii(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def reason(error: BaseException, most: int = 300) -> str:
+    """Word another library's error in one line of limited length."""
+    first = str(error).strip().partition("\n")[0].rstrip()
+    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def near(name: str, known: Iterable[str], *, most: int = 5) -> str:

@@ -1,11 +1,13 @@
 """Merge a run's checkpoints when Hugging Face's ``Trainer`` has finished."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from weightsmith.average import MergeReport, find_checkpoints, merge_checkpoints
 from weightsmith.core.errors import UsageError, WeightsmithWarning, require
+from weightsmith.integrations.bone import merge_bone_checkpoints
 
 TrainerCallback: Any = require("transformers", extra="hf", purpose="MergeCheckpointsCallback").TrainerCallback
 
@@ -18,7 +20,7 @@ class MergeCheckpointsCallback(TrainerCallback):
 
     Args:
         last: How many of the newest checkpoints.
-        every: Take each so-many-th of them.
+        every: Take every n-th of them.
         folder: Name of the new folder in ``output_dir``; replaced if it exists.
         **options: Further arguments of :func:`weightsmith.average.merge_checkpoints`.
 
@@ -40,6 +42,11 @@ class MergeCheckpointsCallback(TrainerCallback):
         out = Path(args.output_dir, self.folder)
         try:
             found = find_checkpoints(args.output_dir, last=self.last, every=self.every)
-            self.report = merge_checkpoints(found, out, overwrite=True, **self.options)
+            options = dict(self.options)
+            merge: Callable[..., MergeReport] = merge_checkpoints
+            if found[-1].kind == "bone" and options.get("lora_mode") == "dense":
+                del options["lora_mode"]
+                merge = merge_bone_checkpoints
+            self.report = merge(found, out, overwrite=True, **options)
         except (UsageError, OSError) as error:
             warnings.warn(f"the checkpoints were not merged: {error}", WeightsmithWarning, stacklevel=2)

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.checkpoint import Checkpoint
-from weightsmith.core.errors import require
+from weightsmith.core.errors import UsageError, require
 from weightsmith.core.files import write_atomically
+from weightsmith.core.json_files import read_json
 from weightsmith.quantize.grid import QuantizedWeight
 
 _FORMAT = "pack-quantized"
+_SCHEME = {"num_bits": int, "symmetric": bool, "strategy": str, "group_size?": (int, None)}
+_CONTENT = {"config_groups": {str: {"weights": _SCHEME}}}
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -59,7 +62,7 @@ def write(model: Any, weights: dict[str, QuantizedWeight], folder: Path) -> None
     )
     compressors.ModelCompressor(config).update_config(folder)
     file = folder / "config.json"
-    settings = json.loads(file.read_text())
+    settings = read_json(file, {"quantization_config": dict})
     settings["quantization_config"]["dequantize"] = True
     write_atomically(file, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -67,7 +70,9 @@ def write(model: Any, weights: dict[str, QuantizedWeight], folder: Path) -> None
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
     """Return the tensors that are not quantised, and the quantised weights."""
     unpack = _library("compressors.pack_quantized").unpack_from_int32
-    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    settings = read_json(folder / "config.json", {"quantization_config": _CONTENT})["quantization_config"]
+    if len(settings["config_groups"]) != 1:
+        raise UsageError(f"{folder}/config.json must have one group of quantized layers, as save_quantized writes it")
     (group,) = settings["config_groups"].values()
     facts = group["weights"]
     bits, symmetric, strategy = facts["num_bits"], facts["symmetric"], facts["strategy"]

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.checkpoint import Checkpoint
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.files import write_atomically
+from weightsmith.core.json_files import read_json
 from weightsmith.quantize import _compressed
 from weightsmith.quantize.grid import QuantizedWeight
 from weightsmith.quantize.layers import output_head
@@ -39,6 +40,7 @@ METHOD = "gptq"
 _V2 = "gptq_v2"
 BITS = (2, 3, 4, 8)
 
+_FACTS = {"checkpoint_format?": str, "bits?": int, "group_size?": int, "sym?": bool}
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _SUBTRACTED = {METHOD: 1, _V2: 0}  # from zero-points, by form
 
@@ -79,7 +81,7 @@ def write(model: Any, weights: dict[str, QuantizedWeight], folder: Path) -> None
         # readers expect every Linear of a block to be quantised unless a rule excludes it
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in linear if f"{name}.weight" not in weights},
     }
-    settings = json.loads((folder / "config.json").read_text()) | {"quantization_config": facts}
+    settings = read_json(folder / "config.json") | {"quantization_config": facts}
     for file, content in (("config.json", settings), ("quantize_config.json", facts)):
         write_atomically(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
@@ -145,10 +147,10 @@ def unpack(parts: Mapping[str, Tensor], form: str, bits: int, group_size: int, *
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    facts = json.loads((folder / "config.json").read_text())["quantization_config"]
+    facts = read_json(folder / "config.json", {"quantization_config": _FACTS})["quantization_config"]
     if (form := facts.get("checkpoint_format", METHOD)) not in _SUBTRACTED:
         known = " and ".join(map(repr, _SUBTRACTED))
-        raise UsageError(f"{folder} is of checkpoint_format {form!r}; this version of the library reads {known}")
+        raise UsageError(f"{folder} is of checkpoint_format {brief(form)}; this version of the library reads {known}")
     if lacking := [key for key in ("bits", "group_size", "sym") if key not in facts]:
         raise UsageError(f"{folder / 'config.json'} is damaged: quantization_config has no {', '.join(lacking)}")
     if facts["bits"] not in BITS:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.files import write_atomically
+from weightsmith.core.json_files import read_json
 from weightsmith.quantize.activations import DynamicActivation, StaticActivation, quantise_input_
 from weightsmith.quantize.grid import QuantizedWeight
 from weightsmith.quantize.pack import pack_rows, unpack_rows
@@ -37,6 +38,22 @@ METHOD = "weightsmith"
 
 _VERSION = 1
 _WEIGHTS = "weights"
+_CONTENT = {
+    "tensors": {
+        str: {
+            "bits": int,
+            "symmetric": bool,
+            "granularity": (int, str),
+            "axis": int,
+            "offset": float,
+            "shape": [int],
+            "stacked?": bool,
+        }
+    },
+    "tied": {str: str},
+    "activations": {str: list},
+    "ofq?": (dict, None),
+}
 FACTS = ("bits", "symmetric", "granularity", "axis", "offset", "stacked")
 
 
@@ -132,14 +149,11 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        if config["quant_method"] == METHOD and config["version"] == _VERSION:
-            return config
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / CONFIG} is damaged: {error}") from error
+    config = read_json(folder / CONFIG, {"quant_method": str, "version": int})
+    if config["quant_method"] == METHOD and config["version"] == _VERSION:
+        return read_json(folder / CONFIG, _CONTENT)
     raise UsageError(
-        f"{folder / CONFIG} is of quant_method {config['quant_method']!r}, version {config['version']!r}; "
+        f"{folder / CONFIG} is of quant_method {brief(config['quant_method'])}, version {config['version']}; "
         f"this version of the library reads {METHOD!r}, version {_VERSION}"
     )
 

@@ -6,7 +6,6 @@ and loads with ``transformers`` alone; everything else goes into this package's 
 path the codes stay what they were, bit for bit.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,8 +13,10 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from weightsmith.core.errors import UsageError, require, unknown
+from weightsmith.core.errors import UsageError, brief, reason, require, unknown
 from weightsmith.core.files import folder_atomically
+from weightsmith.core.json_files import read_json
+from weightsmith.core.pretrained import load_pretrained, model_class
 from weightsmith.quantize import _compressed, _gptq, _native
 from weightsmith.quantize._onnx import export_onnx
 from weightsmith.quantize.grid import QuantizedWeight, attach_, quantized_weights
@@ -26,6 +27,7 @@ __all__ = ["Format", "export_onnx", "load_quantized", "save_quantized"]
 
 Format = Literal["auto", "compressed-tensors", "gptq", "weightsmith"]
 
+_CONFIG = {"quantization_config?": ({"quant_method?": str}, None)}
 _FOREIGN: dict[str, Any] = {"compressed-tensors": _compressed, _gptq.METHOD: _gptq}
 
 
@@ -110,8 +112,7 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
     if isinstance(folder, nn.Module):
         raise TypeError(f"folder must be a path, got {type(folder).__name__}: load_quantized takes the folder first")
     source = Path(folder)
-    layout: Any = _layout(source)
-    state, weights = layout.read(source)
+    layout, state, weights = read_folder(source)
     if model is None:
         model = _from_config(source, state, weights, layout)
     else:
@@ -122,14 +123,32 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
     return model
 
 
+def read_folder(folder: Path) -> tuple[Any, dict[str, Tensor], dict[str, QuantizedWeight]]:
+    """Read the module of a folder's format, the tensors that are not quantized, and the quantized weights.
+
+    Raises:
+        UsageError: It holds no quantized model, or is damaged.
+    """
+    layout: Any = _layout(folder)
+    try:
+        return layout, *layout.read(folder)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{folder} is damaged: {reason(error)}") from error
+
+
 def _layout(folder: Path) -> Any:
     if (folder / _native.CONFIG).is_file():
         return _native
     config = folder / "config.json"
-    method = json.loads(config.read_text()).get("quantization_config", {}) if config.is_file() else {}
+    content = read_json(config, _CONFIG) if config.is_file() else {}
+    method = content.get("quantization_config") or {}
     if method.get("quant_method") in _FOREIGN:
         return _FOREIGN[method["quant_method"]]
-    found = f"its config.json says quant_method {method['quant_method']!r}" if method else "nothing in it says so"
+    found = (
+        f"its config.json says quant_method {brief(method.get('quant_method'))}" if method else "nothing in it says so"
+    )
     raise UsageError(f"{folder} holds no quantised model that save_quantized has written: {found}")
 
 
@@ -137,22 +156,18 @@ def _from_config(folder: Path, state: dict[str, Tensor], weights: dict[str, Quan
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} holds weights of a model that is not from transformers: pass model=, an instance")
     transformers = require("transformers", extra="hf", purpose=f"the model in {folder}")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = load_pretrained(transformers.AutoConfig, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    (architecture,) = config.architectures
-    if not hasattr(transformers, architecture):
-        raise UsageError(f"transformers has no {architecture}, which {folder} holds: pass model=, an instance")
+    loader = model_class(folder, config.architectures)
     full = state | {name: quantized.dequantize() for name, quantized in weights.items()}
     if layout is _native and _native.changes_modules(folder):
-        model = getattr(transformers, architecture)(config).to(config.dtype)
+        model = loader(config).to(config.dtype)
         _fill(model, state, weights, layout, folder)
         _set_generation(model, folder)
         return model.eval()
     later = {name: full.pop(name) for name in list(full) if ".input_quantizer." in name}
-    model = getattr(transformers, architecture).from_pretrained(
-        None, config=config, state_dict=full, dtype=config.dtype or "auto"
-    )
+    model = loader.from_pretrained(None, config=config, state_dict=full, dtype=config.dtype or "auto")
     _set_generation(model, folder)
     if later:
         layout.quantise_inputs_(model, folder)
@@ -163,7 +178,7 @@ def _from_config(folder: Path, state: dict[str, Tensor], weights: dict[str, Quan
 def _set_generation(model: Any, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
         transformers = require("transformers", extra="hf", purpose=f"the model in {folder}")
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        model.generation_config = load_pretrained(transformers.GenerationConfig, folder)
 
 
 def _fill(
@@ -177,4 +192,4 @@ def _fill(
         _native.quantise_inputs_(model, folder)
         model.load_state_dict(full)
     except (AttributeError, RuntimeError) as error:
-        raise UsageError(f"model= does not fit what is in {folder}: {error}") from error
+        raise UsageError(f"model= does not fit what is in {folder}: {reason(error)}") from error

@@ -1,14 +1,15 @@
 """Texts and images from files, as inputs of a Hugging Face model."""
 
-import json
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError, require
+from weightsmith.core.errors import UsageError, reason, require
+from weightsmith.core.json_files import read_jsonl, read_text
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _TEXTS = {".jsonl", ".txt"}
@@ -23,11 +24,11 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix not in _TEXTS or not path.is_file():
         raise UsageError(f"texts are read from an existing .jsonl or .txt file, got {path}")
     if path.suffix == ".txt":
-        texts = [path.read_text()]
+        texts = [read_text(path)]
     else:
-        rows = (_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), start=1) if line)
         texts = [
-            row["text"] if "text" in row else "\n".join(v for v in row.values() if isinstance(v, str)) for row in rows
+            row["text"] if "text" in row else "\n".join(v for v in row.values() if isinstance(v, str))
+            for _, row in read_jsonl(path, {"text?": str})
         ]
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -68,8 +69,8 @@ def sentences(tokenizer: Any, texts: list[str], *, samples: int, length: int) ->
     return [torch.tensor(row) for row in rows]
 
 
-def image_processor(folder: Path) -> Any:
-    """The image processor of a model.
+def image_processor(folder: Path, load: Callable[[Any], Any]) -> Any:
+    """The image processor of a model, read by ``load``.
 
     Raises:
         UsageError: The folder holds none.
@@ -77,7 +78,7 @@ def image_processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(folder)
+        return load(AutoImageProcessor)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{folder} holds no image processor (preprocessor_config.json), which prepares the calibration images: "
@@ -101,20 +102,12 @@ def images(processor: Any, folder: Path, *, samples: int) -> dict[str, Tensor]:
         try:
             with pillow.open(file) as image:
                 pixels.append(processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"])
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read as an image: {error}") from error
+        except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, struct.error) as error:
+            raise UsageError(f"{file} cannot be read as an image: {reason(error)}") from error
+        except pillow.DecompressionBombError as error:
+            raise UsageError(f"{file} is too large an image: {reason(error)}") from error
     return {"pixel_values": torch.cat(pixels)}
 
 
 def _find_images(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _IMAGES)
-
-
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{path}, line {number}, is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UsageError(f"{path}, line {number}, must be a JSON object, got {type(row).__name__}")
-    return row
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _IMAGES and path.is_file())

@@ -8,15 +8,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from weightsmith.core.errors import UsageError, reason
 from weightsmith.core.files import write_atomically
+from weightsmith.core.json_files import parse_json
 from weightsmith.quantize._native import FACTS
 from weightsmith.quantize.grid import QuantizedWeight, attach_
 from weightsmith.quantize.report import BlockReport, LayerReport
 
+_REPORT = {"name": str, "layers": [dict]}
 _PARTS = ("codes", "scale", "zero_point")
 
 
@@ -36,14 +39,12 @@ class Partial:
         """Weights and reports of the blocks that are there, by block name; tensors are views of the files."""
         weights, reports = {}, {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                block = json.loads(file.metadata()["block"])
-                found = {
-                    name: QuantizedWeight(**facts, **{part: file.get_tensor(f"{name}.{part}") for part in _PARTS})
-                    for name, facts in block["facts"].items()
-                }
-            layers = tuple(LayerReport(**layer) for layer in block["report"].pop("layers"))
-            report = BlockReport(**block["report"], layers=layers)
+            try:
+                found, report = _read(path)
+            except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
+                raise UsageError(
+                    f"{path} is damaged: {reason(error)}; remove {self.folder.parent} to quantize from the start"
+                ) from error
             weights[report.name], reports[report.name] = found, report
         return weights, reports
 
@@ -73,3 +74,14 @@ class Partial:
     def remove(self) -> None:
         """Forget everything that was kept for this output folder."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+
+def _read(path: Path) -> tuple[dict[str, QuantizedWeight], BlockReport]:
+    with safe_open(path, framework="pt") as file:
+        block = parse_json((file.metadata() or {}).get("block", ""), path, {"facts": {str: dict}, "report": _REPORT})
+        found = {
+            name: QuantizedWeight(**facts, **{part: file.get_tensor(f"{name}.{part}") for part in _PARTS})
+            for name, facts in block["facts"].items()
+        }
+    layers = tuple(LayerReport(**layer) for layer in block["report"].pop("layers"))
+    return found, BlockReport(**block["report"], layers=layers)

@@ -1,6 +1,5 @@
 """A folder with a Hugging Face model: what kind it is, what it takes, and the model itself."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightsmith.core.adapters import refuse_adapter_tensors
 from weightsmith.core.checkpoint import Checkpoint, Stored
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import say_where_link_leads
+from weightsmith.core.json_files import read_json
+from weightsmith.core.pickles import read_pickles
+from weightsmith.core.pretrained import load_pretrained, model_class
 from weightsmith.tools import _calibration
 
 _NAMED = 3
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
+_CONFIG = {"auto_map?": {str: object}, "architectures?": ([str], None)}
 
 
 class Source:
@@ -22,36 +27,42 @@ class Source:
 
     Args:
         folder: Holds ``config.json`` and weights.
+        trust_remote_code: Whether Python files that it brings may be run.
+        allow_pickle: Whether its weights may be read from ``.bin`` files.
 
     Raises:
-        UsageError: It does not, or the model is of a kind that cannot be quantised here.
+        UsageError: It does not, or it needs what is not allowed, or the model is of a kind that cannot be quantized
+            here.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> None:
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if not (folder / "config.json").is_file():
             raise UsageError(f"{folder} is no folder with a Hugging Face model: it has no config.json")
-        self.folder = folder
-        self.config = transformers.AutoConfig.from_pretrained(folder)
+        self.folder, self._trusted = folder, trust_remote_code
+        content = read_json(say_where_link_leads(folder / "config.json"), _CONFIG)
+        self.config = self._pretrained(transformers.AutoConfig)
         if getattr(self.config, "quantization_config", None) or (folder / "quantization_config.json").exists():
-            raise UsageError(f"{folder} is quantised already: start from the trained model")
+            raise UsageError(f"{folder} is quantized already: start from the trained model")
         if not weight_bytes(folder):
             raise UsageError(f"{folder} holds no weights")
-        architecture = next(iter(self.config.architectures or ()), "")
-        self._class: Any = getattr(transformers, architecture, None)
-        if self._class is None:
-            raise UsageError(
-                f"{folder}/config.json names architecture {architecture!r}, which transformers does not have"
-            )
+        self._check_weights(allow_pickle)
+        own = _own_class(folder, content.get("auto_map", {})) if trust_remote_code else None
+        self._class: Any = own or model_class(folder, self.config.architectures)
+        architecture = self._class.__name__
         self.input_name: str = self._class.main_input_name
         if self.config.is_encoder_decoder or self.input_name not in ("input_ids", "pixel_values"):
             raise UsageError(
-                f"{architecture} is neither a causal language model, a text encoder nor an image model: quantise it in "
+                f"{architecture} is neither a causal language model, a text encoder nor an image model: quantize it in "
                 "code, with weightsmith.quantize.flexround_"
             )
-        self.is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self.is_causal = (
+            architecture.endswith("ForCausalLM")
+            if own
+            else (architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        )
 
     @property
     def nbytes(self) -> int:
@@ -67,10 +78,7 @@ class Source:
         """The model's own."""
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.folder} holds no tokeniser, which texts need: {error}") from error
+        return self._pretrained(AutoTokenizer)
 
     def inputs(self, path: Path, samples: int, length: int) -> list[Tensor] | dict[str, Tensor]:
         """Calibration data for this model.
@@ -86,14 +94,16 @@ class Source:
         if self.input_name == "pixel_values":
             if not path.is_dir():
                 raise UsageError(f"calibration for {self._class.__name__} must be a folder of images, got {path}")
-            return _calibration.images(_calibration.image_processor(self.folder), path, samples=samples)
+            processor = _calibration.image_processor(self.folder, self._pretrained)
+            return _calibration.images(processor, path, samples=samples)
         texts = _calibration.read_texts(path)
         cut = _calibration.token_windows if self.is_causal else _calibration.sentences
         return cut(self.tokenizer(), texts, samples=samples, length=min(length, self.longest))
 
     def load(self) -> Any:
         """The model in the precision of its files, in evaluation mode, its weights read when they are needed."""
-        model, found = self._class.from_pretrained(self.folder, dtype="auto", output_loading_info=True)
+        options = {"dtype": "auto", "use_safetensors": self._is_safe, "output_loading_info": True}
+        model, found = self._pretrained(self._class, **options)
         model.eval()
         if lacking := sorted(found["missing_keys"]):
             held = ", ".join(sorted(found["unexpected_keys"])[:_NAMED]) or "nothing else"
@@ -102,7 +112,7 @@ class Source:
                 f"{self._class.__name__}, but {held}: save the model again with save_pretrained; a .bin file must hold "
                 "the state dict itself, not one inside of a checkpoint"
             )
-        if any(self.folder.glob("*.safetensors")):
+        if self._is_safe:
             _map_one_by_one_(model, Checkpoint(self.folder).stored())
         return model
 
@@ -111,13 +121,34 @@ class Source:
         for path in self.folder.iterdir():
             skip = path.suffix in _WEIGHT_FILES or path.name.endswith(".index.json") or (target / path.name).exists()
             if path.is_file() and not skip:
-                shutil.copy2(path, target / path.name)
+                shutil.copy2(say_where_link_leads(path), target / path.name)
 
     def fingerprint(self) -> list[list[Any]]:
         """Configuration, and names, sizes and times of the weight files: changes when they do."""
         files = sorted(path for path in self.folder.iterdir() if path.suffix in _WEIGHT_FILES)
         facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        return [[json.loads((self.folder / "config.json").read_text())], *facts]
+        return [[read_json(self.folder / "config.json")], *facts]
+
+    def _pretrained(self, loader: Any, **options: Any) -> Any:
+        return load_pretrained(loader, self.folder, trust_remote_code=self._trusted, **options)
+
+    def _check_weights(self, allow_pickle: bool) -> None:
+        """Look at the files before ``transformers`` reads them: it follows any name in an index."""
+        self._is_safe = any(self.folder.glob("*.safetensors"))
+        refuse_adapter_tensors(
+            self.folder,
+            Checkpoint(self.folder)
+            if self._is_safe
+            else read_pickles(self.folder, "pytorch_model", allow_pickle=allow_pickle),
+        )
+
+
+def _own_class(folder: Path, auto_map: Mapping[str, Any]) -> Any:
+    """The model class that a folder brings along, or ``None``; runs its code."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    name = next((auto_map[auto] for auto in auto_map if auto.startswith("AutoModel")), None)
+    return name and get_class_from_dynamic_module(name, folder)
 
 
 @torch.no_grad()

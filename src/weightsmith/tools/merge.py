@@ -1,7 +1,9 @@
 """``weightsmith merge``: the checkpoints of a training run into one."""
 
+import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +22,10 @@ from weightsmith.average import (
     weigh_checkpoints,
 )
 from weightsmith.average.adapters import LoraMode
-from weightsmith.average.weights import Scheme
-from weightsmith.core.errors import UsageError
+from weightsmith.average.checkpoints import as_checkpoints
+from weightsmith.average.weights import Decay, Scheme
+from weightsmith.core.display import markup
+from weightsmith.core.errors import UsageError, WeightsmithWarning
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _console = Console()
@@ -40,6 +44,8 @@ def merge(
     top: int | None = None,
     higher_is_better: bool = False,
     metrics: tuple[float, ...] = (),
+    weights: tuple[float, ...] = (),
+    decay: Decay | None = None,
     lora_mode: LoraMode = "svd",
     rank: int | None = None,
     base: Path | None = None,
@@ -51,7 +57,7 @@ def merge(
     skip_bad: bool = False,
     allow_pickle: bool = False,
 ) -> int:
-    """Merge the checkpoints of one training run, weighted by what the run has logged.
+    """Merge the checkpoints of one training run, weighted by what the run has logged, or for a decay of its rate.
 
     Reads a Trainer's output folder, adapters or full models, and writes a folder that from_pretrained loads unchanged.
 
@@ -63,15 +69,19 @@ def merge(
         scheme: How metrics become weights; uniform ignores them.
         penalty: How sharply: 0 is uniform for power and linear, a temperature for softmax, the base for rank and ema.
         last: How many of the newest checkpoints.
-        every: Take each so-many-th of them.
+        every: Take every n-th of them.
         steps: Take exactly these steps instead.
-        top: Of those, only so many, the best by metric.
+        top: Of those, only this many, the best by metric.
         higher_is_better: The metric is a score and no loss.
         metrics: The metric by hand, one number per checkpoint, oldest first.
+        weights: The weights by hand, one number per checkpoint, oldest first; scaled to sum 1.
+        decay: Of a run at a constant learning rate: weights whose average equals, to first order, this decay of the
+            rate from the first of these checkpoints to the last.
         lora_mode: Adapters: best adapter of the average update, that update at full rank, average of the factors, or
-            the update in the base model's weights.
+            the update in the base model's weights. Bone adapters are averaged exactly, and dense puts them into the
+            base.
         rank: Of svd; the checkpoints' own by default.
-        base: Folder of the base model, for dense.
+        base: Folder of the base model, for dense. A Bone adapter's checkpoint may hold it itself.
         dtype: Write this; the newest checkpoint's by default.
         soup: Greedy soup: your function (folder) -> score, higher is better, decides which checkpoints are averaged.
         chunk_mb: Memory for the buffers that full models are streamed through.
@@ -82,35 +92,61 @@ def merge(
     """
     if out is None and not dry_run:
         raise UsageError("--out names the folder to make (or give --dry-run)")
-    checkpoints = _checkpoints(paths, last, every, steps)
     weighing: dict[str, Any] = {
         "values": metrics or None,
+        "weights": weights or None,
+        "decay": decay,
         "scheme": scheme,
         "penalty": penalty,
         "top": top,
         "skip_bad": skip_bad,
         **_metric(by, higher_is_better),
     }
-    if out is None or dry_run:
+    if soup is not None and (metrics or weights or decay or top):
+        raise UsageError(
+            "--soup chooses by evaluations and averages equally: leave --metrics, --weights, --decay, --top"
+        )
+    with _warnings_as_notes():
+        checkpoints = _checkpoints(paths, last, every, steps)
+        if out is None or dry_run:
+            if soup is not None:
+                raise UsageError("--dry-run knows no weights of a --soup: they come from evaluations")
+            _console.print(_table(weigh_checkpoints(checkpoints, **weighing)))
+            return 0
+        writing: dict[str, Any] = {
+            "lora_mode": lora_mode,
+            "rank": rank,
+            "base": base,
+            "dtype": _DTYPES[dtype] if dtype else None,
+            "chunk_mb": chunk_mb,
+            "overwrite": overwrite,
+            "allow_pickle": allow_pickle,
+        }
         if soup is not None:
-            raise UsageError("--dry-run knows no weights of a --soup: they come from evaluations")
-        _console.print(_table(weigh_checkpoints(checkpoints, **weighing)))
-        return 0
-    writing: dict[str, Any] = {
-        "lora_mode": lora_mode,
-        "rank": rank,
-        "base": base,
-        "dtype": _DTYPES[dtype] if dtype else None,
-        "chunk_mb": chunk_mb,
-        "overwrite": overwrite,
-        "allow_pickle": allow_pickle,
-    }
-    if soup is None:
-        report = merge_checkpoints(checkpoints, out, **weighing, **writing)
-    else:
-        report = greedy_soup(checkpoints, out, _function(soup), **writing)
-    _show(report)
+            report = greedy_soup(checkpoints, out, _function(soup), **writing)
+        elif lora_mode == "dense" and as_checkpoints(checkpoints)[-1].kind == "bone":
+            from weightsmith.integrations.bone import merge_bone_checkpoints
+
+            fitting = {name: writing[name] for name in ("base", "dtype", "overwrite")}
+            report = merge_bone_checkpoints(checkpoints, out, **weighing, **fitting)
+        else:
+            report = merge_checkpoints(checkpoints, out, **weighing, **writing)
+        _show(report)
+    _console.print(f"\nMerged: {markup(report.out.resolve())}", soft_wrap=True, highlight=False)
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print our warnings as lines of their own, without the file and line of source that Python adds."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsmithWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, WeightsmithWarning):
+            _console.print(f"[yellow]note:[/] {markup(str(warning.message))}", soft_wrap=True, highlight=False)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _checkpoints(
@@ -164,7 +200,4 @@ def _show(report: MergeReport) -> None:
         if losses:
             worst = max(losses, key=losses.__getitem__)
             mean = sum(losses.values()) / len(losses)
-            _console.print(f"{what}: mean {mean:.2%}, most {losses[worst]:.2%} ({worst})", highlight=False)
-    for note in report.notes:
-        _console.print(f"[yellow]note:[/] {note}", highlight=False)
-    _console.print(f"\nMerged: {report.out.resolve()}", soft_wrap=True, highlight=False)
+            _console.print(f"{what}: mean {mean:.2%}, most {losses[worst]:.2%} ({markup(worst)})", highlight=False)

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, WeightsmithWarning, require, unknown
-from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.core.files import check_target, folder_atomically, write_atomically
 from weightsmith.lab.data.hub import switched_off
 from weightsmith.quantize import _gptq
 from weightsmith.quantize.blocks import find_blocks
@@ -71,6 +72,8 @@ def quantize(
     bos: bool = False,
     check: bool = False,
     format: Format = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     console: tyro.conf.Suppress[Console | None] = None,
 ) -> int:
     """Put a model's weights on a few bits, block by block; the result loads with transformers where the format allows.
@@ -107,6 +110,8 @@ def quantize(
             layers with the largest errors and, for causal language models, a greedy continuation before and after.
         format: compressed-tensors, gptq (2, 3, 4 or 8 bits), weightsmith, or auto: compressed-tensors where it can
             hold the result, else weightsmith.
+        trust_remote_code: Run Python files that the model's folder brings, which can do anything.
+        allow_pickle: Also read weights from .bin files, and from those nothing but plain tensors.
         console: Where to write to.
     """
     started = time.perf_counter()
@@ -123,7 +128,7 @@ def quantize(
             raise UsageError(f"{name} must be at least {least}, got {value}")
     if iterations is not None and iterations < 0:
         raise UsageError(f"iterations must not be negative, got {iterations}")
-    _check_out(out, model_dir)
+    _check_out(out, [path for path in (model_dir, calibration, evaluate) if path is not None])
     if check and calibration is None:
         raise UsageError("check compares outputs on calibration data: pass calibration as well")
     if calibration is None and method != "rtn":
@@ -133,7 +138,7 @@ def quantize(
         require(
             "compressed_tensors", extra="hf", purpose="the format that transformers loads (or --format weightsmith)"
         )
-    source = Source(model_dir)
+    source = Source(model_dir, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     size, tokens_each = samples or (32 if quick else 512), length or (256 if quick else 1024)
     inputs = None if calibration is None else source.inputs(calibration, size, tokens_each)
     place = _device(device)
@@ -204,7 +209,7 @@ def quantize(
     console.print(*_tables(content, report), sep="\n")
     if checked is not None:
         console.print(*_findings(checked), sep="\n", markup=False)
-    console.print(f"\n{out.resolve()}", soft_wrap=True, highlight=False)
+    console.print(f"\n{markup(out.resolve())}", soft_wrap=True, highlight=False)
     return int(checked is not None and checked.reloaded > 0)
 
 
@@ -227,12 +232,11 @@ def _device(name: str | None) -> torch.device | None:
         raise UsageError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
 
 
-def _check_out(out: Path, model_dir: Path) -> None:
+def _check_out(out: Path, sources: list[Path]) -> None:
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise UsageError(f"out={out} cannot be a folder: {path} is a file; name a new folder")
-    if out.resolve() == model_dir.resolve():
-        raise UsageError("out must be another folder than the model's own")
+    check_target(out, sources)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / REPORT).is_file())):
         raise UsageError(f"out={out} exists and was not written by this command: name a new folder")
 

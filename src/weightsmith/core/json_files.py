@@ -1,0 +1,355 @@
+"""Reading JSON, JSON lines and text that others wrote: what does not have the expected shape is one clear error.
+
+A shape says what a value must be, with as little as the reader relies on; what it does not mention is not looked at.
+
+====================  ==================================================================================
+``object``            anything
+``str``, ``bool``     that type; ``None`` is null
+``int``               a whole number of at most 64 bits
+``float``             any number that a float can hold, also NaN and infinity
+``dict``, ``list``    an object or a list, whatever is in it
+``[shape]``           a list of such values
+``{str: shape}``      an object of such values, under any names
+``{"a": s, "b?": t}``  an object that has ``a``, and may have ``b``; other names are allowed
+``(s, t)``            either
+====================  ==================================================================================
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from weightsmith.core.errors import UsageError
+
+MOST_BYTES = 64 * 2**20
+"""Largest JSON file that is read at once, and largest line or list entry of one that is read in a stream."""
+
+_MOST_NESTED = 64
+_CHUNK = 2**18
+_LONGEST_EXPONENT_MARK = 2
+_MOST_SHOWN = 60
+_KINDS: dict[Any, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    None: "null",
+}
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def read_json(path: Path | str, shape: Any = dict, *, what_to_do: str = "") -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        shape: What its content must be, see the module docstring.
+        what_to_do: Ends an error's message, for example ``"train again with log_history"``.
+
+    Raises:
+        UsageError: The file is missing, larger than :data:`MOST_BYTES`, not UTF-8, not JSON, nested too deeply, or
+            of another shape; the message names the file and the place in it.
+
+    Example:
+        >>> read_json("model.safetensors.index.json", {"weight_map": {str: str}})  # doctest: +SKIP
+        {'metadata': {'total_size': 400}, 'weight_map': {'a': 'model-00001-of-00002.safetensors', ...}}
+    """
+    path = Path(path)
+    with _open(path) as file:
+        return _advised(lambda: parse_json(_all(file, path), path, shape), what_to_do)
+
+
+def parse_json(text: str | bytes, where: Path | str, shape: Any = dict) -> Any:
+    """Parse JSON that is already in memory, with :func:`read_json`'s checks.
+
+    Args:
+        text: The JSON.
+        where: What it was read from, for errors.
+        shape: What it must be.
+
+    Raises:
+        UsageError: It is not, or not JSON.
+    """
+    decoded = _decode(text, where) if isinstance(text, bytes) else text
+    try:
+        content = json.loads(decoded)
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ValueError as error:  # of json, or of a number with thousands of digits
+        raise UsageError(f"{where} is damaged or not JSON: {error}") from None
+    _check(content, decoded, where, shape)
+    return content
+
+
+def read_jsonl(path: Path | str, shape: Any = dict) -> Iterator[tuple[int, Any]]:
+    r"""Read a file of JSON lines in a stream: lines end with ``\n`` and nothing else, empty ones are skipped.
+
+    Args:
+        path: The file.
+        shape: What each line must be, see the module docstring.
+
+    Yields:
+        The line's number, from 1, and its content.
+
+    Raises:
+        UsageError: The file is missing, or a line is longer than :data:`MOST_BYTES`, not UTF-8, not JSON, or of another
+            shape; the message names the file and the line.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(MOST_BYTES + 1):
+            number += 1
+            where = f"{path}, line {number},"
+            if len(line) > MOST_BYTES:
+                raise UsageError(f"{where} is longer than {MOST_BYTES} bytes")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, parse_json(line, where, shape)
+
+
+def stream_json(path: Path | str, key: str, shape: Any = dict) -> Iterator[Any]:
+    """Read the list under one key of a JSON object entry by entry, in the memory of an entry.
+
+    Args:
+        path: The file, of any size.
+        key: The list's name; only names at the top are looked at.
+        shape: What each entry must be, see the module docstring.
+
+    Yields:
+        The entries.
+
+    Raises:
+        UsageError: The file is missing or damaged, has no list of that name or two, or an entry is of another shape.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        source = _Stream(file, path)
+        source.expect("{")
+        found = False
+        more = source.peek() != "}"
+        while more:
+            name = source.value(str)
+            source.expect(":")
+            if name != key:
+                source.value(object)
+            elif found:
+                raise UsageError(f"{path} is damaged: it has {key!r} twice")
+            elif source.peek() != "[":
+                raise UsageError(f"{path}: {key} must be a list")
+            else:
+                found = True
+                yield from source.entries(shape)
+            more = source.peek() != "}"
+            if more:
+                source.expect(",")
+        source.expect("}")
+        if source.peek():
+            raise UsageError(f"{path} is damaged: something follows its end")
+        if not found:
+            raise UsageError(f"{path} must have {key}, a list")
+
+
+def read_text(path: Path | str) -> str:
+    """Read a text file as UTF-8, with any line ends.
+
+    Raises:
+        UsageError: It is missing, or not UTF-8.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        return _decode(file.read(), path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} must be a file")  # a pipe or a device could block for ever
+        return path.open("rb")
+    except (OSError, ValueError) as error:  # of a name with a null character
+        if isinstance(error, UsageError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} cannot be read: {reason}") from error
+
+
+def _all(file: BinaryIO, path: Path) -> bytes:
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise UsageError(f"{path} has more than {MOST_BYTES} bytes, which is more than such a file needs")
+    return content
+
+
+def _decode(content: bytes, where: Path | str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{where} is not UTF-8 (byte {content[error.start]:#04x} at {error.start}): save it as UTF-8, for example "
+            "with iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _advised(read: Callable[[], Any], what_to_do: str) -> Any:
+    try:
+        return read()
+    except UsageError as error:
+        if not what_to_do:
+            raise
+        raise UsageError(f"{error}; {what_to_do}") from error
+
+
+def _check(content: Any, text: str, where: Path | str, shape: Any) -> None:
+    depth, level = 0, [content]
+    while level := [value for value in level if isinstance(value, dict | list)]:
+        depth += 1
+        if depth > _MOST_NESTED:
+            raise _too_deep(where)
+        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{where} is damaged: it holds half of a character (a lone surrogate)") from None
+    if fault := _fault(content, shape, ""):
+        raise UsageError(f"{where}{fault}")
+
+
+def _fault(value: Any, shape: Any, at: str) -> str | None:
+    """Say what is wrong with a value, or ``None``; as deep as the shape, not as the value."""
+    if shape is object:
+        return None
+    if isinstance(shape, tuple):
+        faults = [_fault(value, one, at) for one in shape]
+        if None in faults:
+            return None
+        return next((f for f in faults if f and not f.startswith(f"{at} must be")), None) or _wrong(value, shape, at)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return _wrong(value, list, at)
+        return next((f for i, v in enumerate(value) if (f := _fault(v, shape[0], f"{at}[{i}]"))), None)
+    if isinstance(shape, dict):
+        return _fault_in_object(value, shape, at) if isinstance(value, dict) else _wrong(value, dict, at)
+    if shape is None:
+        fits = value is None
+    elif shape is int:
+        fits = type(value) is int and -(2**63) <= value < 2**63
+    elif shape is float:
+        fits = type(value) is float or (type(value) is int and abs(value) < 2**1023)
+    else:
+        fits = isinstance(value, shape)
+    return None if fits else _wrong(value, shape, at)
+
+
+def _fault_in_object(value: dict[str, Any], shape: dict[Any, Any], at: str) -> str | None:
+    if str in shape:
+        return next((f for name, v in value.items() if (f := _fault(v, shape[str], f"{at} {_short(name)}"))), None)
+    for key, inner in shape.items():
+        name = key.removesuffix("?")
+        if name not in value:
+            if name == key:
+                return f"{at} must have {name}"
+        elif fault := _fault(value[name], inner, f"{at} {name}"):
+            return fault
+    return None
+
+
+def _wrong(value: Any, shape: Any, at: str) -> str:
+    shapes = shape if isinstance(shape, tuple) else (shape,)
+    expected = " or ".join(_kind(one) for one in shapes)
+    return f"{at} must be {expected}, got {_short(value)}"
+
+
+def _kind(shape: Any) -> str:
+    return _KINDS[type(shape) if isinstance(shape, dict | list) else shape]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return _KINDS[type(value)]
+    if type(value) is int and abs(value) >= 2**64:
+        return "a number of more than 64 bits"  # it may have more digits than Python turns into a string
+    text = ascii(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+def _too_deep(where: Path | str) -> UsageError:
+    return UsageError(f"{where} is nested more than {_MOST_NESTED} levels deep")
+
+
+class _Stream:
+    """The part of a JSON file that is being looked at."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._at, self._ended = "", 0, False
+
+    def peek(self) -> str:
+        """Give the next character that is no space, empty at the end of the file."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def expect(self, mark: str) -> None:
+        """Pass over a character."""
+        if self.peek() != mark:
+            got = ascii(self.peek()) if self.peek() else "its end"
+            raise UsageError(f"{self._path} is damaged or not JSON: expected {mark!r}, got {got}")
+        self._at += 1
+
+    def value(self, shape: Any, at: str = "") -> Any:
+        """Read one value."""
+        self.peek()
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                fault = None
+            except RecursionError:
+                raise _too_deep(self._path) from None
+            except ValueError as error:
+                end, fault = len(self._text), error
+            # what almost reaches the end of what has been read may go on: of "1.5e-3" the part "1.5" is a number, too
+            if (
+                len(self._text) - end < _LONGEST_EXPONENT_MARK + 1
+                and len(self._text) - self._at <= MOST_BYTES
+                and self._more()
+            ):
+                continue
+            if fault:
+                raise UsageError(f"{self._path} is damaged or not JSON: {fault}") from None
+            _check(value, self._text[self._at : end], f"{self._path}{at}", shape)
+            self._at = end
+            return value
+
+    def entries(self, shape: Any) -> Iterator[Any]:
+        """Read a list."""
+        self.expect("[")
+        number, more = 0, self.peek() != "]"
+        while more:
+            yield self.value(shape, f", entry {number},")
+            number += 1
+            more = self.peek() != "]"
+            if more:
+                self.expect(",")
+        self.expect("]")
+
+    def _more(self) -> bool:
+        """Read on; twice as much each time that a value is not whole yet, so that all takes linear time."""
+        if self._ended:
+            return False
+        rest = self._text[self._at :]
+        chunk = self._file.read(max(_CHUNK, len(rest)))
+        self._ended = not chunk
+        try:
+            self._text, self._at = rest + self._decoder.decode(chunk, final=self._ended), 0
+        except UnicodeDecodeError:
+            raise UsageError(f"{self._path} is not UTF-8") from None
+        return True
