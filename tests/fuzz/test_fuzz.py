@@ -23,7 +23,13 @@ SEED = int(os.environ.get("WEIGHTSMITH_FUZZ_SEED", "0"))
 _SECONDS = 20
 """After which a parser counts as hanging; the slowest takes milliseconds."""
 _LONGEST = 1500
-FOUND = {"adapter_tensors": [1976], "bone_config": [1878, 2125], "native_config": [888], "pattern": [9833]}
+FOUND = {
+    "adapter_tensors": [1976],
+    "bone_config": [1878, 2125],
+    "native_config": [888],
+    "pattern": [9833],
+    "safetensors_file": [1_000_074],
+}
 """Seeds that earlier runs have found something with; they are always tried."""
 
 
