@@ -12,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: demo test test-slow fuzz models bench docs tables fmt clean
 
 demo: $(CORE)  ## run the main job on bundled data
-	$(BIN)/weightsmith run adamp
+	$(BIN)/weightsmith run mwa
 
 test: $(INSTALLED) $(MODELS)  ## everything CI checks
 	$(BIN)/ruff format --check .

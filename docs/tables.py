@@ -1,13 +1,15 @@
-"""Write what README and docs repeat of the technique cards between their markers; ``--check`` only compares."""
+"""Write what README and docs repeat of cards and committed results; ``--check`` only compares."""
 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import measured
+
 from weightsmith.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- techniques: written by `make tables` -->", "<!-- /techniques -->"
-PAGES = {"README.md": "docs/techniques/", "docs/techniques/index.md": ""}
 
 
 def table(cards: str) -> str:
@@ -18,23 +20,40 @@ def table(cards: str) -> str:
         paper = f"[{card.venue} {card.year}](https://arxiv.org/abs/{card.arxiv})"
         state = "**available**" if card.available else "announced"
         lines.append(f"| {card.stage} | {name} | {card.purpose} | {paper} | {state} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def updated(page: str) -> str:
-    """A page with its table as it should be."""
-    text = (ROOT / page).read_text()
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table(PAGES[page])}\n{END}{rest.split(END)[1]}"
+def between(text: str, name: str, content: str) -> str:
+    """A page with other content between the markers of this name."""
+    begin, end = f"<!-- {name}: written by `make tables` -->\n", f"<!-- /{name} -->"
+    head, rest = text.split(begin)
+    return f"{head}{begin}{content}{end}{rest.split(end, 1)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is written, as it should be."""
+    readme, index = ROOT / "README.md", ROOT / "docs/techniques/index.md"
+    found = {
+        readme: between(
+            between(readme.read_text(), "techniques", table("docs/techniques/")), "measured", measured.summary()
+        ),
+        index: between(index.read_text(), "techniques", table("")),
+        ROOT / "docs/gallery.md": measured.gallery(),
+    }
+    for slug, receipt in measured.receipts().items():
+        page = ROOT / f"src/weightsmith/cards/{slug}.md"
+        found[page] = between(page.read_text(), "measured", measured.card(slug, receipt))
+    return found
 
 
 def main() -> None:
     """Write every page that has drifted, or report it."""
-    stale = [page for page in PAGES if updated(page) != (ROOT / page).read_text()]
+    stale = {page: text for page, text in pages().items() if not page.is_file() or page.read_text() != text}
     if "--check" in sys.argv:
-        sys.exit(f"run make tables: {', '.join(stale)}" if stale else 0)
-    for page in stale:
-        (ROOT / page).write_text(updated(page))
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        sys.exit(f"run make tables: {names}" if stale else 0)
+    for page, text in stale.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""Turn the committed receipts, ``docs/measured/<slug>/receipt.json``, into the gallery, the cards' figures and pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from weightsmith.lab.experiment import Metric
+from weightsmith.lab.report.receipt import read_receipt
+from weightsmith.lab.report.words import ARROWS, NONE, SYMBOLS, mean_and_sd
+from weightsmith.lab.stats import summarize
+from weightsmith.techniques import TECHNIQUES
+
+ROOT = Path(__file__).parents[1]
+INTRODUCTION = """# Measured
+
+What the experiments gave on a machine with two CPU cores, as it fell, also where a claim did not hold. This page is written
+from the committed results, `docs/measured/<technique>/receipt.json`, by `make tables`;
+`weightsmith verify docs/measured/SLUG/receipt.json` repeats one seed of a result and compares. What the verdicts mean is told
+in [the lab](lab.md#what-a-verdict-means).
+"""
+
+
+def receipts() -> dict[str, dict[str, Any]]:
+    """Every committed result by slug, in the order of the techniques."""
+    paths = {card.slug: ROOT / "docs" / "measured" / card.slug / "receipt.json" for card in TECHNIQUES}
+    return {slug: read_receipt(path) for slug, path in paths.items() if path.is_file()}
+
+
+def gallery() -> str:
+    """The page over all results."""
+    parts = [INTRODUCTION]
+    for slug, receipt in receipts().items():
+        title = next(card.title for card in TECHNIQUES if card.slug == slug)
+        parts += [f"## {title}\n", f"```console\n$ {receipt['command']}\n```\n", answer(receipt), claims(receipt)]
+        parts += [arms(receipt), f"More in [the method card](techniques/{slug}.md).\n"]
+    return "\n".join(parts)
+
+
+def card(slug: str, receipt: dict[str, Any]) -> str:
+    """What a method card says of the committed result."""
+    return f"```console\n$ {receipt['command']}\n```\n\n{answer(receipt)}\n{claims(receipt)}"
+
+
+def summary() -> str:
+    """One line per result, for the front page."""
+    lines = ["| technique | asked | found |", "|---|---|---|"]
+    for slug, receipt in receipts().items():
+        leading = [claim for claim in receipt["claims"] if claim["claim"]["primary"]] or receipt["claims"]
+        for claim in leading:
+            found = f"{SYMBOLS[claim['verdict']]} {claim['verdict']}: {_size(receipt, claim)}"
+            lines.append(f"| [`{slug}`](docs/techniques/{slug}.md) | {_plain(claim['claim']['text'])} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def answer(receipt: dict[str, Any]) -> str:
+    """The first screen of the report."""
+    first, *_, advice = receipt["answer"]
+    return f"{_plain(first)} **{_plain(advice)}** {receipt['headline']}.\n"
+
+
+def claims(receipt: dict[str, Any]) -> str:
+    """A table of verdicts."""
+    lines = ["| verdict | claim | found | in the paper |", "|---|---|---|---|"]
+    for claim in sorted(receipt["claims"], key=lambda claim: not claim["claim"]["primary"]):
+        verdict = f"{SYMBOLS[claim['verdict']]} **{claim['verdict']}**"
+        paper = claim["claim"]["paper"] or NONE
+        lines.append(f"| {verdict} | {_plain(claim['claim']['text'])} | {_size(receipt, claim)} | {_plain(paper)} |")
+    return "\n".join(lines) + "\n"
+
+
+def arms(receipt: dict[str, Any]) -> str:
+    """A table of means and standard deviations over seeds."""
+    metrics = [Metric(**metric) for metric in receipt["metrics"]]
+    heads = " | ".join(metric.label + ARROWS[metric.better] for metric in metrics)
+    lines = [f"| arm | seeds | {heads} |", "|---|---:|" + "---:|" * len(metrics)]
+    for arm in receipt["arms"]:
+        jobs = [job for job in receipt["jobs"] if job["arm"] == arm["name"]]
+        cells = [" ".join(mean_and_sd(_summary(jobs, metric.name), metric.format)).strip() for metric in metrics]
+        lines.append(f"| **{arm['title'] or arm['name']}** {_plain(arm['text'])} | {len(jobs)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _summary(jobs: list[dict[str, Any]], metric: str) -> Any:
+    values = [job["metrics"].get(metric) for job in jobs]
+    return summarize([value for value in values if value is not None])
+
+
+def _size(receipt: dict[str, Any], claim: dict[str, Any]) -> str:
+    evidence = claim["evidence"]
+    interval = next((value for name, value in evidence.items() if name.endswith("interval")), "")
+    text = f"{evidence['Compared']}: {evidence['Difference']}"
+    return _plain(text + (f" ({interval})" if interval else ""))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
