@@ -1,4 +1,4 @@
-"""Turn the committed receipts, ``docs/measured/<slug>/receipt.json``, into the gallery, the cards' figures and pictures."""
+"""Turn the committed receipts, ``docs/measured/<slug>/receipt.json``, into the gallery and the figures of cards."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from weightsmith.techniques import TECHNIQUES
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Measured
 
-What the experiments gave on a machine with two CPU cores, as it fell, also where a claim did not hold. This page is written
-from the committed results, `docs/measured/<technique>/receipt.json`, by `make tables`;
-`weightsmith verify docs/measured/SLUG/receipt.json` repeats one seed of a result and compares. What the verdicts mean is told
-in [the lab](lab.md#what-a-verdict-means).
+What the experiments gave on a machine with two CPU cores, as it fell, also where a claim did not hold. This page is
+written from the committed results, `docs/measured/<technique>/receipt.json`, by `make tables`;
+`weightsmith verify docs/measured/mwa/receipt.json` repeats one seed of a result and compares. What the verdicts mean is
+told in [the lab](lab.md#what-a-verdict-means).
 """
 
 
@@ -35,7 +35,7 @@ def gallery() -> str:
     return "\n".join(parts)
 
 
-def card(slug: str, receipt: dict[str, Any]) -> str:
+def card(receipt: dict[str, Any]) -> str:
     """What a method card says of the committed result."""
     return f"```console\n$ {receipt['command']}\n```\n\n{answer(receipt)}\n{claims(receipt)}"
 
@@ -46,7 +46,7 @@ def summary() -> str:
     for slug, receipt in receipts().items():
         leading = [claim for claim in receipt["claims"] if claim["claim"]["primary"]] or receipt["claims"]
         for claim in leading:
-            found = f"{SYMBOLS[claim['verdict']]} {claim['verdict']}: {_size(receipt, claim)}"
+            found = f"{SYMBOLS[claim['verdict']]} {claim['verdict']}: {_size(claim)}"
             lines.append(f"| [`{slug}`](docs/techniques/{slug}.md) | {_plain(claim['claim']['text'])} | {found} |")
     return "\n".join(lines) + "\n"
 
@@ -63,7 +63,7 @@ def claims(receipt: dict[str, Any]) -> str:
     for claim in sorted(receipt["claims"], key=lambda claim: not claim["claim"]["primary"]):
         verdict = f"{SYMBOLS[claim['verdict']]} **{claim['verdict']}**"
         paper = claim["claim"]["paper"] or NONE
-        lines.append(f"| {verdict} | {_plain(claim['claim']['text'])} | {_size(receipt, claim)} | {_plain(paper)} |")
+        lines.append(f"| {verdict} | {_plain(claim['claim']['text'])} | {_size(claim)} | {_plain(paper)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -84,7 +84,7 @@ def _summary(jobs: list[dict[str, Any]], metric: str) -> Any:
     return summarize([value for value in values if value is not None])
 
 
-def _size(receipt: dict[str, Any], claim: dict[str, Any]) -> str:
+def _size(claim: dict[str, Any]) -> str:
     evidence = claim["evidence"]
     interval = next((value for name, value in evidence.items() if name.endswith("interval")), "")
     text = f"{evidence['Compared']}: {evidence['Difference']}"

@@ -42,7 +42,7 @@ def pages() -> dict[Path, str]:
     }
     for slug, receipt in measured.receipts().items():
         page = ROOT / f"src/weightsmith/cards/{slug}.md"
-        found[page] = between(page.read_text(), "measured", measured.card(slug, receipt))
+        found[page] = between(page.read_text(), "measured", measured.card(receipt))
     return found
 
 
