@@ -207,6 +207,7 @@ TECHNIQUES = (
             "weightsmith.quantize.prepare_ofq_",
             "weightsmith.quantize.calibrate_",
             "weightsmith.quantize.finish_ofq_",
+            "weightsmith.quantize.ofq_report",
             "weightsmith.quantize.reparameterize_qk_",
             "weightsmith.quantize.ConfidenceGuidedAnnealing",
             "weightsmith.quantize.OscillationTracker",

@@ -131,7 +131,7 @@ def test_every_arm_gets_the_same_number_of_trials(tmp_path):
 
 
 def test_a_job_whose_every_trial_diverged_says_so(tmp_path):
-    experiment, config = small("adamp", sgd_lrs=(1e30,))
+    experiment, config = small("adamp", sgd_lrs=(1e30,), epochs=3)
     metrics, _, job = do(experiment, config, "sgd", tmp_path)
     assert job.diverged
     assert math.isnan(metrics["score"])

@@ -264,7 +264,7 @@ def test_the_advice_on_pruned_layers_works():
     prune.l1_unstructured(model[2], "weight", 0.5)
     with pytest.raises(UsageError, match=r"weight of 2 comes from a hook.*prune\.remove"):
         prepare_ofq_(model)
-    with pytest.raises(UsageError, match=r"2\.weight comes from a hook.*prune\.remove"):
+    with pytest.raises(UsageError, match=r"2\.weight is pruned by a mask.*prune\.remove"):
         choose_targets(model, None)
     prune.remove(model[2], "weight")
     assert choose_targets(model, None).keys() == {"0", "2", "4"}

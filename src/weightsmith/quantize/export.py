@@ -28,6 +28,7 @@ __all__ = ["Format", "export_onnx", "load_quantized", "save_quantized"]
 Format = Literal["auto", "compressed-tensors", "gptq", "weightsmith"]
 
 _CONFIG = {"quantization_config?": ({"quant_method?": str}, None)}
+_SAID = 300  # characters of another library's error
 _FOREIGN: dict[str, Any] = {"compressed-tensors": _compressed, _gptq.METHOD: _gptq}
 
 
@@ -195,4 +196,5 @@ def _fill(
         _native.quantise_inputs_(model, folder)
         model.load_state_dict(full)
     except (AttributeError, RuntimeError) as error:
-        raise UsageError(f"model= does not fit what is in {folder}: {reason(error)}") from error
+        said = " ".join(str(error).split())  # torch lists the names of tensors on lines of their own
+        raise UsageError(f"model= does not fit what is in {folder}: {said[:_SAID]}") from error
