@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow models bench docs tables fmt clean
+.PHONY: demo test test-slow fuzz models bench docs tables fmt clean
 
 demo: $(CORE)  ## run the main job on bundled data
 	$(BIN)/weightsmith run adamp
@@ -24,6 +24,9 @@ test: $(INSTALLED) $(MODELS)  ## everything CI checks
 
 test-slow: $(INSTALLED) $(MODELS)  ## the tests that take longer
 	$(BIN)/pytest -m slow
+
+fuzz: $(INSTALLED)  ## a million changed files for each parser: hours; FUZZ=20000 for fewer
+	WEIGHTSMITH_FUZZ=$(or $(FUZZ),1000000) $(BIN)/pytest tests/fuzz
 
 models: $(MODELS)  ## two small real models for the tests that are marked so
 

@@ -1,6 +1,6 @@
 import pytest
 
-from weightsmith.core.errors import MissingExtra, near, require, unknown
+from weightsmith.core.errors import MissingExtra, brief, near, reason, require, unknown
 
 
 def test_a_missing_extra_names_the_command_that_installs_it():
@@ -29,3 +29,14 @@ def test_near_names_come_first_and_all_names_when_none_is_near():
 
 def test_unknown_names_the_argument_and_the_value():
     assert str(unknown("preset", "laptp", ["laptop"])) == "preset 'laptp' is not known: did you mean 'laptop'?"
+
+
+def test_what_a_file_says_is_shown_in_one_short_line():
+    assert brief("a\nb\x1b") == r"'a\nb\x1b'"
+    assert brief("x" * 100, most=10) == "'xxxxxx..."
+
+
+def test_another_librarys_error_is_one_short_line():
+    assert reason(RuntimeError("\n first \n second")) == "RuntimeError: first"
+    assert reason(KeyError()) == "KeyError"
+    assert len(reason(ValueError("x" * 1000))) == 300

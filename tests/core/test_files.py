@@ -161,6 +161,13 @@ def test_what_a_live_process_writes_is_no_leftover(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_file_system_without_locks_is_written_to_and_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_lock", lambda folder: None)
+    (tmp_path / ".out.aaaaaaaa.tmp").mkdir()
+    fill(tmp_path / "out", "new")
+    assert names(tmp_path) == [".out.aaaaaaaa.tmp", "out"]
+
+
 def test_leftovers_are_only_folders_and_no_links(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / ".out.aaaaaaaa.tmp").symlink_to(tmp_path / "kept")

@@ -174,7 +174,7 @@ def test_two_bats_are_applied_in_the_order_that_peft_applies_them_in(x, tmp_path
 
 def test_folders_that_cannot_be_read_say_why(tmp_path):
     peft.get_peft_model(Net(), peft.LoraConfig(target_modules=LAYERS)).save_pretrained(tmp_path / "lora")
-    with pytest.raises(UsageError, match=r"a '?LORA'? adapter, not MISS or BONE"):
+    with pytest.raises(UsageError, match="a 'LORA' adapter, not MISS or BONE"):
         load_bone(Net(), tmp_path / "lora")
     theirs("miss", bias="all").save_pretrained(tmp_path / "bias")
     with pytest.raises(UsageError, match="bias='all'"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weightsmith.adapt.bone import BoneConfig, block_shape
 from weightsmith.adapt.layers import BoneLayer, Form, adopt, check_layer, is_plain, kind_of, widths
 from weightsmith.core.adapters import BONE_MERGED
-from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
+from weightsmith.core.errors import UsageError, WeightsmithWarning, brief, near, unknown
 from weightsmith.core.select import Predicate, select
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -374,7 +374,7 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers behind the body, by what the model's class says: in ``transformers`` ``base_model``, in ``timm`` the head."""
+    """Layers behind the body, as the model's class names them (``transformers``, ``timm``)."""
     names = {id(module): name for name, module in model.named_modules()}
     found: list[nn.Module] = []
     for module in model.modules():
@@ -427,7 +427,7 @@ def resolved_modules(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]
         matches = [name for name in names if name == target or name.endswith(f".{target}")]
         if not matches:
             raise UsageError(
-                f"modules_to_save holds {target!r}, which is no module of the model: {near(target, names)}"
+                f"modules_to_save holds {brief(target)}, which is no module of the model: {near(target, names)}"
             )
         found += matches
     inside = {id(module) for name in found for module in model.get_submodule(name).modules()}

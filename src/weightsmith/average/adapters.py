@@ -18,7 +18,7 @@ from weightsmith.average.checkpoints import Checkpoint
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
 from weightsmith.average.sources import Place, narrowed, whole
 from weightsmith.average.stream import Mean
-from weightsmith.core.errors import UsageError, brief
+from weightsmith.core.errors import UsageError, brief, reason
 from weightsmith.core.json_files import read_json
 from weightsmith.core.patterns import compile_pattern
 
@@ -149,7 +149,10 @@ class Adapters:
             if pair is not None:
                 a, b = self.product(pair, shares)
                 if mode == "svd":
-                    a, b, self.discarded[pair.module] = best_of_rank(a, b, rank)
+                    try:
+                        a, b, self.discarded[pair.module] = best_of_rank(a, b, rank)
+                    except torch.linalg.LinAlgError as error:
+                        raise UsageError(f"the update of {brief(pair.module)} is too large: {reason(error)}") from error
                 short = rank - len(a)
                 yield narrowed(torch.nn.functional.pad(a, (0, 0, 0, short)), dtype, pair.a).contiguous()
                 yield narrowed(torch.nn.functional.pad(b, (0, short)), dtype, pair.b).contiguous()

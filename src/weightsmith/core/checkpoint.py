@@ -111,7 +111,7 @@ class Checkpoint(Mapping[str, Tensor]):
         with _open(self._shard[name]) as file:
             try:
                 return file.get_tensor(name)
-            except (SafetensorError, RuntimeError) as error:  # of a dtype that torch does not have, for example
+            except (SafetensorError, RuntimeError, TypeError, ValueError) as error:  # of a dtype that torch lacks, say
                 raise UsageError(f"{brief(name)} in {self._shard[name]} cannot be read: {reason(error)}") from error
 
     def __iter__(self) -> Iterator[str]:
@@ -264,6 +264,8 @@ def _places(path: Path) -> dict[str, Stored]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         if entry["dtype"] not in _DTYPES:
             raise UsageError(f"{brief(name)} in {path} has dtype {entry['dtype']}; known: {', '.join(_DTYPES)}")
+        if max(entry["shape"], default=0) >= 2**48:  # possible where another size is 0
+            raise UsageError(f"{brief(name)} in {path} has shape {brief(entry['shape'])}, which is too large")
         start = 8 + size + entry["data_offsets"][0]
         places[name] = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
     return places

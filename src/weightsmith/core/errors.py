@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
+_MOST_COMPARED = 200
+
 
 class MissingExtra(ImportError):
     """An optional dependency is needed and not installed; the message holds the command that installs it."""
@@ -56,13 +58,13 @@ def near(name: str, known: Iterable[str], *, most: int = 5) -> str:
     names = list(dict.fromkeys(known))
     if not names:
         return "there are none"
-    close = difflib.get_close_matches(name, names, n=most, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_MOST_COMPARED], names, n=most, cutoff=0.5)
     if close:
-        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+        return "did you mean " + " or ".join(map(brief, close)) + "?"
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "known: " + ", ".join(repr(known_name) for known_name in names[:most]) + more
+    return "known: " + ", ".join(map(brief, names[:most])) + more
 
 
 def unknown(argument: str, value: str, known: Iterable[str], *, most: int = 20) -> UsageError:
     """Build the error for a name that is none of the known ones."""
-    return UsageError(f"{argument} {value!r} is not known: {near(value, known, most=most)}")
+    return UsageError(f"{argument} {brief(value)} is not known: {near(value, known, most=most)}")

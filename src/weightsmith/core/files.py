@@ -85,13 +85,14 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
     parent = beside.parent
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent, beside.name)
-    for _ in range(_TRIES):
+    for tries_left in reversed(range(_TRIES)):
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{beside.name}.", suffix=".tmp"))
         lock = _lock(folder)
-        if lock is not None:
+        if lock is not None or not tries_left:
             break
         # another process took it for a leftover before it was locked, or the file system has no locks, in which case
         # nobody removes leftovers and the last try is used without one
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         yield folder
     finally:

@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from weightsmith.core.errors import UsageError
 
@@ -31,6 +31,8 @@ _MOST_NESTED = 64
 _CHUNK = 2**18
 _LONGEST_EXPONENT_MARK = 2
 _MOST_SHOWN = 60
+_CONTAINERS = (dict, list)
+_MUST = " must be"
 _KINDS: dict[Any, str] = {
     dict: "an object",
     list: "a list",
@@ -40,6 +42,7 @@ _KINDS: dict[Any, str] = {
     float: "a number",
     None: "null",
 }
+_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -205,37 +208,42 @@ def _advised(read: Callable[[], Any], what_to_do: str) -> Any:
         raise UsageError(f"{error}; {what_to_do}") from error
 
 
-def _check(content: Any, text: str, where: Path | str, shape: Any) -> None:
-    depth, level = 0, [content]
-    while level := [value for value in level if isinstance(value, dict | list)]:
+def _check(content: Any, text: str, where: object, shape: Any) -> None:
+    depth, level = 0, [content] if isinstance(content, _CONTAINERS) else []
+    while level:
         depth += 1
         if depth > _MOST_NESTED:
             raise _too_deep(where)
-        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, _CONTAINERS)
+        ]
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise UsageError(f"{where} is damaged: it holds half of a character (a lone surrogate)") from None
-    if fault := _fault(content, shape, ""):
+    if fault := _fault(content, shape):
         raise UsageError(f"{where}{fault}")
 
 
-def _fault(value: Any, shape: Any, at: str) -> str | None:
-    """Say what is wrong with a value, or ``None``; as deep as the shape, not as the value."""
+def _fault(value: Any, shape: Any) -> str | None:
+    """Say where a value is wrong and how, or ``None``; looks as deep as the shape, not as the value."""
     if shape is object:
         return None
     if isinstance(shape, tuple):
-        faults = [_fault(value, one, at) for one in shape]
+        faults = [_fault(value, one) for one in shape]
         if None in faults:
             return None
-        return next((f for f in faults if f and not f.startswith(f"{at} must be")), None) or _wrong(value, shape, at)
+        return next((fault for fault in faults if fault and not fault.startswith(_MUST)), None) or _wrong(value, shape)
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return _wrong(value, list, at)
-        return next((f for i, v in enumerate(value) if (f := _fault(v, shape[0], f"{at}[{i}]"))), None)
+            return _wrong(value, list)
+        return next((f"[{i}]{fault}" for i, one in enumerate(value) if (fault := _fault(one, shape[0]))), None)
     if isinstance(shape, dict):
-        return _fault_in_object(value, shape, at) if isinstance(value, dict) else _wrong(value, dict, at)
+        return _fault_in_object(value, shape) if isinstance(value, dict) else _wrong(value, dict)
     if shape is None:
         fits = value is None
     elif shape is int:
@@ -244,26 +252,26 @@ def _fault(value: Any, shape: Any, at: str) -> str | None:
         fits = type(value) is float or (type(value) is int and abs(value) < 2**1023)
     else:
         fits = isinstance(value, shape)
-    return None if fits else _wrong(value, shape, at)
+    return None if fits else _wrong(value, shape)
 
 
-def _fault_in_object(value: dict[str, Any], shape: dict[Any, Any], at: str) -> str | None:
+def _fault_in_object(value: dict[str, Any], shape: dict[Any, Any]) -> str | None:
     if str in shape:
-        return next((f for name, v in value.items() if (f := _fault(v, shape[str], f"{at} {_short(name)}"))), None)
+        inner = shape[str]
+        return next((f" {_short(name)}{fault}" for name, one in value.items() if (fault := _fault(one, inner))), None)
     for key, inner in shape.items():
         name = key.removesuffix("?")
         if name not in value:
             if name == key:
-                return f"{at} must have {name}"
-        elif fault := _fault(value[name], inner, f"{at} {name}"):
-            return fault
+                return f" must have {name}"
+        elif fault := _fault(value[name], inner):
+            return f" {name}{fault}"
     return None
 
 
-def _wrong(value: Any, shape: Any, at: str) -> str:
+def _wrong(value: Any, shape: Any) -> str:
     shapes = shape if isinstance(shape, tuple) else (shape,)
-    expected = " or ".join(_kind(one) for one in shapes)
-    return f"{at} must be {expected}, got {_short(value)}"
+    return f"{_MUST} {' or '.join(map(_kind, shapes))}, got {_short(value)}"
 
 
 def _kind(shape: Any) -> str:
@@ -279,8 +287,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
-def _too_deep(where: Path | str) -> UsageError:
+def _too_deep(where: object) -> UsageError:
     return UsageError(f"{where} is nested more than {_MOST_NESTED} levels deep")
+
+
+class _Place(NamedTuple):
+    """Worded only when there is an error, as there may be millions of entries."""
+
+    path: Path
+    number: int | None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.number is None else f"{self.path}, entry {self.number},"
 
 
 class _Stream:
@@ -305,12 +323,12 @@ class _Stream:
             raise UsageError(f"{self._path} is damaged or not JSON: expected {mark!r}, got {got}")
         self._at += 1
 
-    def value(self, shape: Any, at: str = "") -> Any:
-        """Read one value."""
+    def value(self, shape: Any, number: int | None = None) -> Any:
+        """Read one value, an entry of a list where there is a number."""
         self.peek()
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
                 fault = None
             except RecursionError:
                 raise _too_deep(self._path) from None
@@ -325,7 +343,7 @@ class _Stream:
                 continue
             if fault:
                 raise UsageError(f"{self._path} is damaged or not JSON: {fault}") from None
-            _check(value, self._text[self._at : end], f"{self._path}{at}", shape)
+            _check(value, self._text[self._at : end], _Place(self._path, number), shape)
             self._at = end
             return value
 
@@ -334,7 +352,7 @@ class _Stream:
         self.expect("[")
         number, more = 0, self.peek() != "]"
         while more:
-            yield self.value(shape, f", entry {number},")
+            yield self.value(shape, number)
             number += 1
             more = self.peek() != "]"
             if more:

@@ -112,7 +112,7 @@ class _Parser:
 
     def _group(self) -> _Ends:
         if self._next("?") and not self._next(":"):
-            raise self.fault(f"has (?{self._pattern[self.at : self.at + 1]}, which is not supported here")
+            raise self.fault(f"has a group at {self.at - 2} of a kind that is not supported here")
         self._depth += 1
         if self._depth > 50:
             raise self.fault("is nested too deeply")

@@ -48,7 +48,7 @@ _CONTENT = {
         }
     },
     "tied": {str: str},
-    "activations": {str: list},
+    "activations": {str: [(str, int)]},
 }
 FACTS = ("bits", "symmetric", "granularity", "axis", "offset")
 
@@ -105,7 +105,10 @@ def tied(folder: Path) -> dict[str, str]:
 
 def quantise_inputs_(model: nn.Module, folder: Path) -> None:
     """Give layers the activation quantisers that they were saved with; their values come with the state dict."""
-    for name, (kind, bits) in _config(folder)["activations"].items():
+    for name, pair in _config(folder)["activations"].items():
+        if len(pair) != 2 or pair[0] not in ("static", "dynamic"):
+            raise UsageError(f"{folder / CONFIG} is damaged: activations {brief(name)} must be a kind and bits")
+        kind, bits = pair
         quantiser = DynamicActivation(bits) if kind == "dynamic" else StaticActivation(torch.zeros(1), bits)
         quantise_input_(model.get_submodule(name), quantiser)
 

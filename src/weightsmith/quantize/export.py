@@ -145,7 +145,10 @@ def _fill(
     if layout is not _native:
         raise UsageError(f"{folder} holds a transformers model: leave model= out")
     full = state | {name: quantized.dequantize() for name, quantized in weights.items()}
-    full |= {name: full[owner] for name, owner in _native.tied(folder).items()}
+    for name, owner in _native.tied(folder).items():
+        if owner not in full:
+            raise UsageError(f"{folder} is damaged: {brief(name)} is said to be {brief(owner)}, which is not there")
+        full[name] = full[owner]
     try:
         _native.quantise_inputs_(model, folder)
         model.load_state_dict(full)
