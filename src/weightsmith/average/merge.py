@@ -249,8 +249,8 @@ def merge_checkpoints(
     rates = learning_rates(chosen) if decay is not None else None
     if rates and rates[0] < 0.99 * rates[1]:
         report.notes.append(
-            f"the learning rate was not constant between these checkpoints (from {rates[0]:.3g} to {rates[1]:.3g}): decay "
-            "is meant for a constant one"
+            f"the learning rate was not constant between these checkpoints (from {rates[0]:.3g} to {rates[1]:.3g}): "
+            "decay is meant for a constant one"
         )
     mean = Mean([share.weight for share in shares], dtype=dtype, chunk_mb=chunk_mb)
     places = [open_places(checkpoint, allow_pickle=allow_pickle) for checkpoint in chosen]
