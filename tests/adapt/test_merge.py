@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from weightsmith.adapt import (
     BoneConfig,
@@ -20,6 +21,7 @@ from weightsmith.adapt import (
     unmerge_bone_,
 )
 from weightsmith.core.errors import UsageError, WeightsmithWarning
+from weightsmith.core.fold import fold_
 
 CONFIGS = [
     BoneConfig(r=4),
@@ -178,3 +180,25 @@ def test_a_merged_state_loads_into_a_plain_model_as_what_it_computes(layer, x, s
     model = merge_bone_(shake(apply_bone_(layer, CONFIGS[0])))
     plain.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(plain(x), model(x))
+
+
+@pytest.mark.parametrize("verb", [merge_bone_, unload_bone_])
+def test_a_layer_that_was_parametrized_since_is_folded_first(verb, layer, x, shake):
+    shake(apply_bone_(layer, CONFIGS[2]))
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    adapted = layer(x)
+    with pytest.raises(UsageError, match="call fold_ on the model first"):
+        verb(layer)
+    assert torch.equal(layer(x), adapted)
+    assert torch.allclose(fold_(layer)(x), adapted, atol=1e-6)
+    assert torch.allclose(unload_bone_(layer, merge=True)(x), adapted, atol=1e-5)
+    assert type(layer) is nn.Linear
+
+
+def test_what_was_quantized_is_no_longer_so_after_a_merge(net, x, shake, tmp_path):
+    grid = pytest.importorskip("weightsmith.quantize")
+    grid.round_to_nearest_(net)
+    adapted = shake(apply_bone_(net, BoneConfig(r=4, variant="row", where=["0", "2"])))(x)
+    assert torch.allclose(unload_bone_(net, merge=True)(x), adapted, atol=1e-5)
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        grid.save_quantized(net, tmp_path / "out", format="weightsmith")

@@ -506,6 +506,18 @@ def test_a_decay_of_adapters_is_averaged_as_updates(tmp_path):
         )
 
 
+@pytest.mark.parametrize("falls", [False, True])
+def test_a_decay_of_a_run_that_has_decayed_brings_a_warning(tmp_path, falls):
+    run = model_run(tmp_path / "run")
+    log = [{"step": i, "loss": 1.0, "learning_rate": 0.1 / i if falls else 0.1} for i in (1, 2, 3)]
+    write_state(run / "checkpoint-3", log)
+    if falls:
+        with pytest.warns(WeightsmithWarning, match=r"from 0\.0333 to 0\.05\): decay is meant for a constant one"):
+            merge_checkpoints(folders(run), tmp_path / "out", decay="cosine")
+    else:
+        assert merge_checkpoints(folders(run), tmp_path / "out", decay="cosine").notes == []
+
+
 # greedy soup
 
 

@@ -121,8 +121,12 @@ def test_a_checkpoint_with_an_adapter_is_no_model_to_quantize(tmp_path):
     train(tmp_path, FORMS["row"], bone.BoneCheckpointCallback())
     from weightsmith.tools.quantize import quantize
 
-    with pytest.raises(UsageError, match=r"put it into its base first, with weightsmith merge .* --lora-mode dense"):
-        quantize(tmp_path / "run/checkpoint-8", out=tmp_path / "quantized", method="rtn")
+    merge_checkpoints(tmp_path / "run", tmp_path / "merged")
+    for folder in (tmp_path / "run/checkpoint-8", tmp_path / "merged"):
+        with pytest.raises(
+            UsageError, match=r"put it into its base first, with weightsmith merge .* --lora-mode dense"
+        ):
+            quantize(folder, out=tmp_path / "quantized", method="rtn")
 
 
 def test_what_cannot_be_put_into_a_base_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Few weights for many: adapters that train one small tensor per matrix.
+"""Adapters that train one small tensor per weight matrix.
 
 =================================================  ================================================================
 ``apply_bone_``, ``BoneConfig``                    freeze a model and put an adapter on it: Bone, row, free, MiSS, mini
@@ -11,6 +11,9 @@
 ``bone_linear``, ``bone_delta``                    the functions beneath
 ``accelerate_peft_``                               our forward and backward pass under an unchanged PEFT model
 =================================================  ================================================================
+
+Order of arguments: the model that is changed or saved comes first, then the folder or the configuration. Under a
+``Trainer``, see :mod:`weightsmith.integrations.bone`.
 """
 
 from weightsmith.adapt.accelerate import accelerate_peft_

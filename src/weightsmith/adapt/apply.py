@@ -374,7 +374,7 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers behind the body, as the model's class says: of transformers its base model, of timm its head."""
+    """Layers behind the body, as the model's class names them (``transformers``, ``timm``)."""
     names = {id(module): name for name, module in model.named_modules()}
     found: list[nn.Module] = []
     for module in model.modules():

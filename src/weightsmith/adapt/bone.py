@@ -54,7 +54,7 @@ class BoneConfig:
             get the same update. ``m`` equal to the output width is ``"miss"``.
         tile: ``(p, q)`` of ``"free"``: ``p x q`` different blocks ``(r, r)``, repeated down and across the weight like
             tiles. ``(1, 1)`` is one block for the whole weight, ``(1, in / r)`` is ``"row"``, ``(out / r, 1)`` is
-            ``"col"``. With ``p = 1`` it costs what ``"row"`` does and fits quantized layers; else it is as ``"col"``.
+            ``"col"``. With ``p = 1`` it costs what ``"row"`` does and goes on quantized layers; else as ``"col"``.
         modules_to_save: Names (also last parts of names) of modules that are trained in full and saved along.
         fused: Use our own backward pass, which saves memory and can be differentiated once. ``False``: plain
             operations, for ``torch.func``, double backward and Hessians.

@@ -1,10 +1,12 @@
 """Write adapters into the weights, and take them out again to the last bit."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from weightsmith.adapt.apply import (
     Model,
@@ -50,6 +52,7 @@ def merge_bone_(
     refuse_sharded(model, "merged")
     layers = [(name, layer) for name, layer in bone_layers(model) if layer.bone_active]
     shared = owners(model)
+    _refuse_parametrized(layers)
     for name, layer in layers:
         if not is_plain(layer):
             raise UsageError(f"the weight of {name} is no plain float tensor: an adapter cannot be merged into it")
@@ -118,6 +121,7 @@ def unload_bone_(model: Model, *, merge: bool = False) -> Model:
     """
     registry, merged = registry_of(model), is_merged(model)
     refuse_sharded(model, "unloaded")
+    _refuse_parametrized(bone_layers(model))
     if merge and not merged:
         merge_bone_(model, keep_base=False)
     if not merge:
@@ -131,6 +135,13 @@ def unload_bone_(model: Model, *, merge: bool = False) -> Model:
         parameter.requires_grad_(name in registry.trainable)
     del model._bone
     return model
+
+
+def _refuse_parametrized(layers: Iterable[tuple[str, BoneLayer]]) -> None:
+    # the layer's class is torch's by now, and to make it the former one would leave it without its weight
+    for name, layer in layers:
+        if parametrize.is_parametrized(layer):
+            raise UsageError(f"{name} has been parametrized since it was adapted: call fold_ on the model first")
 
 
 def _merged(layer: BoneLayer) -> Tensor:

@@ -9,6 +9,8 @@
 ``greedy_soup``, ``greedy_members``              keep only members that your evaluation likes
 ``ema``, ``swa``, ``LAWA``                       running averages while a model trains
 ===============================================  ====================================================================
+
+Order of arguments: what is averaged comes first (the model, or the checkpoints), then the folder that is made.
 """
 
 from weightsmith.average.checkpoints import Checkpoint, checkpoint_losses, find_checkpoints

@@ -157,6 +157,23 @@ def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_pr
     return [_since_previous(entries, checkpoint) for checkpoint in checkpoints]
 
 
+def learning_rates(checkpoints: Sequence[Checkpoint]) -> tuple[float, float] | None:
+    """Read the smallest and the largest learning rate that was logged between the first checkpoint and the last.
+
+    Args:
+        checkpoints: Of one run, oldest first.
+
+    Returns:
+        ``None`` where nothing is logged.
+    """
+    first, last = checkpoints[0].step, checkpoints[-1].step
+    if not any((place / _STATE).is_file() for place in (checkpoints[-1].path, checkpoints[-1].path.parent)):
+        return None
+    entries = stream_json(_log(checkpoints[-1]), _HISTORY, {"step": int, "learning_rate?": float})
+    rates = [e["learning_rate"] for e in entries if "learning_rate" in e and first < e["step"] <= last]
+    return (min(rates), max(rates)) if rates else None
+
+
 def _steps(run: Path) -> dict[int, Path]:
     matches = ((_FOLDER.match(path.name), path) for path in run.iterdir() if path.is_dir())
     return dict(sorted((int(match[1]), path) for match, path in matches if match))

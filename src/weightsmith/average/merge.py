@@ -25,6 +25,7 @@ from weightsmith.average.checkpoints import (
     as_checkpoints,
     checkpoint_losses,
     find_checkpoints,
+    learning_rates,
     refuse_incomplete,
 )
 from weightsmith.average.dense import Dense, cast_, merged_by_peft
@@ -245,6 +246,12 @@ def merge_checkpoints(
         settings=_settings(weights, decay, metric, source, scheme, penalty) | {"rank": rank},
         lora_mode=lora_mode if adapters else None,
     )
+    rates = learning_rates(chosen) if decay is not None else None
+    if rates and rates[0] < 0.99 * rates[1]:
+        report.notes.append(
+            f"the learning rate was not constant between these checkpoints (from {rates[0]:.3g} to {rates[1]:.3g}): "
+            "decay is meant for a constant one"
+        )
     mean = Mean([share.weight for share in shares], dtype=dtype, chunk_mb=chunk_mb)
     places = [open_places(checkpoint, allow_pickle=allow_pickle) for checkpoint in chosen]
     with folder_atomically(target) as fresh:

@@ -22,7 +22,7 @@ def average_state_dicts(
 
     Args:
         states: State dicts of one architecture, oldest first. They are left as they are.
-        weights: ``(n,)``, at least 0, for example from :func:`metric_weights`; scaled to sum 1. ``None``: all alike.
+        weights: ``(n,)``, at least 0, for example from :func:`metric_weights`; scaled to sum 1. ``None``: all equal.
 
     Returns:
         New tensors; integer and boolean ones are the newest's.

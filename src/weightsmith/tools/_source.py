@@ -39,6 +39,7 @@ class Source:
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+        refuse_adapter_tensors(folder, ())
         if not (folder / "config.json").is_file():
             raise UsageError(f"{folder} is no folder with a Hugging Face model: it has no config.json")
         self.folder, self._trusted = folder, trust_remote_code
