@@ -191,7 +191,7 @@ def test_a_receipt_is_written_and_verified(call, tmp_path):
         (["compare", "--metric", "loss", "--arm", "base"], "--arm must be 'name: command'"),
         (["compare", "os:getcwd", "--metric", "loss", "--with", "adamp", "--sweep", "lr"], "--sweep takes"),
         (["suggest", "resnet19"], "is neither a Hugging Face folder"),
-        (["verify", "nothing.json"], "cannot be read as a receipt"),
+        (["verify", "nothing.json"], "nothing.json"),
         (["run"], "weightsmith run --help"),
         (["report", "."], "is not a run folder"),
         (["report", "no/such/folder"], "is not a run folder"),

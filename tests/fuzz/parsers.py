@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import rich.console
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,6 +29,9 @@ from weightsmith.core.display import markdown, markdown_link, markup, printable
 from weightsmith.core.errors import UsageError
 from weightsmith.core.patterns import compile_pattern
 from weightsmith.core.pickles import read_pickle, read_pickles
+from weightsmith.lab import record as lab_record
+from weightsmith.lab import report as lab_report
+from weightsmith.lab.report.receipt import read_receipt, write_receipt
 from weightsmith.quantize import Grid, load_quantized, round_to_nearest_, save_quantized
 from weightsmith.quantize.grid import quantized_weights
 from weightsmith.quantize.report import BlockReport
@@ -367,6 +371,54 @@ def names_on_show(folder: Path) -> Entry:
     return Entry(file, "bytes", read, 0.3)
 
 
+def _lab_run(folder: Path) -> Path:
+    run = {
+        "slug": "demo", "preset": "smoke", "title": "A run", "question": "?", "arms": [{"name": "a", "text": "", "title": "A"}],
+        "metrics": [{"name": "m", "label": "m", "better": "higher", "format": ".2f", "resolution": None, "help": ""}],
+        "claims": [], "charts": [], "config": {"lr": 0.1}, "seeds": [0, 1], "plan": {"looks": [3, 5]},
+        "task": {"name": "t", "rows": {"train": 3}, "facts": {"data": "d"}},
+    }  # fmt: skip
+    lab_record.write_run(folder, run)
+    for seed in (0, 1):
+        rows = [{"step": step, "loss": 0.5, "phase": "p"} for step in range(3)]
+        scores = {"m": torch.ones(4)}
+        lab_record.write_job(
+            folder,
+            lab_record.JobResult("a", seed, {"m": 1.0}, False, rows, scores, 1e9, 2.0, 100, 1, {"torch": "2"}, "cpu"),
+        )
+    return folder
+
+
+def _lab_report(folder: Path) -> None:
+    report = lab_report.load(folder)
+    lab_report.to_markdown(report).encode()
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    console.print(lab_report.to_terminal(report))
+
+
+def lab_run_description(folder: Path) -> Entry:
+    return Entry(_lab_run(folder) / "run.json", "json", lambda: _lab_report(folder), 0.2)
+
+
+def lab_job_result(folder: Path) -> Entry:
+    return Entry(_lab_run(folder) / "a" / "seed-1" / "result.json", "json", lambda: _lab_report(folder), 0.2)
+
+
+def lab_job_rows(folder: Path) -> Entry:
+    return Entry(_lab_run(folder) / "a" / "seed-1" / "metrics.jsonl", "jsonl", lambda: _lab_report(folder), 0.2)
+
+
+def lab_job_scores(folder: Path) -> Entry:
+    file = _lab_run(folder) / "a" / "seed-1" / "scores.safetensors"
+    return Entry(file, "bytes", lambda: _lab_report(folder), 0.2)
+
+
+def lab_receipt(folder: Path) -> Entry:
+    file = folder / "receipt.json"
+    write_receipt(lab_report.load(_lab_run(folder)), "weightsmith run demo", file)
+    return Entry(file, "json", lambda: read_receipt(file), 0.5)
+
+
 PARSERS = [
     json_object,
     json_lines,
@@ -397,4 +449,9 @@ PARSERS = [
     partial_output,
     pattern,
     names_on_show,
+    lab_run_description,
+    lab_job_result,
+    lab_job_rows,
+    lab_job_scores,
+    lab_receipt,
 ]

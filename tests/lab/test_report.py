@@ -328,7 +328,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_a_damaged_description_is_refused(tmp_path, change):
     path = make_run(tmp_path) / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UsageError, match=r"run\.json is damaged"):
+    with pytest.raises(UsageError, match=r"run\.json"):
         load(tmp_path)
 
 
@@ -422,7 +422,7 @@ def test_a_receipt_holds_a_run_without_curves_and_finds_deviations(tmp_path):
     (found,) = deviations(content, report, 0.01)
     assert (found.arm, found.seed, found.metric) == ("new", 0, "acc")
     path.write_text("{}")
-    with pytest.raises(UsageError, match="is no receipt"):
+    with pytest.raises(UsageError, match=r"receipt\.json .*slug"):
         read_receipt(path)
 
 

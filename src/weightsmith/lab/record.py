@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, brief, reason
 from weightsmith.core.files import folder_atomically, write_atomically
+from weightsmith.core.json_files import read_json, read_jsonl
 from weightsmith.lab.stats import Result
 
 Row = dict[str, float | int | str]
@@ -89,6 +90,72 @@ class JobResult:
 
 
 _IN_OTHER_FILES = {"rows", "scores"}
+_RESULT = {
+    "arm": str,
+    "seed": int,
+    "metrics": {str: float},
+    "diverged": bool,
+    "started": float,
+    "wall_seconds": float,
+    "peak_memory": int,
+    "threads": int,
+    "versions": {str: str},
+    "hardware": str,
+}
+_RUN = {
+    "slug": str,
+    "title": str,
+    "arms": [{"name": str, "text": str, "title": str}],
+    "metrics": [
+        {
+            "name": str,
+            "label": str,
+            "better": (str, None),
+            "format": str,
+            "resolution": (float, None),
+            "help": str,
+        }
+    ],
+    "claims": [
+        {
+            "text": str,
+            "metric": str,
+            "winner": str,
+            "loser": str,
+            "primary": bool,
+            "margin": float,
+            "relative": bool,
+            "worth": (float, None),
+            "paper": str,
+            "paper_gain": (float, None),
+        }
+    ],
+    "charts": [
+        {
+            "title": str,
+            "x": str,
+            "y": str,
+            "kind": str,
+            "phase": (str, None),
+            "x_label": str,
+            "y_label": str,
+            "log_x": bool,
+            "log_y": bool,
+            "arms": [str],
+        }
+    ],
+    "config": dict,
+    "seeds": [int],
+    "plan": {"looks": [int]},
+    "question?": str,
+    "reading?": str,
+    "preset?": (str, None),
+    "fingerprint?": {str: str},
+    "left_out?": [str],
+    "task?": ({"name": str, "rows": {str: int}, "facts": {str: str}}, None),
+    "versions?": {str: str},
+    "hardware?": str,
+}
 
 
 def job_folder(run_folder: Path, arm: str, seed: int) -> Path:
@@ -120,26 +187,20 @@ def read_job(folder: Path) -> JobResult:
     Raises:
         UsageError: A file is missing, cut off or not what it should be; the message names it and what to do.
     """
-    path = folder / "result.json"
+    again = "run the same command again: only that job is repeated"
+    content = read_json(folder / "result.json", _RESULT, what_to_do=again)
+    if job_folder(folder.parents[1], content["arm"], content["seed"]) != folder:
+        owner = f"{brief(content['arm'])}, seed {content['seed']}"
+        raise UsageError(f"{folder / 'result.json'} belongs to {owner}; {again}")
+    path = folder / "scores.safetensors"
     try:
-        content = json.loads(path.read_text())
-        if job_folder(folder.parents[1], content["arm"], content["seed"]) != folder:
-            raise ValueError(f"it belongs to {content['arm']}, seed {content['seed']}")
-        known = {item.name for item in fields(JobResult)} - _IN_OTHER_FILES
-        values = {name: content[name] for name in known}
-        if not all(isinstance(value, int | float) for value in values["metrics"].values()):
-            raise TypeError("a metric is not a number")
-        path = folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
-        if not all(isinstance(row, dict) for row in rows):
-            raise TypeError("a row is not an object")
-        path = folder / "scores.safetensors"
+        rows = [row for _, row in read_jsonl(folder / "metrics.jsonl", {str: (float, str)})]
         scores = load(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise UsageError(
-            f"{path} is damaged ({type(error).__name__}: {error}); run the same command again: only it is repeated"
-        ) from error
-    return JobResult(rows=rows, scores=scores, **values)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} is damaged ({reason(error)}); {again}") from error
+    except UsageError as error:
+        raise UsageError(f"{error}; {again}") from error
+    return JobResult(rows=rows, scores=scores, **{name: content[name] for name in _RESULT})
 
 
 def read_jobs(run_folder: Path) -> Iterator[JobResult | UsageError]:
@@ -183,16 +244,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
         runs = sorted(str(found.parent) for found in run_folder.glob("**/run.json")) if run_folder.is_dir() else []
         hint = f"; these are: {', '.join(runs[:5])}" if runs else ""
         raise UsageError(f"{run_folder} is not a run folder: it has no run.json{hint}")
-    try:
-        run = json.loads(path.read_text())
-        missing = {"slug", "title", "arms", "metrics", "claims", "charts", "config", "seeds", "plan"} - run.keys()
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            f"{path} is damaged ({error}); run the experiment again with the same settings to replace it"
-        ) from error
-    if missing:
-        raise UsageError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    return run
+    return read_json(path, _RUN, what_to_do="run the experiment again with the same settings to replace it")
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -1,7 +1,9 @@
 """From a run folder to a report, and the report's files beside the results."""
 
 from pathlib import Path
+from typing import Any
 
+from weightsmith.core.display import is_number_format, printable
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
 from weightsmith.lab.experiment import Arm, Chart, Claim, Metric
@@ -21,7 +23,7 @@ def load(run_folder: Path) -> Report:
     Raises:
         UsageError: The folder is no run, or ``run.json`` is damaged; damaged jobs are listed in the report instead.
     """
-    run = read_run(run_folder)
+    run = _printable(read_run(run_folder))
     try:
         arms = tuple(Arm(**item) for item in run["arms"])
         metrics = tuple(Metric(**item) for item in run["metrics"])
@@ -29,6 +31,10 @@ def load(run_folder: Path) -> Report:
         charts = tuple(Chart(**item) for item in run["charts"])
         seeds = tuple(int(seed) for seed in run["seeds"])
         plan = Plan(looks=tuple(int(look) for look in run["plan"]["looks"]))
+        if not all(is_number_format(metric.format) for metric in metrics):
+            raise ValueError("a metric's format is not one of numbers")
+        if not {metric.better for metric in metrics} <= {"higher", "lower", None}:
+            raise ValueError("a metric is neither better when higher nor when lower")
         if not {claim.metric for claim in claims} <= {metric.name for metric in metrics}:
             raise ValueError("a claim names a metric that is not there")
     except (KeyError, TypeError, ValueError) as error:
@@ -52,6 +58,15 @@ def load(run_folder: Path) -> Report:
     judgements = tuple(judge(claims, metrics, results_of(jobs), plan=plan))
     damaged = tuple(str(item) for item in read if not isinstance(item, JobResult))
     return Report(run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, judgements, plan, damaged)
+
+
+def _printable(content: Any) -> Any:
+    """The same content with texts that cannot steer a terminal."""
+    if isinstance(content, dict):
+        return {name: _printable(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_printable(value) for value in content]
+    return printable(content) if isinstance(content, str) else content
 
 
 def write(run_folder: Path) -> Path:

@@ -7,13 +7,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
+from weightsmith.core.json_files import read_json
 from weightsmith.lab.report import words
 from weightsmith.lab.report.model import Report
 
 _DIGITS = 7
-_FIELDS = ("slug", "preset", "config", "title", "answer", "claims", "metrics", "arms", "jobs")
+_SHAPE = {
+    "slug": str,
+    "preset": str,
+    "config": dict,
+    "title": str,
+    "command": str,
+    "answer": [str],
+    "headline": str,
+    "arms": [{"name": str, "text": str, "title": str}],
+    "metrics": [dict],
+    "claims": [{"claim": dict, "verdict": str, "evidence": {str: str}}],
+    "jobs": [{"arm": str, "seed": int, "metrics": {str: (float, None)}}],
+}
 
 
 def receipt_of(report: Report, command: str) -> dict[str, Any]:
@@ -63,14 +75,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: The file is missing, damaged, or something else.
     """
-    try:
-        content = json.loads(path.read_text())
-        missing = [name for name in _FIELDS if name not in content]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as a receipt: {error}") from error
-    if missing:
-        raise UsageError(f"{path} is no receipt: it lacks {', '.join(missing)}")
-    return content
+    return read_json(path, _SHAPE, what_to_do="give a file that weightsmith report --receipt has written")
 
 
 @dataclass(frozen=True, slots=True)
