@@ -83,8 +83,12 @@ def advice(report: Report) -> str:
     leading = report.primary or report.judgements
     if not leading:
         return "Nothing was claimed, so there is nothing to decide."
-    parts = [_advice(report.label(judgement.claim.winner), judgement) for judgement in leading]
-    text = "; ".join(dict.fromkeys(parts))
+    said: dict[tuple[str, str], Judgement] = {}
+    for judgement in leading:  # of two open claims about one arm the one that takes more seeds
+        key = (judgement.claim.winner, judgement.verdict)
+        if key not in said or (judgement.seeds_needed or 0) > (said[key].seeds_needed or 0):
+            said[key] = judgement
+    text = "; ".join(_advice(report.label(winner), judgement) for (winner, _), judgement in said.items())
     return text[0].upper() + text[1:] + "."
 
 
