@@ -373,7 +373,8 @@ def names_on_show(folder: Path) -> Entry:
 
 def _lab_run(folder: Path) -> Path:
     run = {
-        "slug": "demo", "preset": "smoke", "title": "A run", "question": "?", "arms": [{"name": "a", "text": "", "title": "A"}],
+        "slug": "demo", "preset": "smoke", "title": "A run", "question": "?",
+        "arms": [{"name": "a", "text": "", "title": "A"}],
         "metrics": [{"name": "m", "label": "m", "better": "higher", "format": ".2f", "resolution": None, "help": ""}],
         "claims": [], "charts": [], "config": {"lr": 0.1}, "seeds": [0, 1], "plan": {"looks": [3, 5]},
         "task": {"name": "t", "rows": {"train": 3}, "facts": {"data": "d"}},
