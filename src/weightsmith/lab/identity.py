@@ -1,4 +1,4 @@
-"""What tells one call of ``fit`` from another, so that two calls never share a checkpoint by mistake."""
+"""What tells one model, data set or call of ``fit`` from another, so that no result is shared by mistake."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -13,8 +13,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def weights_digest(model: nn.Module) -> str:
     """Changes with any bit of a model's parameters and saved buffers."""
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Any]) -> str:
+    """Changes with any bit of some tensors, or with what else lies between them."""
     total = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
             total.update(f"{name} {value!r}".encode())
             continue
