@@ -191,7 +191,7 @@ def tuples():
 """)
     monkeypatch.chdir(tmp_path)
     works(TrainConfig(train_examples=100, test_examples=20, steps=1, model="mynet.py:make"))
-    with pytest.raises(UsageError, match="3 outputs, the data have a class number"):
+    with pytest.raises(UsageError, match="3 outputs per example, the data have 10 classes"):
         probe(make_task(TaskConfig(train_examples=100, model="mynet:few")))
     with pytest.raises(UsageError, match="holds no logits"):
         probe(make_task(TaskConfig(train_examples=100, model="mynet:tuples")))

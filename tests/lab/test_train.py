@@ -1,11 +1,8 @@
 import math
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch import nn
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.task import forward
-from weightsmith.lab.tasks import TaskConfig, from_datasets, make_task
+from weightsmith.lab.tasks import TaskConfig, make_task
 from weightsmith.lab.train import Hook, evaluate, fit
 
 STEPS = 3  # per epoch: 160 train rows in batches of 50
@@ -206,6 +203,10 @@ def test_evaluation_puts_every_module_back_into_its_mode(task):
         ({"epochs": 1, "steps": 1}, "either epochs or steps"),
         ({"schedule": "linear"}, "schedule 'linear' is not known"),
         ({"rows_at": 0}, "rows_at must be at least 1"),
+        ({"rows_at": [0, 2]}, "rows_at must be at least 1"),
+        ({"warmup": -1}, "warmup must be at least 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16"),
     ],
 )
 def test_arguments_out_of_range_are_named(task, options, message):
@@ -225,118 +226,57 @@ def test_seeding_covers_every_global_generator():
     assert draw() == draw()
 
 
-# resuming ---------------------------------------------------------------------------------------------------------
+def test_a_loss_of_another_shape_is_named(task):
+    with pytest.raises(UsageError, match=r"loss must be one number or one per example, \(50,\), got \(50, 1\)"):
+        trained(task, loss=lambda model, batch: task.losses(model, batch)[:, None])
 
 
-def noisy_task():
-    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
-    y = (x.sum(1) > 0).long()
-
-    def build():
-        return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2))
-
-    pairs = [(a, int(b)) for a, b in zip(x, y, strict=True)]
-    return from_datasets(build, pairs[:48], pairs[48:])
+def test_a_score_that_is_not_per_example_is_named(task):
+    model, _ = small(task)
+    with pytest.raises(UsageError, match=r"hits must be one number per example, \(100,\), got \(\)"):
+        evaluate(model, task.held_out["test"], lambda model, batch: {"hits": task.losses(model, batch).mean()})
 
 
-class Stopped(Exception):
-    pass
+def test_the_environment_does_not_change_the_gradients(task, monkeypatch):
+    plain = trained(task).model
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert same_weights(trained(task).model, plain)
 
 
-class Average:
-    """Something with a state that belongs to the run."""
+def test_an_accelerator_of_the_users_own_is_left_as_it_was(task):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    def __init__(self, model):
-        self.model, self.value, self.calls = model, torch.zeros(2, 16), 0
-
-    def update(self):
-        self.value = 0.9 * self.value + 0.1 * self.model[4].weight.detach()
-        self.calls += 1
-
-    def state_dict(self):
-        return {"value": self.value, "calls": self.calls}
-
-    def load_state_dict(self, state):
-        self.value, self.calls = state["value"], state["calls"]
+    AcceleratorState._reset_state()
+    try:
+        own = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=3)
+        trained(task)
+        assert (own.mixed_precision, own.gradient_accumulation_steps) == ("bf16", 3)
+    finally:
+        AcceleratorState._reset_state()
 
 
-def noisy_run(folder, stop=None, **options):
-    task = noisy_task()
-    torch.manual_seed(1)
-    model = task.build()
-    average, kept = Average(model), []
+def test_an_error_within_training_leaves_model_and_optimizer_usable(task):
+    model, optimizer = small(task)
 
-    def step():
-        average.update()
-        if stop is not None and average.calls == stop:
-            raise Stopped
+    def fail():
+        raise RuntimeError("stop")
 
-    fitted = fit(
-        model, torch.optim.AdamW(model.parameters(), lr=0.01), task, epochs=5, batch_size=10, seed=7,
-        hooks=[Hook(after_step=step, state=average)], record=kept.append, folder=folder, **options,
-    )  # fmt: skip
-    return fitted, average, kept
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(
+            model, optimizer, task, epochs=1, batch_size=50, seed=0, warmup=2, mixed_precision="bf16",
+            hooks=[Hook(after_step=fail)],
+        )  # fmt: skip
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert model(task.example().inputs).dtype == torch.float32
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 10, 15])
-def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(tmp_path, stop):
-    whole, average, rows = noisy_run(None)
-    with pytest.raises(Stopped):
-        noisy_run(tmp_path, stop=stop, checkpoint_seconds=0.0)
-    resumed, again, kept = noisy_run(tmp_path, checkpoint_seconds=0.0)
-    assert same_weights(resumed.model, whole.model)
-    assert torch.equal(again.value, average.value)
-    assert again.calls == average.calls == 15
-    assert kept == rows
-
-
-def test_a_finished_run_is_read_back_and_not_trained_again(tmp_path):
-    whole, _, rows = noisy_run(tmp_path)
-    again, average, kept = noisy_run(tmp_path, stop=1)
-    assert same_weights(whole.model, again.model)
-    assert (kept, average.calls) == (rows, 15)
-
-
-def test_a_damaged_checkpoint_starts_over(tmp_path):
-    whole, *_ = noisy_run(tmp_path)
-    file = tmp_path / "fit.pt"
-    file.write_bytes(file.read_bytes()[:100])
-    assert same_weights(noisy_run(tmp_path)[0].model, whole.model)
-
-
-def test_a_folder_serves_one_run_alone(tmp_path, task):
-    trained(task, folder=tmp_path)
-    with pytest.raises(UsageError, match="another training run"):
-        trained(task, folder=tmp_path, seed=1)
-    with pytest.raises(UsageError, match="another training run"):
-        trained(task, folder=tmp_path, lr=0.2)
-
-
-KILLED = """
-import sys, torch
-sys.path.insert(0, {here!r})
-from pathlib import Path
-import test_train
-fitted, *_ = test_train.noisy_run(Path(sys.argv[1]), checkpoint_seconds=0.0)
-torch.save(fitted.model.state_dict(), sys.argv[2])
-"""
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_bit_identical(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(KILLED.format(here=str(Path(__file__).parent)))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        process = subprocess.Popen([sys.executable, script, tmp_path / "fit", tmp_path / "end.pt"])
-        wait = 2.5 + 2.5 * torch.rand((), generator=generator).item()
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([sys.executable, script, tmp_path / "fit", tmp_path / "end.pt"], check=True)
-    whole, *_ = noisy_run(None)
-    ended = torch.load(tmp_path / "end.pt")
-    assert all(torch.equal(ended[name], tensor) for name, tensor in whole.model.state_dict().items())
+def test_a_model_in_half_precision_is_trained_and_scored(task):
+    torch.manual_seed(0)
+    model = task.build().to(torch.bfloat16)
+    fitted = fit(model, torch.optim.SGD(model.parameters(), lr=0.1), task, epochs=5, batch_size=50, seed=0)
+    assert fitted.rows[-1]["train_loss"] < fitted.rows[0]["train_loss"]
+    assert next(model.parameters()).dtype == torch.bfloat16
 
 
 SCRIPT = """

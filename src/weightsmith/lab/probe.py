@@ -66,6 +66,8 @@ def probe(task: Task, batch_size: int | None = None) -> Probe:
 def _losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:
     try:
         losses = task.losses(model, batch)
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(
             f"the model of task {task.name!r} does not take a batch of its data: {type(error).__name__}: {error}"

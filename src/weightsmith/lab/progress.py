@@ -1,8 +1,12 @@
 """A training run in flight: how far it is, saved now and then, so that a kill costs seconds."""
 
+import io
+import logging
 import random
 import time
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,9 @@ import numpy as np
 import torch
 
 from weightsmith.core.errors import UsageError
+from weightsmith.lab.identity import differing
 
+_log = logging.getLogger(__name__)
 _SHARE = 20  # a checkpoint is written at most every twenty times what writing the last one took
 
 
@@ -23,6 +29,21 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Seed the global generators on the CPU within the block; afterwards they are as before."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
 
 
 class Progress:
@@ -41,7 +62,7 @@ class Progress:
         diverged: The loss was not finite.
 
     Raises:
-        UsageError: The folder holds the checkpoint of another run.
+        UsageError: The folder holds the checkpoint of another run, or the state of a hook cannot be read back.
     """
 
     def __init__(
@@ -54,7 +75,12 @@ class Progress:
         self.step, self.diverged = 0, False
         self.rows: list[dict[str, float]] = []
         self._loss_sum, self._since = 0.0, 0
-        if self._file is not None and self._file.is_file():
+        if self._file is None:
+            return
+        for name, part in self._parts.items():
+            if name.startswith("hook"):
+                _check_readable(name, part.state_dict())
+        if self._file.is_file():
             self._resume(self._file)
 
     def count(self, loss: float) -> None:
@@ -91,20 +117,38 @@ class Progress:
 
     def _resume(self, file: Path) -> None:
         try:
+            if (entry := zipfile.ZipFile(file).testzip()) is not None:  # torch does not compare checksums
+                raise ValueError(f"{entry} is damaged")
             saved = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # cut off or foreign: what it held is trained again
-            file.unlink()
+            asked, own, states = dict(saved["asked"]), dict(saved["own"]), dict(saved["states"])
+        except Exception as error:  # cut off or foreign: what it held is trained again
+            _log.warning("%s cannot be read (%s): training starts over", file, type(error).__name__)
+            if self._writes:
+                file.unlink(missing_ok=True)
             return
-        if saved["asked"] != self._asked:
+        if asked != self._asked:
             raise UsageError(
-                f"folder {file.parent} holds another training run ({saved['asked']}, this one is {self._asked}): "
-                "give each call of fit a folder of its own"
+                f"folder {file.parent} holds another training run, with another "
+                f"{', '.join(differing(asked, self._asked))}: give each call of fit a folder of its own, or remove it"
             )
-        for name, value in saved["own"].items():
+        for name, value in own.items():
             setattr(self, name, value)
         for name, part in self._parts.items():
-            part.load_state_dict(saved["states"][name])
+            part.load_state_dict(states[name])
         _restore(saved["random"])
+
+
+def _check_readable(name: str, state: Any) -> None:
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise UsageError(
+            f"the state of {name} must be tensors, numbers, strings, lists and dicts, so that it can be read back "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 def _generators() -> dict[str, Any]:

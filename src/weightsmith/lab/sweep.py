@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
+from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Better
 from weightsmith.lab.job import Job
 from weightsmith.lab.task import Task
@@ -68,7 +69,12 @@ def sweep(
 
     Returns:
         The best trial; ties go to the earlier one.
+
+    Raises:
+        UsageError: ``values`` is empty, or holds a value twice or one that is not above 0.
     """
+    if not values or not all(0 < value < math.inf for value in values) or len(set(values)) < len(values):
+        raise UsageError(f"values must be different numbers above 0, got {values}")
     sign = 1.0 if better == "higher" else -1.0
     scores: dict[float, float] = {}
     best: Trial[Result] | None = None
@@ -84,6 +90,8 @@ def sweep(
 
 def _next(scores: dict[float, float]) -> float:
     tried = sorted(scores)
+    if max(scores.values()) == -math.inf:  # all diverged: only a smaller one can help
+        return tried[0] / (math.sqrt(10) if len(tried) == 1 else tried[1] / tried[0])
     at = tried.index(max(scores, key=lambda value: scores[value]))
     if len(tried) == 1:
         return tried[0] * math.sqrt(10)
@@ -135,6 +143,8 @@ def tune(
         more: Trials around the best value after those.
         metric: Key of the test score in the rows.
     """
+    if not task.rows.get("validation", 1):
+        raise UsageError("validation_fraction must be above 0: hyperparameters are chosen on the validation rows")
     better = task.metric.better or "higher"
     sign = 1.0 if better == "higher" else -1.0
     best = -math.inf

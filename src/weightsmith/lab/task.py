@@ -40,12 +40,13 @@ class Batch:
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
-    """Call ``model`` with the inputs of a batch."""
-    if isinstance(batch.inputs, Mapping):
-        return model(**batch.inputs)
-    if isinstance(batch.inputs, tuple | list):
-        return model(*batch.inputs)
-    return model(batch.inputs)
+    """Call ``model`` with the inputs of a batch, numbers in the precision of the model's first parameter."""
+    inputs = _in_precision(batch.inputs, next((parameter.dtype for parameter in model.parameters()), None))
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
 
 
 class Batches(Protocol):
@@ -123,10 +124,20 @@ class Task:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
+    return _mapped(value, lambda tensor: tensor.to(device))
+
+
+def _in_precision(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:  # weights of 8 bits take other inputs
+        return value
+    return _mapped(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: _moved(item, device) for name, item in value.items()}
+        return {name: _mapped(item, change) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_mapped(item, change) for item in value)
     return value

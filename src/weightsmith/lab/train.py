@@ -8,22 +8,25 @@ result stay those of one process.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast, reduce
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast, reduce
 from torch import Tensor, nn
 
-from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.errors import UsageError
+from weightsmith.lab.identity import function_words, optimizer_words, weights_digest
 from weightsmith.lab.progress import Progress, seed_everything
-from weightsmith.lab.reading import Pass, read
+from weightsmith.lab.reading import read
+from weightsmith.lab.schedule import Schedule, check_schedule, factor, length, passes, row_steps
 from weightsmith.lab.task import Batch, Batches, Outcome, Task
 
-Schedule = Literal["cosine", "constant", "step"]
+PRECISIONS = ("no", "fp16", "bf16")
 Loss = Callable[[nn.Module, Batch], Tensor]
 Row = Mapping[str, float]
 
@@ -101,7 +104,8 @@ def fit(
 ) -> Fitted:
     """Train a model on ``task.train``.
 
-    The same seed, device and number of threads give the same weights to the last bit, also when a killed run resumes.
+    The same seed, device and number of threads give the same weights to the last bit, also when a killed run resumes
+    (with several processes the noise of dropout, not the data, differs after that).
     Batches follow from the seed alone, so all arms of an experiment see the same. A loss that is not finite ends the
     run and is not an error: a sweep of learning rates may well contain one. With several processes batch normalization
     sees each process's share of a batch only.
@@ -130,7 +134,8 @@ def fit(
             validation gave (with the prefix ``validation_``) and what the hooks gave; or the row of a divergence, with
             ``diverged`` 1. Called on the main process only; a resumed run gives it the rows before the kill again.
         folder: Where the run in flight is saved, about every ``checkpoint_seconds``, and where it resumes. It belongs
-            to this call alone; ``None``: it is not saved.
+            to this call alone: one that differs in its data, first weights, optimizer, loss, hooks or settings is an
+            error; ``None``: it is not saved.
         checkpoint_seconds: Time between two checkpoints, at least twenty times that of saving one.
 
     Returns:
@@ -139,81 +144,146 @@ def fit(
     Raises:
         UsageError: An argument is out of range, the task has no training examples, or ``folder`` holds another run.
     """
-    if schedule not in get_args(Schedule):
-        raise unknown("schedule", schedule, get_args(Schedule))
-    total, epoch_steps, batch_size = _length(task, epochs, steps, batch_size)
+    check_schedule(schedule)
+    check_precision(mixed_precision)
+    if clip_norm is not None and not clip_norm > 0:
+        raise UsageError(f"clip_norm must be above 0, got {clip_norm}")
+    if not len(task.train):
+        raise UsageError(f"task {task.name!r} has no training examples")
+    total, epoch_steps, batch_size = length(len(task.train), epochs, steps, batch_size)
     unit = 1 if steps is not None else epoch_steps
-    factor = _factor(schedule, total, warmup * unit, [milestone * unit for milestone in milestones], gamma)
-    row_steps = _row_steps(rows_at, total, epoch_steps)
+    times = factor(schedule, total, warmup * unit, [milestone * unit for milestone in milestones], gamma)
+    recorded = row_steps(rows_at, total, epoch_steps)
     begin = time.perf_counter()
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=mixed_precision)
-    processes, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    seed_everything(seed + rank)  # dropout is to differ between processes; batches follow from the seed alone
     base = [group["lr"] for group in optimizer.param_groups]
-    wrapped, stepper = accelerator.prepare(model, optimizer)
-    # its wrapper looks for other libraries on disk at every step, which a small network would feel
-    plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
-    take_step = optimizer.step if plain else stepper.step
-    asked = {"steps": total, "batch_size": batch_size, "seed": seed, "schedule": schedule, "begin": _begin(model, base)}
-    parts = {"model": model, "optimizer": stepper, "scaler": accelerator.scaler} | {
-        f"hook {index}": hook.state for index, hook in enumerate(hooks)
-    }
-    progress = Progress(folder, asked, parts, seconds=checkpoint_seconds, writes=accelerator.is_main_process)
     losses = task.losses if loss is None else loss
-    record = record if record is not None and accelerator.is_main_process else _ignore
-    for row in progress.rows:
-        record(row)
-
-    wrapped.train()
-    passes = _passes(len(task.train), seed, progress.step, total, batch_size) if not progress.diverged else ()
-    for batch in read(task.train, passes, rank, processes, device):
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * factor(progress.step)
-        optimizer.zero_grad()
-        found = losses(wrapped, batch)
-        # makes the mean over processes, which is what they exchange, that over the whole batch
-        scaled = (found.sum() if found.dim() else found * len(batch)) * (processes / batch_size)
-        accelerator.backward(scaled)
-        value = reduce(scaled.detach(), "mean").item() if processes > 1 else scaled.item()
-        if not math.isfinite(value):
-            progress.diverged = True
-            break
-        if clip_norm is not None:
-            accelerator.clip_grad_norm_(wrapped.parameters(), clip_norm)
-        elif hooks:
-            accelerator.unscale_gradients()
-        for hook in hooks:
-            if hook.before_step is not None:
-                hook.before_step()
-        take_step()
-        for hook in hooks:
-            if hook.after_step is not None:
-                hook.after_step()
-        progress.count(value)
-        if progress.step in row_steps:
-            row = {"step": progress.step, "epoch": progress.step / epoch_steps}
-            row |= {"lr": float(optimizer.param_groups[0]["lr"]), "train_loss": progress.mean_loss()}
+    with _accelerated(mixed_precision) as accelerator:
+        processes, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+        if batch_size < processes:
+            raise UsageError(f"batch_size must be at least the number of processes, {processes}, got {batch_size}")
+        asked = {}
+        if folder is not None:  # reading all weights takes its time
+            asked = {
+                "data": f"{task.name} {len(task.train)} {task.fingerprint}",
+                "first weights": weights_digest(model),
+                "optimizer": optimizer_words(optimizer),
+                "loss": function_words(losses),
+                "hooks": ", ".join(type(hook.state).__qualname__ for hook in hooks),
+                "steps": total,
+                "batch_size": batch_size,
+                "seed": seed,
+                "schedule": f"{schedule} {warmup * unit} {[m * unit for m in milestones]} {gamma}",
+                "clip_norm": clip_norm,
+                "rows_at": sorted(recorded) if rows_at is not None else None,
+                "validate": validate,
+                "mixed_precision": str(accelerator.mixed_precision),
+                "processes": processes,
+            }
+        seed_everything(seed + rank)  # dropout is to differ between processes; batches follow from the seed alone
+        wrapped, stepper = accelerator.prepare(model, optimizer)
+        # its wrapper looks for other libraries on disk at every step, which a small network would feel
+        plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
+        take_step = optimizer.step if plain else stepper.step
+        parts = {"model": model, "optimizer": stepper, "scaler": accelerator.scaler} | {
+            f"hook {index}": hook.state for index, hook in enumerate(hooks)
+        }
+        try:
+            progress = Progress(folder, asked, parts, seconds=checkpoint_seconds, writes=accelerator.is_main_process)
             if processes > 1:
-                broadcast(list(model.buffers()))  # batch statistics, which every process gathers for itself
-            if validate == "always" or (validate == "last" and progress.step == total):
-                row |= _validation(task, model)
-            for hook in hooks:
-                row |= hook.after_row(model) if hook.after_row is not None else {}
-            progress.rows.append(row)
-            record(row)
-        progress.save_if_due()
+                accelerator.wait_for_everyone()  # until all have read the checkpoint, none may replace it
+                if progress.step:  # only the main process's generators were saved
+                    seed_everything(seed + rank + processes * progress.step)
+            record = record if record is not None and accelerator.is_main_process else _ignore
+            for row in progress.rows:
+                record(row)
 
-    # the loss of the last step was taken before it: its damage shows in the weights alone
-    progress.diverged = progress.diverged or not all(bool(value.isfinite().all()) for value in model.parameters())
-    if progress.diverged and not (progress.rows and progress.rows[-1].get("diverged")):
-        progress.rows.append({"step": progress.step, "epoch": progress.step / epoch_steps, "diverged": 1.0})
-        record(progress.rows[-1])
-    progress.save()
-    for group, lr in zip(optimizer.param_groups, base, strict=True):
-        group["lr"] = lr  # so that the optimizer can be used again
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            wrapped.train()
+            left = passes(len(task.train), seed, progress.step, total, batch_size) if not progress.diverged else ()
+            for batch in read(task.train, left, rank, processes, device):
+                for group, lr in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = lr * times(progress.step)
+                optimizer.zero_grad()
+                scaled = _total(losses(wrapped, batch), batch) * (processes / batch_size)
+                accelerator.backward(scaled)
+                value = reduce(scaled.detach(), "mean").item() if processes > 1 else scaled.item()
+                if not math.isfinite(value):
+                    progress.diverged = True
+                    break
+                if clip_norm is not None:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), clip_norm)
+                elif hooks:
+                    accelerator.unscale_gradients()
+                for hook in hooks:
+                    if hook.before_step is not None:
+                        hook.before_step()
+                take_step()
+                for hook in hooks:
+                    if hook.after_step is not None:
+                        hook.after_step()
+                progress.count(value)
+                if progress.step in recorded:
+                    row = {"step": progress.step, "epoch": progress.step / epoch_steps}
+                    row |= {"lr": float(optimizer.param_groups[0]["lr"]), "train_loss": progress.mean_loss()}
+                    if processes > 1:
+                        broadcast(list(model.buffers()))  # batch statistics, which every process gathers for itself
+                    if validate == "always" or (validate == "last" and progress.step == total):
+                        row |= _validation(task, model)
+                    for hook in hooks:
+                        row |= hook.after_row(model) if hook.after_row is not None else {}
+                    progress.rows.append(row)
+                    record(row)
+                progress.save_if_due()
+
+            # the loss of the last step was taken before it: its damage shows in the weights alone
+            progress.diverged = progress.diverged or not all(bool(p.isfinite().all()) for p in model.parameters())
+            if progress.diverged and not (progress.rows and progress.rows[-1].get("diverged")):
+                progress.rows.append({"step": progress.step, "epoch": progress.step / epoch_steps, "diverged": 1.0})
+                record(progress.rows[-1])
+            progress.save()
+        finally:
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr  # so that the optimizer can be used again
+            accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     return Fitted(model, progress.diverged, progress.step, tuple(progress.rows), time.perf_counter() - begin)
+
+
+def check_precision(mixed_precision: str | None) -> None:
+    """Refuse a precision that is not known, or that this machine does not have.
+
+    Raises:
+        UsageError: Names it.
+    """
+    if mixed_precision is not None and mixed_precision not in PRECISIONS:
+        raise UsageError(f"mixed_precision must be one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
+    if mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise UsageError("mixed_precision must be bf16 or no without a GPU, got 'fp16'")
+
+
+@contextmanager
+def _accelerated(mixed_precision: str | None) -> Iterator[Accelerator]:
+    """An accelerator of this call's own.
+
+    The states that all accelerators of a process share are as before afterwards: an earlier run may have had another
+    precision, and the user may hold an accelerator.
+    """
+    shared = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, GradientState)]
+    AcceleratorState._reset_state()
+    try:
+        # given explicitly, because a number of steps from the environment would divide the losses
+        one = GradientAccumulationPlugin(num_steps=1)
+        yield Accelerator(mixed_precision=mixed_precision, gradient_accumulation_plugin=one)
+    finally:
+        for state, before in shared:
+            state.clear()
+            state.update(before)
+
+
+def _total(found: Tensor, batch: Batch) -> Tensor:
+    """The losses of this process's share of a batch in one number; over processes their mean is exchanged."""
+    if found.dim() and tuple(found.shape) != (len(batch),):
+        raise UsageError(f"loss must be one number or one per example, ({len(batch)},), got {tuple(found.shape)}")
+    found = found if found.dtype in (torch.float32, torch.float64) else found.float()
+    return found.sum() if found.dim() else found * len(batch)
 
 
 @torch.no_grad()
@@ -237,34 +307,34 @@ def evaluate(
         Per metric the mean, and the scores ``(N,)``, float32, in the order of the split.
 
     Raises:
-        UsageError: The split is empty.
+        UsageError: The split is empty, or a score is not one number per example.
     """
     if not len(batches):
         raise UsageError("the split to evaluate has no examples")
     state = PartialState()
+    # fewer examples than processes: every process reads them all, so that all know the names of the scores
+    processes, rank = (state.num_processes, state.process_index) if len(batches) >= state.num_processes else (1, 0)
     device = next((parameter.device for parameter in model.parameters()), state.device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     found: dict[str, Tensor] = {}
     try:
         order = torch.arange(len(batches)).split(batch_size)
-        for batch in read(batches, [(0, order)], state.process_index, state.num_processes, device):
+        for batch in read(batches, [(0, order)], rank, processes, device):
             if not len(batch):
                 continue
             for name, values in scores(model, batch).items():
+                if tuple(values.shape) != (len(batch),):
+                    raise UsageError(
+                        f"{name} must be one number per example, ({len(batch)},), got {tuple(values.shape)}"
+                    )
                 found.setdefault(name, torch.zeros(len(batches)))[batch.indices.cpu()] = values.float().cpu()
     finally:
         for module, training in modes:
             module.training = training
-    if state.num_processes > 1:
+    if processes > 1:
         found = {name: reduce(values.to(state.device), "sum").cpu() for name, values in found.items()}
     return Outcome({name: values.double().mean().item() for name, values in found.items()}, found)
-
-
-def _begin(model: nn.Module, rates: Sequence[float]) -> list[float]:
-    """Tells one run from another by its first weights and learning rates."""
-    sums = [tensor.detach().double().sum().item() for tensor in model.parameters()]
-    return [*map(float, rates), *sums[:3], math.fsum(sums)]
 
 
 def _validation(task: Task, model: nn.Module) -> Row:
@@ -275,52 +345,3 @@ def _validation(task: Task, model: nn.Module) -> Row:
 
 def _ignore(_: Row) -> None:
     pass
-
-
-def _length(task: Task, epochs: float | None, steps: int | None, batch_size: int) -> tuple[int, int, int]:
-    """Steps in all, steps of an epoch, and the batch size, no larger than the data."""
-    if (epochs is None) == (steps is None):
-        raise UsageError(f"give either epochs or steps, got epochs={epochs} and steps={steps}")
-    for argument, value in {"batch_size": batch_size, "epochs": epochs, "steps": steps}.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UsageError(f"{argument} must be above 0, got {value}")
-    if not len(task.train):
-        raise UsageError(f"task {task.name!r} has no training examples")
-    batch_size = min(batch_size, len(task.train))
-    epoch_steps = len(task.train) // batch_size
-    return (max(1, round(epochs * epoch_steps)) if steps is None and epochs else steps or 1), epoch_steps, batch_size
-
-
-def _row_steps(rows_at: int | Sequence[int] | None, total: int, epoch_steps: int) -> set[int]:
-    if isinstance(rows_at, Sequence):
-        return {*rows_at, total}
-    if rows_at is not None and rows_at < 1:
-        raise UsageError(f"rows_at must be at least 1, got {rows_at}")
-    return {*range(rows_at or epoch_steps, total + 1, rows_at or epoch_steps), total}
-
-
-def _passes(examples: int, seed: int, step: int, total: int, batch_size: int) -> Iterator[Pass]:
-    """The epochs still to come; each follows from the seed and its number alone."""
-    epoch_steps = examples // batch_size
-    while step < total:
-        epoch, done = divmod(step, epoch_steps)
-        generator = torch.Generator().manual_seed((seed + epoch * 2_654_435_761) % 2**63)
-        order = torch.randperm(examples, generator=generator).split(batch_size)
-        chosen = order[done : min(epoch_steps, done + total - step)]
-        yield int(torch.randint(2**62, (), generator=generator)), chosen
-        step += len(chosen)
-
-
-def _factor(
-    schedule: Schedule, steps: int, warmup: float, milestones: Sequence[float], gamma: float
-) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-        if schedule == "step":
-            return gamma ** sum(step >= milestone for milestone in milestones)
-        return 1.0
-
-    return factor

@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError, require
+from weightsmith.lab.data.class_folders import read_class_folders
 from weightsmith.lab.data.images import Images, InMemory, OnDisk, Reader, Split, to_square
-from weightsmith.lab.data.labels import check_counts, classes_of, hold_out, subset
-from weightsmith.lab.data.sources import column, load_tables, source_digest
-from weightsmith.lab.fingerprint import digest
+from weightsmith.lab.data.labels import check_counts, hold_out, parts_of
+from weightsmith.lab.data.pictures import Column, Files, Pictures, is_gray
+from weightsmith.lab.data.sources import column, load_tables, locate
+from weightsmith.lab.identity import tensors_digest
 
 IN_MEMORY_BYTES = 2**30
 """Data sets that are larger than this when decoded are decoded when they are read."""
@@ -26,10 +28,8 @@ IMAGE_COLUMNS = ("image", "img", "picture", "image_path", "path", "file", "filen
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "y", "fine_label")
 
 _LARGE_SIZE = 224  # what images are cut to when they differ in size or do not fit into memory
+_LOOKED_AT = 64  # images that tell size and color of all
 _SAMPLE = 512  # images from which the mean and deviation of a data set on disk are estimated
-
-_Part = tuple[Reader, Tensor]
-"""All pixels of a train or test part and all their labels."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,78 +68,76 @@ def load_images(
         MissingExtra: ``datasets`` or ``pillow`` is needed and not installed.
     """
     check_counts(train_examples=train_examples, test_examples=test_examples, size=size)
+    pixels: Mapping[str, Tensor] = {}
+    pictures: Mapping[str, Pictures] = {}
     if name == "digits":
-        parts, source = _digits(train_examples, test_examples, size), "digits"
+        pixels, values, class_names = _digits(size)
     else:
         require("PIL", extra="hf", purpose=f"the images of {name!r}")
-        parts = _parts(name, train_examples, test_examples, size, columns, subset_name, data_dir)
-        source = source_digest(name, data_dir)
-    (train, train_labels), (test, test_labels), names = parts
-    kept, held_out = hold_out(len(train_labels), validation_fraction, train_labels)
+        pictures, values, class_names = _find(name, columns, subset_name, data_dir)
+    train_part, test_part, names = parts_of(
+        name, values, class_names, train_examples=train_examples, test_examples=test_examples
+    )
+    train, test = (
+        [InMemory(pixels[part.split][part.rows]) for part in (train_part, test_part)]
+        if pixels
+        else _readers(*(pictures[part.split].select(part.rows.tolist()) for part in (train_part, test_part)), size=size)
+    )
+    kept, held_out = hold_out(len(train_part.rows), validation_fraction, train_part.labels)
     mean, std = _mean_and_std(train, kept)
     channels, _, side = train(kept[:1], None).shape[1:]
+    labels, test_labels = train_part.labels, test_part.labels
     return Images(
         name=name,
-        train=Split(train, train_labels, kept, mean=mean, std=std, augment=augment),
-        validation=Split(train, train_labels, held_out, mean=mean, std=std),
+        train=Split(train, labels, kept, mean=mean, std=std, augment=augment),
+        validation=Split(train, labels, held_out, mean=mean, std=std),
         test=Split(test, test_labels, torch.arange(len(test_labels)), mean=mean, std=std),
         channels=channels,
         size=side,
         class_names=names,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
-        fingerprint=digest(source, str((len(train_labels), len(test_labels), side, channels))),
+        fingerprint=tensors_digest(
+            {"train": _content(train), "test": _content(test), "labels": labels, "test labels": test_labels, "": names}
+        ),
     )
 
 
-def _digits(
-    train_examples: int | None, test_examples: int | None, size: int | None
-) -> tuple[_Part, _Part, tuple[str, ...]]:
+def _digits(size: int | None) -> tuple[dict[str, Tensor], dict[str, list[Any]], Sequence[str] | None]:
     from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
 
     bundled = load_digits()
     pixels = torch.from_numpy(bundled.images).mul(15)[:, None]  # gray levels 0 to 16
     if size is not None:
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    pixels, labels = pixels.round().byte(), torch.from_numpy(bundled.target).long()
+    pixels, labels = pixels.round().byte(), torch.from_numpy(bundled.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order.tensor_split([len(order) // 5])
-    train = train[subset(len(train), train_examples, labels[train])]
-    test = test[subset(len(test), test_examples, labels[test])]
-    names = tuple(str(name) for name in bundled.target_names)
-    return (InMemory(pixels[train]), labels[train]), (InMemory(pixels[test]), labels[test]), names
+    return (
+        {"train": pixels[train], "test": pixels[test]},
+        {"train": labels[train].tolist(), "test": labels[test].tolist()},
+        tuple(str(name) for name in bundled.target_names),
+    )
 
 
-def _parts(
-    name: str,
-    train_examples: int | None,
-    test_examples: int | None,
-    size: int | None,
-    columns: tuple[str, ...],
-    subset_name: str,
-    data_dir: str | Path | None,
-) -> tuple[_Part, _Part, tuple[str, ...]]:
+def _find(
+    name: str, columns: tuple[str, ...], subset_name: str, data_dir: str | Path | None
+) -> tuple[dict[str, Pictures], dict[str, list[Any]], Sequence[str] | None]:
+    """Pictures and labels by split, and the names of classes where labels are their numbers."""
+    source = locate(name, data_dir)
+    if isinstance(source, Path) and source.is_dir() and not columns:
+        folders = read_class_folders(name, source)
+        if folders is not None:
+            return (
+                {split: files for split, (files, _) in folders.items()},
+                {split: labels for split, (_, labels) in folders.items()},
+                None,
+            )
     tables = load_tables(name, subset=subset_name, data_dir=data_dir)
     image, label = _columns(name, tables["train"], columns)
-    train, test = _train_and_test(tables, label)
-    train_labels, test_labels, names = _labels(name, train, test, label)
-    rows = subset(len(train), train_examples, train_labels), subset(len(test), test_examples, test_labels)
-    train, test = (
-        _as_images(name, table, image).select(chosen.tolist()).select_columns(image)
-        for table, chosen in zip((train, test), rows, strict=True)
-    )
-    some = _decode(name, train, image, range(min(16, len(train))))
-    channels = 1 if all(picture.mode in ("1", "L", "I;16") for picture in some) else 3
-    one_size = len({picture.size for picture in some}) == 1
-    side = size or (min(some[0].size) if one_size else _LARGE_SIZE)
-    fits = (len(train) + len(test)) * channels * side**2 <= IN_MEMORY_BYTES
-    if not fits and size is None:
-        side = min(side, _LARGE_SIZE)
-    readers: list[Reader] = [
-        InMemory(_decoded(name, table, channels, side)) if fits else OnDisk(table, channels, side)
-        for table in (train, test)
-    ]
-    return (readers[0], train_labels[rows[0]]), (readers[1], test_labels[rows[1]]), names
+    pictures = {split: _pictures(name, source, table, image) for split, table in tables.items()}
+    labels = {split: list(table[label]) for split, table in tables.items() if label in table.column_names}
+    return pictures, labels, getattr(tables["train"].features[label], "names", None)
 
 
 def _columns(name: str, table: Any, columns: tuple[str, ...]) -> tuple[str, str]:
@@ -152,86 +150,56 @@ def _columns(name: str, table: Any, columns: tuple[str, ...]) -> tuple[str, str]
         return image, label
     images = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
     labels = [key for key, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if images and not labels and len(table.column_names) == 1:
-        raise UsageError(f"data {name!r} has no labels or one class only: a folder of images needs a folder per class")
     return (
         images[0] if images else column(name, table, None, IMAGE_COLUMNS, "images"),
         labels[0] if labels else column(name, table, None, LABEL_COLUMNS, "labels"),
     )  # the finer of two labels comes first, as in CIFAR-100
 
 
-def _labels(name: str, train: Any, test: Any, label: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    values = [table.select_columns(label)[:][label] for table in (train, test)]
-    names = getattr(train.features[label], "names", None)
-    first, second, classes = classes_of(name, *values)
-    if names is None:
-        return first, second, classes
-    # numbered already: a class that no row has keeps its number
-    return torch.tensor(values[0]), torch.tensor(values[1], dtype=torch.int64), tuple(names)
-
-
-def _train_and_test(tables: dict[str, Any], label: str) -> tuple[Any, Any]:
-    for split in ("test", "validation"):
-        # ImageNet's test labels are withheld and read -1
-        if split in tables and label in tables[split].column_names:
-            first = tables[split].select_columns(label)[0][label]
-            if not (isinstance(first, int) and first < 0):
-                return tables["train"], tables[split]
-    parts = tables["train"].train_test_split(test_size=0.2, seed=0)
-    return parts["train"], parts["test"]
-
-
-def _as_images(name: str, table: Any, image: str) -> Any:
+def _pictures(name: str, source: Path | str, table: Any, image: str) -> Pictures:
     import datasets
 
     if isinstance(table.features[image], datasets.Image):
-        return table
-    source = Path(name)
-    folder = source.parent if source.is_file() else source
-
-    def full_path(row: dict[str, Any]) -> dict[str, str]:
-        path = Path(str(row[image]))
-        found = path if path.is_file() else folder / path
-        if not found.is_file():
-            raise UsageError(f"data {name!r}: there is no image {str(path)!r}, here or in {str(folder)!r}")
-        return {image: str(found)}
-
-    try:
-        return table.map(full_path).cast_column(image, datasets.Image())
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"data {name!r}: column {image!r} holds neither images nor paths of images") from error
+        return Column(table, image)
+    folder = (source.parent if source.is_file() else source) if isinstance(source, Path) else Path()
+    paths = []
+    for value in table[image]:
+        path = Path(str(value))
+        found = next((place for place in (folder / path, path) if place.is_file()), None)
+        if found is None:
+            raise UsageError(f"data {name!r}: there is no image {str(value)!r}, here or in {str(folder)!r}")
+        paths.append(found)
+    return Files(paths)
 
 
-def _decode(name: str, table: Any, image: str, rows: Any) -> list[Any]:
-    """Decode some images, or name the first that is broken."""
-    try:
-        return table[list(rows)][image]
-    except Exception as error:
-        import datasets
-
-        raw = table.cast_column(image, datasets.Image(decode=False))
-        for row in rows:
-            try:
-                table[row]
-            except Exception:
-                where = raw[row][image].get("path") or f"row {row}"
-                raise UsageError(f"data {name!r}: {where} is not an image that can be read ({error})") from error
-        raise
+def _readers(train: Pictures, test: Pictures, *, size: int | None) -> list[InMemory] | list[OnDisk]:
+    some = train.read(torch.linspace(0, len(train) - 1, min(_LOOKED_AT, len(train))).long().tolist())
+    channels = 1 if all(map(is_gray, some)) else 3
+    one_size = len({picture.size for picture in some}) == 1
+    side = size or (min(some[0].size) if one_size else _LARGE_SIZE)
+    fits = (len(train) + len(test)) * channels * side**2 <= IN_MEMORY_BYTES
+    if not fits and size is None:
+        side = min(side, _LARGE_SIZE)
+    if fits:
+        return [InMemory(_decoded(pictures, channels, side)) for pictures in (train, test)]
+    return [OnDisk(pictures, channels, side) for pictures in (train, test)]
 
 
-def _decoded(name: str, table: Any, channels: int, size: int) -> Tensor:
+def _content(read: InMemory | OnDisk) -> Tensor | str:
+    """What identifies the images: all pixels, or the key of files that do not fit into memory."""
+    return read.pixels if isinstance(read, InMemory) else read.pictures.key
+
+
+def _decoded(pictures: Pictures, channels: int, size: int) -> Tensor:
     def decode() -> Tensor:
-        (image,) = table.column_names
-        pixels = torch.empty(len(table), channels, size, size, dtype=torch.uint8)
-        for first in range(0, len(table), 256):
-            rows = range(first, min(first + 256, len(table)))
-            for row, picture in zip(rows, _decode(name, table, image, rows), strict=True):
+        pixels = torch.empty(len(pictures), channels, size, size, dtype=torch.uint8)
+        for first in range(0, len(pictures), 256):
+            rows = range(first, min(first + 256, len(pictures)))
+            for row, picture in zip(rows, pictures.read(rows), strict=True):
                 pixels[row] = to_square(picture, channels, size)
         return pixels
 
-    return _cached(f"images-{table._fingerprint}-{channels}x{size}x{size}", decode)
+    return _cached(f"images-{pictures.key}-{channels}x{size}x{size}", decode)
 
 
 def _cached(key: str, make: Callable[[], Tensor]) -> Tensor:

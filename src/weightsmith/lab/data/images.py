@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from weightsmith.lab.data.pictures import Pictures, in_bytes
 from weightsmith.lab.task import Batch
 
 Reader = Callable[[Tensor, torch.Generator | None], Tensor]
@@ -43,18 +44,18 @@ class OnDisk:
     """Images that are decoded when they are asked for.
 
     Args:
-        table: A ``datasets.Dataset`` whose only column holds images.
+        pictures: The encoded images.
         channels: 1 (gray) or 3 (RGB); images are converted.
         size: Side of the square that is cut out, in pixels.
     """
 
-    table: Any
+    pictures: Pictures
     channels: int
     size: int
 
     def __call__(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Decode rows; augmented by a random resized crop and a flip (arXiv 1409.4842, section 6)."""
-        (images,) = self.table[rows.tolist()].values()
+        images = self.pictures.read(rows.tolist())
         if generator is None:
             return torch.stack([to_square(image, self.channels, self.size, keep=0.875) for image in images])
         draws = torch.rand(len(images), 5, generator=generator).tolist()
@@ -188,7 +189,7 @@ def _random_crop(image: Any, channels: int, size: int, draw: Sequence[float]) ->
 
 
 def _resized(image: Any, channels: int, size: int, box: tuple[float, float, float, float]) -> Tensor:
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = in_bytes(image, channels)
     if (*image.size, *box) != (size, size, 0, 0, size, size):
         image = image.resize((size, size), resample=2, box=box)  # 2: bilinear, antialiased
     return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)

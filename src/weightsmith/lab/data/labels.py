@@ -1,6 +1,7 @@
 """Classes and fair subsets: whatever is left out is left out by a seed, in the same share of every class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,38 +10,105 @@ from torch import Tensor
 from weightsmith.core.errors import UsageError
 
 _SHOWN = 5
+_TEST_SHARE = 0.2
 
 
-def classes_of(name: str, train: Sequence[Any], test: Sequence[Any]) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Number the classes that training has, in sorted order.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows to train on, or those to test on.
+
+    Attributes:
+        split: The split of the data that they belong to.
+        rows: ``(N,)``, their numbers in that split, ascending.
+        labels: ``(N,)``, int64.
+    """
+
+    split: str
+    rows: Tensor
+    labels: Tensor
+
+
+def parts_of(
+    name: str,
+    labels: Mapping[str, Sequence[Any]],
+    class_names: Sequence[str] | None = None,
+    *,
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+) -> tuple[Part, Part, tuple[str, ...]]:
+    """Number the classes and choose what is trained on and what is tested on, by a fixed seed.
+
+    The test rows are those of the split ``test``, or of ``validation`` where there is none or its labels are withheld;
+    otherwise training gives up a fifth of every class.
 
     Args:
         name: Of the data, for the error.
-        train: A label per row, strings or numbers.
-        test: Likewise.
+        labels: By split, a label per row.
+        class_names: Names where the labels are their numbers; ``None``: classes are the labels of ``train``, sorted.
+        train_examples: At most this many, validation included, in the share of every class.
+        test_examples: Likewise.
 
     Returns:
-        Labels of train and test rows, int64, and the names of the classes.
+        The two parts, and the names of the classes.
 
     Raises:
-        UsageError: A label is missing, there is one class only, or the test rows have a class that training lacks.
+        UsageError: A label is missing or no class, there is one class only, or the test rows have one that training
+            lacks.
     """
-    missing = sum(label is None for label in [*train, *test])
-    if missing:
-        raise UsageError(f"data {name!r} has {missing} rows without a label")
+    tested = next((split for split in ("test", "validation") if not _withheld(labels.get(split, ()))), None)
+    train = _checked(name, labels["train"])
     known = sorted(set(train))
     if len(known) < 2:
         raise UsageError(f"data {name!r} has one class only ({known[0] if known else 'none'}); at least 2 are needed")
-    unseen = sorted(set(test) - set(known))
-    if unseen:
-        shown = ", ".join(map(str, unseen[:_SHOWN]))
-        raise UsageError(f"data {name!r}: test rows have classes that training does not have: {shown}")
-    numbers = {label: number for number, label in enumerate(known)}
-    return (
-        torch.tensor([numbers[label] for label in train]),
-        torch.tensor([numbers[label] for label in test], dtype=torch.int64),
-        tuple(map(str, known)),
+    # numbered already: a class that no row has keeps its number
+    classes = known if class_names is None else list(range(len(class_names)))
+    names = tuple(map(str, known if class_names is None else class_names))
+    numbers = {label: number for number, label in enumerate(classes)}
+    first = torch.tensor([numbers[label] for label in train])
+    if tested is None:
+        kept, held = hold_out(len(first), _TEST_SHARE, first, seed=2)
+        parts = Part("train", kept, first[kept]), Part("train", held, first[held])
+    else:
+        test = _checked(name, labels[tested])
+        unseen = sorted(set(test) - set(known))
+        if unseen:
+            shown = ", ".join(str(label if class_names is None else names[label]) for label in unseen[:_SHOWN])
+            raise UsageError(f"data {name!r}: test rows have classes that training does not have: {shown}")
+        second = torch.tensor([numbers[label] for label in test])
+        parts = Part("train", torch.arange(len(first)), first), Part(tested, torch.arange(len(second)), second)
+    if not len(parts[1].rows):
+        raise UsageError(f"data {name!r} has {len(first)} rows, too few to hold some out for testing")
+    chosen = (
+        (part, subset(len(part.rows), count, part.labels))
+        for part, count in zip(parts, (train_examples, test_examples), strict=True)
     )
+    smaller, smallest = (Part(part.split, part.rows[at], part.labels[at]) for part, at in chosen)
+    return smaller, smallest, names
+
+
+def _withheld(labels: Sequence[Any]) -> bool:
+    """Whether there are no labels: hubs withhold those of some test splits."""
+    return all(label is None or (isinstance(label, int) and label < 0) for label in labels)
+
+
+def _checked(name: str, labels: Sequence[Any]) -> list[Any]:
+    missing = sum(label is None or label == "" or (isinstance(label, int) and label < 0) for label in labels)
+    if missing:
+        raise UsageError(f"data {name!r} has {missing} rows without a label")
+    fractions = [label for label in labels if isinstance(label, float) and not label.is_integer()]
+    if fractions:
+        raise UsageError(
+            f"data {name!r}: labels are numbers such as {fractions[0]}, not classes; "
+            "train on them with a task of your own, module:function"
+        )
+    kinds = {type(label) for label in labels}
+    if not kinds <= {str, int, float, bool}:
+        raise UsageError(
+            f"data {name!r}: labels must be strings or numbers, got {', '.join(k.__name__ for k in kinds)}"
+        )
+    if str in kinds and len(kinds) > 1:
+        return [str(label) for label in labels]
+    return [int(label) if isinstance(label, float) else label for label in labels]
 
 
 def subset(rows: int, count: int | None, labels: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -70,15 +138,15 @@ def subset(rows: int, count: int | None, labels: Tensor | None = None, seed: int
     return order[place.argsort(stable=True)[:count]].sort().values
 
 
-def hold_out(rows: int, fraction: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Split rows into those to train on and those to choose by; the same at every call.
+def hold_out(rows: int, fraction: float, labels: Tensor | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Split rows into those to train on and those that are held out; the same at every call.
 
     Raises:
         UsageError: ``fraction`` is out of range.
     """
     if not 0 <= fraction < 1:
         raise UsageError(f"validation_fraction must be at least 0 and below 1, got {fraction}")
-    held = subset(rows, min(round(fraction * rows), rows - 1), labels, seed=1)
+    held = subset(rows, min(round(fraction * rows), rows - 1), labels, seed)
     kept = torch.ones(rows, dtype=torch.bool)
     kept[held] = False
     return kept.nonzero().flatten(), held

@@ -1,13 +1,12 @@
 """Where data come from: a file, a folder, or the Hugging Face hub, read into one table per split."""
 
-import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import UsageError, near, require, unknown
 from weightsmith.lab.data.hub import check_hub, switched_off
-from weightsmith.lab.fingerprint import digest, files_digest
 
 HUB = {
     "mnist": "ylecun/mnist",
@@ -19,9 +18,23 @@ HUB = {
 }
 """Short names and the hub data sets that they stand for."""
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+"""Endings of files that are read, and the readers of ``datasets``."""
+
 _SUBSETS = {"openai/gsm8k": "main"}  # hub data sets that cannot be loaded without a configuration
-_log = logging.getLogger(__name__)
+_READING: dict[str, dict[str, Any]] = {
+    # a class or a text may be the word "null"
+    ".csv": {"keep_default_na": False},
+    ".tsv": {"keep_default_na": False, "sep": "\t"},
+    ".txt": {"sample_by": "document"},
+}
+_SAVED = {"dataset_dict.json", "state.json"}  # what Dataset.save_to_disk leaves
+SPLITS = {
+    "train": {"train", "training"},
+    "test": {"test", "testing"},
+    "validation": {"validation", "valid", "val", "dev"},
+}
+"""Names of files and folders that stand for a split."""
 
 
 def locate(name: str, data_dir: str | Path | None = None) -> Path | str:
@@ -43,6 +56,8 @@ def locate(name: str, data_dir: str | Path | None = None) -> Path | str:
     if name not in HUB:
         places.append(Path(name))
     found = next((place for place in places if place.exists()), None)
+    if found is None and Path(name).suffix in BUILDERS:
+        raise UsageError(f"data: there is no file {name!r} in {str(Path.cwd())!r}")
     if found is None and "/" not in hub_id:
         raise unknown("data", name, ["digits", *HUB])
     datasets = require("datasets", extra="hf", purpose=f"the data set {name!r}")
@@ -75,14 +90,8 @@ def load_tables(name: str, *, subset: str = "", data_dir: str | Path | None = No
     from huggingface_hub import utils as hub
 
     options: dict[str, Any] = {"path": str(source), "name": subset or _SUBSETS.get(str(source))}
-    if isinstance(source, Path) and source.is_file():
-        if source.suffix not in _BUILDERS:
-            raise UsageError(f"data {name!r} must end in {', '.join(sorted(_BUILDERS))}, or be a folder")
-        options = {"path": _BUILDERS[source.suffix], "data_files": {"train": str(source)}}
-        if source.suffix == ".tsv":
-            options["sep"] = "\t"
-    elif isinstance(source, Path) and not any(source.iterdir()):
-        raise UsageError(f"data {name!r}: the folder is empty")
+    if isinstance(source, Path):
+        options = _files(name, source) or options
     with (
         switched_off(
             not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars
@@ -90,11 +99,19 @@ def load_tables(name: str, *, subset: str = "", data_dir: str | Path | None = No
         switched_off(not hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars),
     ):
         try:
-            tables = dict(datasets.load_dataset(**{key: value for key, value in options.items() if value is not None}))
-        except UnicodeDecodeError as error:
-            raise UsageError(f"data {name!r} is not UTF-8 text: {error}; convert it, for example with iconv") from error
+            if (
+                _SAVED & {path.name for path in source.iterdir()}
+                if isinstance(source, Path) and source.is_dir()
+                else ()
+            ):
+                found = datasets.load_from_disk(str(source))
+                tables = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+            else:
+                tables = dict(datasets.load_dataset(**{key: v for key, v in options.items() if v is not None}))
         except Exception as error:  # the library wraps what a damaged file raises in errors of several kinds
-            raise UsageError(f"data {name!r} cannot be read from {str(source)!r}: {_first_line(error)}") from error
+            cause = _cause(error)
+            fix = "; convert it to UTF-8, for example with iconv" if isinstance(cause, UnicodeDecodeError) else ""
+            raise UsageError(f"data {name!r} cannot be read from {str(source)!r}: {_first_line(cause)}{fix}") from error
     if not any(len(table) for table in tables.values()):
         raise UsageError(f"data {name!r} has no rows")
     if "train" not in tables:
@@ -102,12 +119,27 @@ def load_tables(name: str, *, subset: str = "", data_dir: str | Path | None = No
     return tables
 
 
-def source_digest(name: str, data_dir: str | Path | None = None) -> str:
-    """Changes when the files do that :func:`load_tables` reads; of the hub, the name and the cached revision."""
-    source = locate(name, data_dir)
-    if isinstance(source, Path):
-        return files_digest([source] if source.is_file() else (path for path in source.rglob("*") if path.is_file()))
-    return digest(source)
+def _split_of(file: str) -> str:
+    """The split that a file holds: ``"test"`` for ``my-test-2.csv``."""
+    words = set(re.split(r"[^a-z]+", file.lower()))
+    return next((split for split, names in SPLITS.items() if names & words), "train")
+
+
+def _files(name: str, source: Path) -> dict[str, Any] | None:
+    """How files of one kind are read; ``None``: they are left to ``datasets``."""
+    if source.is_file() and source.suffix not in BUILDERS:
+        raise UsageError(f"data {name!r} must end in {', '.join(sorted(BUILDERS))}, or be a folder")
+    if source.is_dir() and not any(source.iterdir()):
+        raise UsageError(f"data {name!r}: the folder is empty")
+    files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.suffix in BUILDERS)
+    endings = {path.suffix for path in files}
+    if len(endings) != 1:
+        return None
+    by_split: dict[str, list[str]] = {}
+    for path in files:
+        by_split.setdefault("train" if path == source else _split_of(path.stem), []).append(str(path))
+    (ending,) = endings
+    return {"path": BUILDERS[ending], "data_files": by_split, **_READING.get(ending, {})}
 
 
 def column(name: str, table: Any, asked: str | None, known: tuple[str, ...], what: str) -> str:
@@ -131,9 +163,11 @@ def column(name: str, table: Any, asked: str | None, known: tuple[str, ...], wha
     return found
 
 
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _first_line(error: BaseException) -> str:
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError
-from weightsmith.lab.data.labels import check_counts, classes_of, subset
+from weightsmith.core.errors import UsageError, unknown
+from weightsmith.lab.data.labels import check_counts, hold_out, parts_of, subset
 from weightsmith.lab.data.sources import column, load_tables
 
-TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "title", "sentence1", "premise")
+TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "title")
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"))
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "y", "sentiment")
 QUESTION_COLUMNS = ("question", "query", "prompt", "instruction", "input")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "solution")
 SUMS = "arithmetic"
+_ALL_SUMS = 98**2 * 8
+_TEST_SUMS = _ALL_SUMS // 10
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 Row = tuple[str, str]
@@ -55,20 +58,31 @@ def load_sentences(
         UsageError: There are no such data or columns, a class is unknown, or there is one class only.
     """
     check_counts(train_examples=train_examples, test_examples=test_examples)
-    if columns and len(columns) != 2:
-        raise UsageError(f"columns must name the texts and the labels, got {columns}")
     tables = load_tables(name, subset=subset_name)
-    text, label = columns or (None, None)
-    text = column(name, tables["train"], text, TEXT_COLUMNS, "texts")
-    label = column(name, tables["train"], label, LABEL_COLUMNS, "labels")
-    train, test = _train_and_test(tables)
-    first, second, classes = classes_of(name, train[:][label], test[:][label])
-    rows = subset(len(train), train_examples, first), subset(len(test), test_examples, second)
-    texts = [
-        [_text(name, value) for value in table.select(r.tolist())[:][text]]
-        for table, r in zip((train, test), rows, strict=True)
-    ]
-    return Sentences(texts[0], texts[1], first[rows[0]], second[rows[1]], classes)
+    texts, label = _text_and_label(name, tables["train"], columns)
+    labels = {split: list(table[label]) for split, table in tables.items() if label in table.column_names}
+    class_names = getattr(tables["train"].features[label], "names", None)
+    *parts, classes = parts_of(name, labels, class_names, train_examples=train_examples, test_examples=test_examples)
+    train, test = (_rows(name, tables[part.split].select(part.rows.tolist()), texts) for part in parts)
+    return Sentences(train, test, parts[0].labels, parts[1].labels, classes)
+
+
+def load_texts(name: str, split: str = "train", *, columns: tuple[str, ...] = (), subset_name: str = "") -> list[str]:
+    """Load running text, row by row: a whole ``.txt`` file, or the column of texts, else all strings of a row.
+
+    Args:
+        name: See :func:`weightsmith.lab.data.sources.locate`.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        columns: Names of the columns whose texts are joined; empty: usual names.
+        subset_name: Configuration of a hub data set.
+
+    Raises:
+        UsageError: There are no such data, or no text in them.
+    """
+    tables = load_tables(name, subset=subset_name)
+    if split not in tables:
+        raise unknown("split", split, tables)
+    return _texts(name, tables[split], columns)
 
 
 def load_text(name: str, *, columns: tuple[str, ...] = (), subset_name: str = "") -> tuple[str, str]:
@@ -80,10 +94,10 @@ def load_text(name: str, *, columns: tuple[str, ...] = (), subset_name: str = ""
         UsageError: There are no such data, or no text in them.
     """
     tables = load_tables(name, subset=subset_name)
+    train = "\n\n".join(_texts(name, tables["train"], columns))
     split = next((split for split in ("test", "validation") if split in tables), None)
-    train = _joined(name, tables["train"], columns)
     if split is not None:
-        return train, _joined(name, tables[split], columns)
+        return train, "\n\n".join(_texts(name, tables[split], columns))
     cut = len(train) * 9 // 10
     return train[:cut], train[cut:]
 
@@ -106,9 +120,7 @@ def load_questions(
     check_counts(count=count)
     if name == SUMS:
         return _sums(split, count)
-    tables = load_tables(name, subset=subset_name)
-    train, test = _train_and_test(tables)
-    table = train if split == "train" else test
+    table = _train_or_test(load_tables(name, subset=subset_name), split)
     if columns and len(columns) != 2:
         raise UsageError(f"columns must name the questions and the answers, got {columns}")
     asked, answered = columns or (None, None)
@@ -130,41 +142,70 @@ def final_number(text: str) -> float | None:
     return float(numbers[0 if marked else -1].replace(",", "")) if numbers else None
 
 
-def _train_and_test(tables: dict[str, Any]) -> tuple[Any, Any]:
-    split = next((split for split in ("test", "validation") if split in tables), None)
-    if split is not None:
-        return tables["train"], tables[split]
-    parts = tables["train"].train_test_split(test_size=0.2, seed=0)
-    return parts["train"], parts["test"]
+def same_answer(given: str, wanted: str) -> bool:
+    """Whether two answers end in the same number or, where none is wanted, say the same."""
+    number = final_number(wanted)
+    if number is not None:
+        return final_number(given) == number
+    return given.strip().casefold() == wanted.strip().casefold()
 
 
-def _joined(name: str, table: Any, columns: tuple[str, ...]) -> str:
-    strings = [
-        key for key, feature in table.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
-    ]
+def _train_or_test(tables: dict[str, Any], split: str) -> Any:
+    train = tables["train"]
+    tested = next((tables[name] for name in ("test", "validation") if name in tables), None)
+    if tested is not None:
+        return train if split == "train" else tested
+    kept, held = hold_out(len(train), 0.2, seed=2)
+    return train.select((kept if split == "train" else held).tolist())
+
+
+def _text_and_label(name: str, table: Any, columns: tuple[str, ...]) -> tuple[list[str], str]:
+    """The columns whose texts are joined, and the column of labels."""
+    if len(columns) == 1:
+        raise UsageError(f"columns must name the texts and, last, the labels, got {columns}")
+    if columns:
+        *texts, label = (column(name, table, asked, (), "") for asked in columns)
+        return texts, label
+    pair = next((list(pair) for pair in PAIRS if set(pair) <= set(table.column_names)), None)
+    return (
+        pair or [column(name, table, None, TEXT_COLUMNS, "texts")],
+        column(name, table, None, LABEL_COLUMNS, "labels"),
+    )
+
+
+def _texts(name: str, table: Any, columns: tuple[str, ...]) -> list[str]:
+    """What is written in each row that is not empty."""
     if columns:
         chosen = [column(name, table, asked, (), "") for asked in columns]
     else:
+        strings = [key for key, feature in table.features.items() if "string" in str(getattr(feature, "dtype", ""))]
         chosen = [key for key in strings if key.lower() in TEXT_COLUMNS][:1] or strings
     if not chosen:
         raise UsageError(f"data {name!r} has no column of text, only {', '.join(table.column_names)}")
-    texts = ("\n".join(str(row[key]) for key in chosen if row[key]) for row in table)
-    joined = "\n\n".join(text for text in texts if text.strip())
-    if not joined:
+    rows = table.select_columns(chosen)
+    texts = ["\n".join(str(row[key]) for key in chosen if row[key]) for row in rows]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
         raise UsageError(f"data {name!r} holds no text")
-    return joined
+    return texts
+
+
+def _rows(name: str, table: Any, columns: Sequence[str]) -> list[str]:
+    """The texts of every row, empty ones too."""
+    return ["\n".join(_text(name, row[key]) for key in columns) for row in table.select_columns(list(columns))]
 
 
 def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float):
         raise UsageError(f"data {name!r}: a text is {value!r}, not a string")
-    return value
+    return str(value)
 
 
 def _sums(split: str, count: int | None) -> list[Row]:
-    # all sums in one fixed order: the test takes the last ones
-    order = torch.randperm(98**2 * 8, generator=torch.Generator().manual_seed(0))
-    chosen = order[: count or 2000] if split == "train" else order[-(count or 200) :]
+    # all sums in one fixed order: the last tenth is for the test
+    order = torch.randperm(_ALL_SUMS, generator=torch.Generator().manual_seed(0))
+    train, test = order[:-_TEST_SUMS], order[-_TEST_SUMS:]
+    chosen = train[: count or 2000] if split == "train" else test[-(count or 200) :]
     rows = []
     for index in chosen.tolist():
         a, b, c = index // (98 * 8) + 2, index // 8 % 98 + 2, index % 8 + 2

@@ -1,6 +1,7 @@
 """The settings of a task and of its training; the configuration of an experiment adds its own."""
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, unknown
-from weightsmith.core.load import load_object
 from weightsmith.lab.data.labels import check_counts
 from weightsmith.lab.experiment import Metric
 from weightsmith.lab.progress import seed_everything
+from weightsmith.lab.schedule import Schedule, check_schedule, length
 from weightsmith.lab.task import Split, Task
-from weightsmith.lab.train import Fitted, Schedule, fit
+from weightsmith.lab.train import Fitted, check_precision, fit
 
 TASKS = ("images", "sentences", "language", "questions")
 
@@ -33,7 +34,8 @@ class TaskConfig:
     }
 
     task: str = "images"
-    """What to train on: images, sentences, language, questions, or your own as module:function or file.py:function."""
+    """What to train on: images, sentences, language, questions, or your own as module:function or file.py:function that
+    returns a task, or a function that makes the model and datasets to train and test on."""
     data: str = ""
     """Data: a name (digits, mnist, cifar10 ...), a file, a folder or a hub id. Empty: the task's bundled data."""
     model: str = ""
@@ -42,7 +44,7 @@ class TaskConfig:
     pretrained: bool = False
     """Start from the trained weights of the Hugging Face model."""
     checkpoint: str = ""
-    """Start from this state dict, .safetensors or .pt."""
+    """Start from this state dict: .safetensors, .pt, or a folder of safetensors files."""
     train_examples: int | None = None
     """Use this many training rows, validation included, in the share of each class; all by default."""
     test_examples: int | None = None
@@ -50,7 +52,7 @@ class TaskConfig:
     validation_fraction: float = 0.2
     """Share of the training rows that is held out, to choose by."""
     columns: tuple[str, ...] = ()
-    """Names of the input column and of the column of labels or answers; usual names are found."""
+    """Names of the input columns and, last, of the column of labels or answers; usual names are found."""
     subset: str = ""
     """Configuration of a hub data set."""
     size: int | None = None
@@ -129,15 +131,10 @@ def make_task(config: TaskConfig) -> Task:
     check_counts(
         train_examples=config.train_examples, test_examples=config.test_examples, size=config.size, length=config.length
     )
-    if ":" in config.task:
-        made = load_object(config.task, "task")
-        task = made() if callable(made) else made
-        if not isinstance(task, Task):
-            raise UsageError(f"task {config.task!r} must return a weightsmith.lab.task.Task, got {type(task).__name__}")
-        return task
-    if config.task not in TASKS:
+    if ":" not in config.task and config.task not in TASKS:
         raise unknown("task", config.task, [*TASKS, "module:function"])
-    return importlib.import_module(f"weightsmith.lab.tasks.{config.task}").make(config)
+    kind = "own" if ":" in config.task else config.task
+    return importlib.import_module(f"weightsmith.lab.tasks.{kind}").make(config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +160,15 @@ class TrainConfig(TaskConfig):
         """
         for name in ("epochs", "steps", "batch_size"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UsageError(f"{name} must be above 0, got {value}")
+        check_schedule(self.schedule)
+        check_precision(self.mixed_precision)
 
     def total_steps(self, task: Task) -> int:
         """Optimizer steps of one training."""
-        return self.steps or max(1, round(self.epochs * (len(task.train) // min(self.batch_size, len(task.train)))))
+        epochs = self.epochs if self.steps is None else None
+        return length(len(task.train), epochs, self.steps, self.batch_size)[0]
 
     def fit(self, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, seed: int, **more: Any) -> Fitted:
         """Train with these settings; ``more`` goes to :func:`weightsmith.lab.train.fit` and takes precedence."""

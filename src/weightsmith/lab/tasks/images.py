@@ -37,7 +37,7 @@ def make(config: TaskConfig) -> Task:
             "data": f"{images.name}, {images.size} x {images.size} {color} images of {images.classes} classes",
             "model": config.model_name,
         },
-        **supervised(splits, config.loss, config.metric),
+        **supervised(splits, config.loss, config.metric, classes=images.classes),
     )
 
 

@@ -1,5 +1,6 @@
 """Predict the next token of running text, in windows."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -8,18 +9,19 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.labels import hold_out, subset
-from weightsmith.lab.data.sources import source_digest
 from weightsmith.lab.data.text_sets import load_text
+from weightsmith.lab.data.tokens import Bytes
 from weightsmith.lab.experiment import Metric
 from weightsmith.lab.fingerprint import digest
 from weightsmith.lab.task import Batch, Outcome, Split, Task, forward
 from weightsmith.lab.tasks.code import code_of
 from weightsmith.lab.tasks.config import TaskConfig
 from weightsmith.lab.tasks.scoring import logits_of
-from weightsmith.lab.tasks.tokenized import IGNORED, Rows, build_text_model, tokenizer_of
+from weightsmith.lab.tasks.tokenized import IGNORED, Rows, build_text_model, content_digest, tokenizer_of
 from weightsmith.lab.train import evaluate
 
 _BATCH = 16
+_LARGEST = 700.0  # whose exponential is still a number
 _FEWEST = 3  # windows: one of them may be held out
 
 
@@ -28,7 +30,7 @@ def make(config: TaskConfig) -> Task:
     if config.loss or config.metric:
         raise UsageError("loss and metric of your own go with task images or sentences, or with a task of your own")
     name = config.data_name
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_of(config, Bytes())
     train, test = (
         _windows(name, part, tokenizer, text, config.length)
         for part, text in zip(
@@ -40,9 +42,9 @@ def make(config: TaskConfig) -> Task:
     splits = {"train": _rows(train[kept]), "validation": _rows(train[held]), "test": _rows(test)}
     return Task(
         name=name,
-        build=partial(build_text_model, config, length=config.length, classes=None),
+        build=partial(build_text_model, config, tokenizer, classes=None),
         example=partial(splits["train"].__getitems__, list(range(min(2, len(kept))))),
-        fingerprint=digest(source_digest(name), code_of(config.model, config.checkpoint)),
+        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint)),
         facts={"data": f"{name}, windows of {config.length} tokens", "model": config.model_name},
         **next_token(splits, Metric("loss", "test loss per token", "lower", ".4f")),
     )
@@ -52,7 +54,9 @@ def next_token(splits: dict[str, Rows], metric: Metric, batch_size: int = _BATCH
     """The parts of a task that predicts tokens; every row's targets are its own inputs, or ``IGNORED``."""
 
     def measure(model: nn.Module, split: Split) -> Outcome:
-        return evaluate(model, splits[split], token_scores, batch_size)
+        found = evaluate(model, splits[split], token_scores, batch_size)
+        perplexity = math.exp(min(found.metrics["loss"], _LARGEST))
+        return Outcome({**found.metrics, "perplexity": perplexity}, found.scores)
 
     return {
         "train": splits["train"],

@@ -1,15 +1,19 @@
-"""A task from datasets of the user's own: any map-style ``torch.utils.data.Dataset``.
+"""A task of the user's own: a function that returns a :class:`weightsmith.lab.task.Task`, or a model and datasets.
 
 ::
 
     def my_task():
-        return from_datasets(make_network, train_set, test_set, loss=my_loss)
+        return make_network, train_set, test_set     # or: make_network, train_set, validation_set, test_set
+
+    def my_other_task(config):                       # given the settings if it takes an argument
+        return from_datasets(make_network, train_set, test_set, loss=my_loss, metric=my_metric, better="lower")
 
 ``weightsmith run adamp --task my_file.py:my_task`` then runs on it.
 """
 
-import pickle
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,15 +22,73 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, default_collate
 
 from weightsmith.core.errors import UsageError
-from weightsmith.lab.data.labels import hold_out
+from weightsmith.core.load import load_object
+from weightsmith.lab.data.labels import hold_out, subset
 from weightsmith.lab.experiment import Better, Metric
 from weightsmith.lab.fingerprint import digest
-from weightsmith.lab.task import Batch, Outcome, Split, Task
-from weightsmith.lab.tasks.scoring import PerExample, accuracy, cross_entropy, losses, scores
+from weightsmith.lab.identity import tensors_digest
+from weightsmith.lab.progress import drawing_from
+from weightsmith.lab.task import Batch, Batches, Outcome, Split, Task
+from weightsmith.lab.tasks.code import code_of
+from weightsmith.lab.tasks.config import TaskConfig
+from weightsmith.lab.tasks.scoring import PerExample, accuracy, cross_entropy, losses, of_the_user, scores
 from weightsmith.lab.train import evaluate
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
-_SAMPLE = 64  # examples that identify a dataset
+_SAMPLE = 512  # examples that identify a dataset, together with the code that makes it
+
+
+def make(config: TaskConfig) -> Task:
+    """Call the function that ``config.task`` names.
+
+    Raises:
+        UsageError: There is none, or it returns something else than a task or ``(model, train, [validation,] test)``.
+    """
+    made = load_object(config.task, "task")
+    if callable(made):
+        made = made(config) if _takes_one(made) else made()
+    if isinstance(made, tuple | list) and len(made) in (3, 4):
+        made = _from_parts(config, *made)
+    if not isinstance(made, Task):
+        raise UsageError(
+            f"task {config.task!r} must return a weightsmith.lab.task.Task, or (function that makes the model, train, "
+            f"test) with a validation part before test if there is one, got {type(made).__name__}"
+        )
+    fingerprint = made.fingerprint or digest(*(_identity(made.train), *map(_identity, made.held_out.values())))
+    code = code_of(config.task, config.loss, config.metric)
+    name = config.task.rpartition(":")[2] if made.name in ("", "task") else made.name
+    return replace(made, name=name, fingerprint=digest(fingerprint, code))
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed)
+
+
+def _from_parts(config: TaskConfig, build: Any, train: Any, *others: Any) -> Task:
+    if isinstance(build, nn.Module) or not callable(build):
+        raise UsageError(
+            f"task {config.task!r} must return a function that makes the model, so that every seed has first weights "
+            f"of its own, got {type(build).__name__}; for trained weights give lambda: copy.deepcopy(model)"
+        )
+    for dataset in (train, others[-1]):
+        _check_dataset(config.task, dataset)
+    chosen = [
+        Subset(dataset, subset(len(dataset), count).tolist())
+        for dataset, count in ((train, config.train_examples), (others[-1], config.test_examples))
+    ]
+    given: dict[str, Any] = {"loss": of_the_user(config.loss, "loss")} if config.loss else {}
+    if config.metric:
+        given |= {"metric": of_the_user(config.metric, "metric"), "metric_name": config.metric.rpartition(":")[2]}
+    return from_datasets(
+        build,
+        chosen[0],
+        chosen[1],
+        others[0] if len(others) == 2 else None,
+        validation_fraction=config.validation_fraction,
+        name=config.task.rpartition(":")[2],
+        **given,
+    )
 
 
 class Collated:
@@ -46,9 +108,10 @@ class Collated:
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
-        """Read and collate a batch."""
+        """Read and collate a batch; random transforms draw from ``seed`` and the indices alone."""
         at = torch.as_tensor(indices, dtype=torch.int64)
-        items = default_collate([self.dataset[index] for index in at.tolist()])
+        with drawing_from(self.seed + int(at[0]) if len(at) else self.seed):
+            items = default_collate([self.dataset[index] for index in at.tolist()])
         if isinstance(items, Mapping):
             key = next((key for key in _TARGETS if key in items), None)
             if key is None:
@@ -94,8 +157,7 @@ def from_datasets(
         UsageError: A dataset is empty or has no length.
     """
     for argument, dataset in {"train": train, "test": test}.items():
-        if not hasattr(dataset, "__len__") or not len(dataset):
-            raise UsageError(f"{argument} must be a map-style dataset with at least one example")
+        _check_dataset(argument, dataset)
     if validation is None:
         kept, held = hold_out(len(train), validation_fraction)
         train, validation = Subset(train, kept.tolist()), Subset(train, held.tolist())
@@ -120,17 +182,24 @@ def from_datasets(
     )
 
 
-def _identity(batches: Collated) -> str:
+def _check_dataset(argument: str, dataset: Any) -> None:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+        raise UsageError(f"{argument} must be a map-style dataset with at least one example")
+
+
+def _identity(batches: Batches) -> str:
     """Digest of the length and of examples spread over the dataset."""
-    at = torch.linspace(0, len(batches) - 1, min(_SAMPLE, len(batches))).long() if len(batches) else torch.tensor([])
-    return digest(str(len(batches)), *(_content(batches.dataset[index]) for index in at.tolist()))
+    at = torch.linspace(0, len(batches) - 1, min(_SAMPLE, len(batches))).long().tolist() if len(batches) else []
+    batches.seed = 0
+    items = (batches.__getitems__([index]) for index in at)
+    return digest(str(len(batches)), *(_content((item.inputs, item.targets)) for item in items))
 
 
 def _content(item: Any) -> bytes:
     if isinstance(item, Tensor):
-        return str(item.dtype).encode() + str(item.tolist()).encode()
+        return tensors_digest({"": item}).encode()
     if isinstance(item, Mapping):
         return b"".join(str(key).encode() + _content(value) for key, value in item.items())
     if isinstance(item, tuple | list):
         return b"".join(map(_content, item))
-    return pickle.dumps(item)
+    return repr(item).encode()

@@ -1,7 +1,7 @@
 """Rows of tokens as batches, and the text models that read them: Hugging Face folders or ids, or small ones of ours."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, require, unknown
 from weightsmith.lab.data.hub import switched_off
-from weightsmith.lab.data.tokens import Bytes
+from weightsmith.lab.data.tokens import Bytes, Words, pad_of
+from weightsmith.lab.identity import tensors_digest
 from weightsmith.lab.models.external import from_function, hugging_face_config
 from weightsmith.lab.models.text import Bag, TextTransformer
 from weightsmith.lab.task import Batch
@@ -59,39 +60,48 @@ def is_hugging_face(name: str) -> bool:
     )
 
 
-def tokenizer_of(config: TaskConfig) -> Any:
-    """The tokenizer of a Hugging Face model; bytes for every other model.
+def content_digest(splits: Mapping[str, Rows]) -> str:
+    """Changes with any token or target."""
+    return tensors_digest(
+        {f"{split} {part}": getattr(rows, part) for split, rows in splits.items() for part in ("inputs", "targets")}
+    )
+
+
+def tokenizer_of(config: TaskConfig, ours: Bytes | Words) -> Any:
+    """The tokenizer of a Hugging Face model; ``ours`` for every other model.
 
     Raises:
-        UsageError: The model has none.
+        UsageError: The model has none, or takes fewer tokens than ``config.length``.
     """
     name = config.model_name
     if not is_hugging_face(name):
-        return Bytes()
+        return ours
     transformers: Any = require("transformers", extra="hf", purpose=f"the model {name!r}")
-    hugging_face_config(name)
+    most = getattr(hugging_face_config(name), "max_position_embeddings", None)
+    if most is not None and config.length > most:
+        raise UsageError(f"length must be at most {most}, what model {name!r} takes, got {config.length}")
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"model {name!r} has no tokenizer: {str(error).strip().splitlines()[0]}") from error
 
 
-def build_text_model(config: TaskConfig, *, length: int, classes: int | None) -> nn.Module:
+def build_text_model(config: TaskConfig, tokenizer: Any, *, classes: int | None) -> nn.Module:
     """Build a classifier of ``classes``, or a causal language model, from torch's global generator.
 
     Raises:
         UsageError: The name is not known, or what it names is of another kind.
     """
-    name = config.model_name
-    shape = {"vocabulary": Bytes.vocabulary, "length": length, "pad": Bytes.pad_token_id}
+    name, length = config.model_name, config.length
     if is_hugging_face(name):
-        return load_weights(_hugging_face(config, classes), config.checkpoint)
+        return load_weights(_hugging_face(config, tokenizer, classes), config.checkpoint)
+    shape = {"vocabulary": tokenizer.vocabulary, "length": length, "pad": tokenizer.pad_token_id}
     if ":" in name:
         model = from_function(name, **shape, **({} if classes is None else {"classes": classes}))
     elif name == "transformer":
         model = TextTransformer(**shape, classes=classes)
     elif name == "bag" and classes is not None:
-        model = Bag(vocabulary=Bytes.vocabulary, pad=Bytes.pad_token_id, classes=classes)
+        model = Bag(vocabulary=tokenizer.vocabulary, pad=tokenizer.pad_token_id, classes=classes)
     else:
         known = ["transformer", "module:function", "a Hugging Face folder or id"]
         raise unknown("model", name, (["bag"] if classes is not None else []) + known)
@@ -102,7 +112,7 @@ def build_text_model(config: TaskConfig, *, length: int, classes: int | None) ->
     return load_weights(model, config.checkpoint)
 
 
-def _hugging_face(config: TaskConfig, classes: int | None) -> nn.Module:
+def _hugging_face(config: TaskConfig, tokenizer: Any, classes: int | None) -> nn.Module:
     import transformers
     from transformers.utils import logging as log
 
@@ -123,8 +133,8 @@ def _hugging_face(config: TaskConfig, classes: int | None) -> nn.Module:
     except (OSError, ValueError) as error:
         kind = "language model" if classes is None else "text classifier"
         raise UsageError(f"model {name!r} cannot be built as a {kind}: {str(error).strip().splitlines()[0]}") from error
-    if settings.pad_token_id is None and classes is not None:  # a classifier on the last token has to find it
-        model.config.pad_token_id = settings.eos_token_id or 0
+    if classes is not None:  # a classifier on the last token looks for the first that fills the row
+        model.config.pad_token_id = pad_of(tokenizer)
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise UsageError(f"model {name!r} does not take input_ids")
     return model
