@@ -71,9 +71,12 @@ def sweep(
         The best trial; ties go to the earlier one.
 
     Raises:
-        UsageError: ``values`` is empty, or holds a value twice or one that is not above 0.
+        UsageError: ``values`` is empty, or holds a value twice or one that is not above 0; a 0 may stand alone, for an
+            arm that has nothing to tune.
     """
-    if not values or not all(0 < value < math.inf for value in values) or len(set(values)) < len(values):
+    lone_zero = len(values) == 1 and not values[0] and not more  # an arm that has nothing to tune
+    positive = values and all(0 < value < math.inf for value in values)
+    if not (lone_zero or positive) or len(set(values)) < len(values):
         raise UsageError(f"values must be different numbers above 0, got {values}")
     sign = 1.0 if better == "higher" else -1.0
     scores: dict[float, float] = {}

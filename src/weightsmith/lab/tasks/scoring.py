@@ -74,7 +74,7 @@ def supervised(
     name = metric.rpartition(":")[2] if metric else "accuracy"
     score = of_the_user(metric, "metric") if metric else accuracy
     named = {"loss": own_loss, name: score}
-    checked = False
+    first_batch = iter((True,))  # no flag: what the losses enclose tells one training run from another
 
     def check(output: Any, targets: Tensor) -> None:
         """Refuse, on the first batch, what would fail or mislead at the end of training."""
@@ -93,12 +93,10 @@ def supervised(
             raise UsageError(f"metric {name!r} must give one number per example, ({len(targets)},), got {got}")
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
-        nonlocal checked
         assert batch.targets is not None
         output = forward(model, batch)
-        if not checked:
+        if next(first_batch, False):
             check(output, batch.targets)
-            checked = True
         return own_loss(output, batch.targets)
 
     def measure(model: nn.Module, split: Split) -> Outcome:
