@@ -47,10 +47,16 @@ def test_a_diverged_value_loses_and_smaller_ones_are_tried_when_all_have():
     assert seen[3:] == pytest.approx([0.1 / 3, 0.1 / 9])
 
 
-@pytest.mark.parametrize("values", [[], [0.1, 0.1], [0.0, 1.0], [math.inf]])
+@pytest.mark.parametrize("values", [[], [0.1, 0.1], [math.inf]])
 def test_values_that_cannot_be_tried_are_named(values):
-    with pytest.raises(UsageError, match="values must be different numbers above 0"):
+    with pytest.raises(UsageError, match="values must be different numbers"):
         tried_by(values, lambda value: value)
+
+
+def test_values_may_be_numbers_of_settings_where_none_are_added():
+    assert tried_by([0.0, 1.0], lambda value: value)[0].best.value == 1.0
+    with pytest.raises(UsageError, match="values must be above 0 for 1 more trials"):
+        tried_by([0.0, 1.0], lambda value: value, more=1)
 
 
 def tuned(tmp_path, config, **options):

@@ -61,7 +61,7 @@ def sweep(
     outermost values; otherwise it is the geometric mean of the best value and its better neighbor.
 
     Args:
-        values: What to try first, all above 0, for example learning rates.
+        values: What to try first, for example learning rates; all above 0 if there are ``more``.
         attempt: ``(value, number of the trial from 0) -> (validation score, result)``; a score that is not finite loses
             to every other.
         more: Trials after those.
@@ -71,13 +71,12 @@ def sweep(
         The best trial; ties go to the earlier one.
 
     Raises:
-        UsageError: ``values`` is empty, or holds a value twice or one that is not above 0; a 0 may stand alone, for an
-            arm that has nothing to tune.
+        UsageError: ``values`` is empty, holds a value twice, or one that is out of range.
     """
-    lone_zero = len(values) == 1 and not values[0] and not more  # an arm that has nothing to tune
-    positive = values and all(0 < value < math.inf for value in values)
-    if not (lone_zero or positive) or len(set(values)) < len(values):
-        raise UsageError(f"values must be different numbers above 0, got {values}")
+    if not values or len(set(values)) < len(values) or not all(map(math.isfinite, values)):
+        raise UsageError(f"values must be different numbers, got {values}")
+    if more and min(values) <= 0:
+        raise UsageError(f"values must be above 0 for {more} more trials at their ratios, got {values}")
     sign = 1.0 if better == "higher" else -1.0
     scores: dict[float, float] = {}
     best: Trial[Result] | None = None
