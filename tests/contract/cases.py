@@ -232,6 +232,7 @@ ELSEWHERE = {
     "weightsmith.average.find_checkpoints",
     "weightsmith.average.checkpoint_losses",
     "weightsmith.average.metric_weights",
+    "weightsmith.average.decay_weights",
     "weightsmith.average.average_state_dicts",
     "weightsmith.average.greedy_soup",
     "weightsmith.average.ema",
