@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.modes import evaluating
 from weightsmith.core.select import Where, select
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -95,13 +96,8 @@ def _of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
 
 
 def _evaluate(slot: _Slot) -> Tensor:
-    training = {module: module.training for module in slot.held.modules()}
-    try:
-        slot.held.eval()  # a parametrization with training-time state (spectral norm) must not advance it
+    with evaluating(slot.held):  # a parametrization with training-time state (spectral norm) must not advance it
         return getattr(slot.module, slot.attribute).detach().clone()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _tied(slots: list[_Slot]) -> list[list[int]]:

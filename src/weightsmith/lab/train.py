@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadc
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.modes import evaluating
 from weightsmith.lab.identity import function_words, optimizer_words, weights_digest
 from weightsmith.lab.progress import Progress, seed_everything
 from weightsmith.lab.reading import read
@@ -315,10 +316,8 @@ def evaluate(
     # fewer examples than processes: every process reads them all, so that all know the names of the scores
     processes, rank = (state.num_processes, state.process_index) if len(batches) >= state.num_processes else (1, 0)
     device = next((parameter.device for parameter in model.parameters()), state.device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     found: dict[str, Tensor] = {}
-    try:
+    with evaluating(model):
         order = torch.arange(len(batches)).split(batch_size)
         for batch in read(batches, [(0, order)], rank, processes, device):
             if not len(batch):
@@ -329,9 +328,6 @@ def evaluate(
                         f"{name} must be one number per example, ({len(batch)},), got {tuple(values.shape)}"
                     )
                 found.setdefault(name, torch.zeros(len(batches)))[batch.indices.cpu()] = values.float().cpu()
-    finally:
-        for module, training in modes:
-            module.training = training
     if processes > 1:
         found = {name: reduce(values.to(state.device), "sum").cpu() for name, values in found.items()}
     return Outcome({name: values.double().mean().item() for name, values in found.items()}, found)

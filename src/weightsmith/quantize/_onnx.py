@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, require
+from weightsmith.core.modes import evaluating
 from weightsmith.quantize.grid import QuantizedWeight, quantized_weights
 from weightsmith.quantize.pack import pack_rows
 
@@ -57,12 +58,8 @@ def export_onnx(
     onnx = require("onnx", extra="onnx", purpose=_PURPOSE)
     require("onnxscript", extra="onnx", purpose=_PURPOSE)
     inputs = example if isinstance(example, tuple) else (example,)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        proto = _trace(model.eval(), inputs, free_batch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        proto = _trace(model, inputs, free_batch)
     _insert(onnx, proto.graph, weights)
     onnx.checker.check_model(proto)
     return _write(onnx, proto, Path(path))

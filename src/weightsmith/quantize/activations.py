@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.modes import evaluating
 from weightsmith.core.rounding import round_ste
 from weightsmith.core.select import Where, select
 from weightsmith.quantize.calibration import Batch, Calibration, make_batches
@@ -228,12 +229,10 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dic
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
         for name, layer in layers.items()
     ]
-    training = [(module, module.training) for module in model.modules()]
     try:
-        batch.run(model.eval())
+        with evaluating(model):
+            batch.run(model)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training:
-            module.training = mode
     return seen

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.modes import evaluating
 from weightsmith.quantize.convert import Call
 from weightsmith.quantize.lsq import ActivationQuantizer
 from weightsmith.quantize.plan import is_layer
@@ -105,16 +106,14 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
         )
         for name in attentions
     ]
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     fresh = [held for held in model.modules() if isinstance(held, ActivationQuantizer) and not held.calibrated]
     try:
-        model.eval()
         for quantizer in fresh:
             quantizer.calibrating = True
         for parameter, _ in flags:
             parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad(), torch.random.fork_rng():
+        with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
             out = run_batch(model, example)
         for tensor in _outputs(out):
             heads = _heads(tensor, made)
@@ -127,8 +126,6 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
         for quantizer in fresh:
             quantizer.calibrating = False
             quantizer.reset()
-        for module, training in modes:
-            module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     return seen

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
+from weightsmith.core.modes import evaluating
 from weightsmith.core.select import Where, select
 from weightsmith.core.tied import register_shared_
 from weightsmith.quantize.activations import quantise_input_
@@ -242,18 +243,15 @@ def calibrate_(model: Model, batch: Any) -> Model:
         UsageError: NaN or infinite values reach a quantiser; the message names the layer.
     """
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     for quantizer in quantizers:
         quantizer.reset()
         quantizer.calibrating = True
     try:
-        run_batch(model, batch)
+        with evaluating(model):
+            run_batch(model, batch)
     finally:
         for quantizer in quantizers:
             quantizer.calibrating = False
-        for module, training in modes:
-            module.training = training
     unreached = [quantizer.name for quantizer in quantizers if not quantizer.calibrated]
     if unreached:
         warnings.warn(

@@ -6,20 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from weightsmith.core.modes import evaluating
+
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and without gradients; flags are restored."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    with evaluating(model):
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextmanager
