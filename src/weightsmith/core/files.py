@@ -39,12 +39,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         OSError: The folder cannot be written or the disk is full; ``path`` is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
+    with file_atomically(path) as fresh, fresh.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def file_atomically(path: Path) -> Iterator[Path]:
+    """Let somebody else write a file under a temporary name; it takes ``path``'s place when the block ends.
+
+    After an error ``path`` is as it was.
+
+    Args:
+        path: The file to make or replace; missing parent folders are made. A link is replaced, not what it points to.
+
+    Yields:
+        The temporary path to write to. It has the name of the final one.
+    """
     with temporary_folder(path) as folder:
         fresh = folder / path.name
-        with fresh.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield fresh
         fresh.replace(path)
 
 

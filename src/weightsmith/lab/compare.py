@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import write_atomically
 from weightsmith.core.load import load_module, load_object
 from weightsmith.lab.experiment import Arm, Better, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.fingerprint import code_digest, files_digest
@@ -281,7 +282,7 @@ def _run(command: str, job: Job, values: Mapping[str, str], folder: Path, compar
     if result.is_file():
         for line in result.read_text().split("\n"):
             found |= _row(line, job, values)
-    done.write_text(json.dumps(found))
+    write_atomically(done, json.dumps(found))
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import file_atomically
 from weightsmith.lab.identity import differing
 
 _log = logging.getLogger(__name__)
@@ -105,13 +106,11 @@ class Progress:
         if self._file is None or not self._writes:
             return
         start = time.monotonic()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        half = self._file.with_suffix(".tmp")
         names = ("step", "diverged", "rows", "_loss_sum", "_since")
         own = {name: getattr(self, name) for name in names}
         states = {name: part.state_dict() for name, part in self._parts.items()}
-        torch.save({"asked": self._asked, "own": own, "states": states, "random": _generators()}, half)
-        half.replace(self._file)
+        with file_atomically(self._file) as fresh:
+            torch.save({"asked": self._asked, "own": own, "states": states, "random": _generators()}, fresh)
         self._last = time.monotonic()
         self._took = self._last - start
 

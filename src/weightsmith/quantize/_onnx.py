@@ -6,8 +6,6 @@ one bit more: INT4 up to 3 bits, INT8 up to 7, INT16 at 8. The runtime computes 
 """
 
 import inspect
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, require
+from weightsmith.core.files import file_atomically
 from weightsmith.core.modes import evaluating
 from weightsmith.quantize.grid import QuantizedWeight, quantized_weights
 from weightsmith.quantize.pack import pack_rows
@@ -161,13 +160,6 @@ def _integers(onnx: Any, quantized: QuantizedWeight) -> tuple[int, Tensor, Tenso
 
 
 def _write(onnx: Any, proto: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        onnx.save_model(proto, name)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with file_atomically(path) as fresh:
+        onnx.save_model(proto, str(fresh), format="protobuf")  # whatever the name of the file ends in
     return path

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError, require
+from weightsmith.core.files import file_atomically
 from weightsmith.lab.data.class_folders import read_class_folders
 from weightsmith.lab.data.images import Images, InMemory, OnDisk, Reader, Split, to_square
 from weightsmith.lab.data.labels import check_counts, hold_out, parts_of
@@ -210,10 +210,8 @@ def _cached(key: str, make: Callable[[], Tensor]) -> Tensor:
     except (OSError, SafetensorError):
         pixels = make()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            save_file({"pixels": pixels}, Path(scratch, file.name))
-            Path(scratch, file.name).replace(file)
+        with file_atomically(file) as fresh:
+            save_file({"pixels": pixels}, fresh)
     except (OSError, SafetensorError) as error:
         _log.info("decoded images are not kept, %s cannot be written: %s", folder, error)
     return pixels

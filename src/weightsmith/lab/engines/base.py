@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.files import write_atomically
+from weightsmith.core.files import file_atomically, write_atomically
 from weightsmith.lab import machine, record
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.job import Job
@@ -195,9 +195,7 @@ def _start(work: Work) -> Any:
             file.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         data = work.experiment.start(work.config, work.seed, folder)
-        file.parent.mkdir(exist_ok=True)
-        half = file.with_suffix(".tmp")
-        torch.save(data, half)
-        half.replace(file)
+        with file_atomically(file) as fresh:
+            torch.save(data, fresh)
         shutil.rmtree(folder, ignore_errors=True)
     return torch.load(file, map_location="cpu", weights_only=True)
