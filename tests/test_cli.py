@@ -134,6 +134,15 @@ def test_compare_puts_techniques_on_a_function(call, tmp_path):
     assert "smallest difference in val_loss" in text
 
 
+def test_measuring_noise_takes_the_options_of_a_run(call, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    words = ["compare", "train.py:train", "--metric", "val_loss", "--noise", "--out", "elsewhere"]
+    code, text = call(*words, "--dry-run")
+    assert (code, "5 jobs (5 seeds)" in text) == (0, True)
+    assert not (tmp_path / "elsewhere").exists()
+    assert call(*words, "--arms", "other")[0] == 2
+
+
 def test_compare_takes_commands(call, tmp_path):
     arms = [f"--arm={name}: echo '{{\"loss\": {value}{{seed}}}}'" for name, value in (("base", "2."), ("new", "1."))]
     code, text = call("compare", "--metric", "loss", "--workers", "1", "--seeds", "5", *arms)

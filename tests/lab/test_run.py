@@ -298,6 +298,14 @@ def test_an_estimate_counts_jobs_before_anything_runs():
     assert found.jobs == {3: 6, 5: 10, 10: 20, 20: 40}
     assert (found.seconds, found.memory, found.workers) == (None, None, 2)
     assert estimate(toy.EXPERIMENT, toy.Config(), seeds=4, arms=["plain"]).jobs == {4: 4}
+    with pytest.raises(UsageError, match="arm"):
+        estimate(toy.EXPERIMENT, toy.Config(), arms=["plane"])
+
+
+def test_a_run_announces_the_cost_that_an_estimate_tells(tmp_path):
+    told = []
+    run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1, announce=told.append)
+    assert told == [estimate(toy.EXPERIMENT, toy.Config(), seeds=1, workers=1)]
 
 
 @pytest.mark.slow

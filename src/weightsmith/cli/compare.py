@@ -1,16 +1,20 @@
 """``weightsmith compare``: the user's own training, with techniques or against other commands."""
 
 import re
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
 
 from weightsmith.cli.console import console, print_line
-from weightsmith.cli.run import RunOptions, execute
+from weightsmith.cli.run import RunOptions, do_jobs, execute
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments.recipes import recipes
 from weightsmith.lab.compare import BASELINE, Comparison, compare_commands, compare_function, direction
+from weightsmith.lab.experiment import Experiment
+from weightsmith.lab.record import JobResult, read_jobs
+from weightsmith.lab.stats import noise as noise_of
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 _NOISE_SEEDS = "5"
@@ -73,29 +77,12 @@ def compare(
     return execute(experiment, comparison, options)
 
 
-def _noise(experiment: object, comparison: Comparison, options: RunOptions) -> int:
-    from dataclasses import replace
-
-    from weightsmith.lab.experiment import Experiment
-    from weightsmith.lab.record import JobResult, read_jobs
-    from weightsmith.lab.run import run, seeds_of
-    from weightsmith.lab.stats import noise
-    from weightsmith.lab.watching import watching
-
-    assert isinstance(experiment, Experiment)
-    options = replace(options, seeds=_NOISE_SEEDS) if options.seeds == "auto" else options
-    result = run(
-        experiment,
-        comparison,
-        seeds=seeds_of(options.seeds),
-        out=options.out,
-        engine=options.engine,
-        address=options.address,
-        workers=options.workers,
-        time_limit=options.time_limit,
-        fresh=options.fresh,
-        watch=lambda run, total: watching(console, run, total),
+def _noise(experiment: Experiment[Any], comparison: Comparison, options: RunOptions) -> int:
+    result = do_jobs(
+        experiment, comparison, replace(options, seeds=_NOISE_SEEDS) if options.seeds == "auto" else options
     )
+    if result is None:
+        return 0
     for failure in result.failures:
         raise UsageError(f"{failure.arm}, seed {failure.seed} failed: {failure.error}")
     jobs = [job for job in read_jobs(result.folder) if isinstance(job, JobResult)]
@@ -103,7 +90,7 @@ def _noise(experiment: object, comparison: Comparison, options: RunOptions) -> i
     table = Table(box=None, pad_edge=False)
     table.add_column("seeds", justify="right")
     table.add_column(f"smallest difference in {comparison.metric} that they show, four times out of five")
-    found = noise(values, seeds=(3, 5, 10, 20, 50))
+    found = noise_of(values, seeds=(3, 5, 10, 20, 50))
     for n, effect in found.effects.items():
         table.add_row(str(n), f"{effect:.3g}")
     print_line(

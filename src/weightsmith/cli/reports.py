@@ -33,9 +33,12 @@ def report(
 
     if not run_dirs:
         raise UsageError("give at least one run folder")
+    if receipt is not None and len(run_dirs) > 1:
+        raise UsageError("--receipt goes with one run folder")
     for folder in run_dirs:
-        written = reports.write(folder)
-        console.print(reports.to_terminal(reports.load(folder)))
+        loaded = reports.load(folder)
+        written = reports.write_report(loaded, folder)
+        console.print(reports.to_terminal(loaded))
         print_line(f"\nReport: {written.resolve()}")
         if figures is not None:
             files = reports.export_figures(folder, folder / "figures", figures)
@@ -43,9 +46,6 @@ def report(
     if receipt is not None:
         from weightsmith.lab.report.receipt import write_receipt
 
-        if len(run_dirs) > 1:
-            raise UsageError("--receipt goes with one run folder")
-        loaded = reports.load(run_dirs[0])
         write_receipt(loaded, command or f"weightsmith run {loaded.run['slug']}", receipt)
         print_line(f"Receipt: {receipt.resolve()}")
     if len(run_dirs) > 1:
@@ -74,13 +74,12 @@ def verify(
         data_dir: Folder that holds data sets by name (or set WEIGHTSMITH_DATA).
         workers: Jobs at a time.
     """
-    from weightsmith.cli.run import find_experiment
+    from weightsmith.cli.run import find_experiment, use_data_dir
     from weightsmith.lab import report as reports
     from weightsmith.lab.report.receipt import deviations, read_receipt
     from weightsmith.lab.run import run
 
-    if data_dir is not None:
-        os.environ["WEIGHTSMITH_DATA"] = str(data_dir.resolve())
+    use_data_dir(data_dir)
     content = read_receipt(receipt)
     experiment = find_experiment(content["slug"])
     config = config_from(experiment.preset(content["preset"]), content["config"], receipt)

@@ -15,9 +15,10 @@ import tyro
 from weightsmith.cli.console import complain, console, print_line
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.load import load_object
+from weightsmith.lab.engines.distributed import is_leader
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.report.words import duration
-from weightsmith.lab.run import estimate, seeds_of
+from weightsmith.lab.run import Estimate, Run, estimate, seeds_of
 from weightsmith.lab.run import run as run_experiment
 from weightsmith.techniques import TECHNIQUES, technique
 
@@ -120,20 +121,41 @@ def execute(experiment: Experiment[Any], config: Any, options: RunOptions, prese
     """Run an experiment, show its report, and tell what failed; gives the exit code."""
     from weightsmith.lab import report as reports
     from weightsmith.lab.track import check_tracker, track
-    from weightsmith.lab.watching import watching
 
-    if options.data_dir is not None:
-        os.environ["WEIGHTSMITH_DATA"] = str(options.data_dir.resolve())
     if options.tracker is not None:
         check_tracker(options.tracker)
-    seeds, started = seeds_of(options.seeds), time.perf_counter()
-    leader = int(os.environ.get("RANK", "0")) == 0
-    if options.dry_run or leader:
-        for line in _expected(experiment, config, options):
-            print_line(line, "dim")
-    if options.dry_run:
+    started = time.perf_counter()
+    result = do_jobs(experiment, config, options, preset)
+    if result is None:
         return 0
-    result = run_experiment(
+    if not is_leader():
+        return 1 if result.failures else 0
+    if options.tracker is not None:
+        track(result, options.tracker)
+    for line in result.news:
+        print_line(line, "yellow")
+    if result.finished or result.skipped:
+        report = reports.load(result.folder)
+        page = reports.write_report(report, result.folder)
+        console.print(reports.to_terminal(report))
+        done = f"{len(result.finished)} jobs run, {len(result.skipped)} reused, {time.perf_counter() - started:.0f} s"
+        print_line(f"\n{done}\nReport: {page.resolve()}")
+    for failure in result.failures:
+        trace = result.folder / failure.arm / f"seed-{failure.seed}.error.txt"
+        complain(f"{failure.arm}, seed {failure.seed} failed: {failure.error}\n  details: {trace}")
+    return 1 if result.failures else 0
+
+
+def do_jobs(experiment: Experiment[Any], config: Any, options: RunOptions, preset: str = "laptop") -> Run | None:
+    """Tell what the jobs of an experiment cost, and do them; ``None``: only the cost was asked for."""
+    from weightsmith.lab.watching import watching
+
+    use_data_dir(options.data_dir)
+    seeds = seeds_of(options.seeds)
+    if options.dry_run:
+        _announce(estimate(experiment, config, seeds=seeds, arms=options.arms, workers=options.workers))
+        return None
+    return run_experiment(
         experiment,
         config,
         preset=preset,
@@ -145,27 +167,18 @@ def execute(experiment: Experiment[Any], config: Any, options: RunOptions, prese
         workers=options.workers,
         time_limit=options.time_limit,
         fresh=options.fresh,
+        announce=_announce,
         watch=lambda run, total: watching(console, run, total),
     )
-    if not leader:
-        return 1 if result.failures else 0
-    if options.tracker is not None:
-        track(result, options.tracker)
-    for line in result.news:
-        print_line(line, "yellow")
-    if result.finished or result.skipped:
-        page = reports.write(result.folder)
-        console.print(reports.to_terminal(reports.load(result.folder)))
-        done = f"{len(result.finished)} jobs run, {len(result.skipped)} reused, {time.perf_counter() - started:.0f} s"
-        print_line(f"\n{done}\nReport: {page.resolve()}")
-    for failure in result.failures:
-        trace = result.folder / failure.arm / f"seed-{failure.seed}.error.txt"
-        complain(f"{failure.arm}, seed {failure.seed} failed: {failure.error}\n  details: {trace}")
-    return 1 if result.failures else 0
 
 
-def _expected(experiment: Experiment[Any], config: Any, options: RunOptions) -> list[str]:
-    found = estimate(experiment, config, seeds=seeds_of(options.seeds), arms=options.arms, workers=options.workers)
+def use_data_dir(folder: Path | None) -> None:
+    """Look for data sets in this folder first, here and in every worker; ``None``: as before."""
+    if folder is not None:
+        os.environ["WEIGHTSMITH_DATA"] = str(folder.resolve())
+
+
+def _announce(found: Estimate) -> None:
     least, most = min(found.jobs), max(found.jobs)
     span = f"{found.jobs[least]} jobs ({least} seeds)"
     if most != least:
@@ -176,7 +189,7 @@ def _expected(experiment: Experiment[Any], config: Any, options: RunOptions) -> 
         line += f"; about {' to '.join(times)} of training by one timed step, evaluations not counted"
     if found.memory is not None:
         line += f"; {found.memory / 2**20:,.0f} MiB each"
-    return [line]
+    print_line(line, "dim")
 
 
 def _preset(arguments: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import weightsmith
 from weightsmith.lab.experiment import Experiment
 
 _CONTENT_BYTES = 2**30  # beyond that, files are told apart by name, size and time of change
-_NO_RESULT_DEPENDS_ON = ("cards", "cli.py", "lab/report", "lab/watching.py", "lab/track.py", "tools")
+_NO_RESULT_DEPENDS_ON = ("cards", "cli", "lab/report", "lab/watching.py", "lab/track.py", "tools")
 
 
 def digest(*parts: str | bytes) -> str:
@@ -101,8 +101,3 @@ def identity(experiment: Experiment[Any], config: Any, data: str) -> Mapping[str
         "package": package_digest(),
         "data and model code": digest(data, experiment.code),
     }
-
-
-def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names of the parts that differ."""
-    return [name for name in now if before.get(name) != now[name]]

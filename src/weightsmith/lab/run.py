@@ -21,6 +21,7 @@ from weightsmith.lab.engines.base import finished
 from weightsmith.lab.engines.distributed import is_leader
 from weightsmith.lab.engines.local import worker_count
 from weightsmith.lab.experiment import Experiment
+from weightsmith.lab.identity import differing
 from weightsmith.lab.probe import Probe, probe
 from weightsmith.lab.record import JobResult
 from weightsmith.lab.stats import Plan, decided, judge
@@ -62,6 +63,7 @@ def run(
     workers: int | None = None,
     time_limit: float | None = None,
     fresh: bool = False,
+    announce: Callable[["Estimate"], None] | None = None,
     watch: Watch | None = None,
 ) -> Run:
     """Do every job of an experiment that is not done yet.
@@ -80,6 +82,7 @@ def run(
         workers: Jobs at a time; ``None``: one per CPU core, or one per GPU.
         time_limit: Seconds that a job may take; ``None``: any.
         fresh: Remove what earlier runs with the same key have left, and start over.
+        announce: Called with what the run will cost, before the first job.
         watch: ``watch(run, total)`` gives a context manager around the work, whose value is called after every job.
 
     Returns:
@@ -98,12 +101,10 @@ def run(
         engine, address=address, workers=workers, time_limit=time_limit, resources=experiment.resources
     )
     description = experiment.describe(config)
-    names = [arm["name"] for arm in description["arms"]]
-    for name in arms:
-        if name not in names:
-            raise unknown("arm", name, names)
-    wanted = [name for name in names if not arms or name in arms]
+    wanted, left_out = _wanted(experiment, config, arms)
     task, cost = check(experiment, config)
+    if announce is not None and is_leader():
+        announce(_estimate(experiment, config, wanted, batches, workers, cost))
     identity = fingerprint.identity(experiment, config, task.fingerprint if task is not None else "")
     result = Run(out / experiment.slug / fingerprint.digest(*identity.values()))
     if fresh and is_leader() and result.folder.exists():
@@ -114,7 +115,7 @@ def run(
         "config": asdict(config),
         "fingerprint": dict(identity),
         "plan": asdict(plan),
-        "left_out": [name for name in names if name not in wanted],
+        "left_out": left_out,
         "task": None if task is None or cost is None else _told(task, cost),
         "versions": machine.versions(),
         "hardware": machine.hardware(),
@@ -192,16 +193,36 @@ def estimate(
         UsageError: The configuration cannot run.
     """
     _, batches = _plan(seeds)
-    _, cost = check(experiment, config)
-    chosen = [arm.name for arm in experiment.arms(config) if not arms or arm.name in arms]
+    wanted, _ = _wanted(experiment, config, arms)
+    return _estimate(experiment, config, wanted, batches, workers, check(experiment, config)[1])
+
+
+def _estimate(
+    experiment: Experiment[Any],
+    config: Any,
+    arms: Sequence[str],
+    batches: Sequence[Sequence[int]],
+    workers: int | None,
+    cost: Probe | None,
+) -> Estimate:
     at_a_time = workers or worker_count(experiment.resources)
     counts = [len(batch) for batch in batches]
     seconds = None
     if cost is not None and experiment.steps is not None:
-        per_seed = cost.seconds * sum(experiment.steps(config, arm) for arm in chosen)
+        per_seed = cost.seconds * sum(experiment.steps(config, arm) for arm in arms)
         seconds = {count: per_seed * count / at_a_time for count in counts}
     memory = None if cost is None else cost.memory
-    return Estimate({count: count * len(chosen) for count in counts}, seconds, memory, at_a_time)
+    return Estimate({count: count * len(arms) for count in counts}, seconds, memory, at_a_time)
+
+
+def _wanted(experiment: Experiment[Any], config: Any, arms: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of the arms that run, and of those that are left out."""
+    names = [arm.name for arm in experiment.arms(config)]
+    for name in arms:
+        if name not in names:
+            raise unknown("arm", name, names)
+    wanted = [name for name in names if not arms or name in arms]
+    return wanted, [name for name in names if name not in wanted]
 
 
 def seeds_of(text: str) -> Literal["auto"] | int | list[int]:
@@ -273,6 +294,6 @@ def _why_new(folder: Path, identity: Mapping[str, str]) -> list[str]:
         except UsageError:
             continue
         if before.get("configuration") == identity["configuration"]:
-            parts = " and ".join(fingerprint.changed(before, identity))
+            parts = " and ".join(differing(before, identity))
             return [f"{parts} changed since {other.parent}: nothing of it is reused"]
     return []

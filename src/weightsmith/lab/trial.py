@@ -16,7 +16,7 @@ Without techniques every call passes on what it was given, so ``train(Trial())``
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -214,8 +214,3 @@ def _groups(model: nn.Module | Iterable[Any]) -> Groups:
     if given and isinstance(given[0], dict):
         return [{**group, "params": list(group["params"])} for group in given]
     return [{"params": given}]
-
-
-def with_options(plan: OptimizerPlan, **changes: Any) -> OptimizerPlan:
-    """The same plan with other options."""
-    return replace(plan, options={**plan.options, **changes})

@@ -1,6 +1,6 @@
 """The report of a run: from its folder to the terminal, to Markdown, and to one self-contained HTML page."""
 
-from weightsmith.lab.report.disk import load, write
+from weightsmith.lab.report.disk import load, write, write_report
 from weightsmith.lab.report.html import to_html
 from weightsmith.lab.report.markdown import to_markdown
 from weightsmith.lab.report.model import Report
@@ -17,5 +17,6 @@ __all__ = [
     "to_markdown",
     "to_terminal",
     "write",
+    "write_report",
     "write_several",
 ]

@@ -70,7 +70,7 @@ def _printable(content: Any) -> Any:
 
 
 def write(run_folder: Path) -> Path:
-    """Write ``report.md`` and ``report.html`` into a run folder, each as a whole.
+    """Load a run and write its report beside it, see :func:`write_report`.
 
     Args:
         run_folder: As for :func:`load`.
@@ -81,7 +81,19 @@ def write(run_folder: Path) -> Path:
     Raises:
         UsageError: As for :func:`load`; nothing is written then.
     """
-    report = load(run_folder)
+    return write_report(load(run_folder), run_folder)
+
+
+def write_report(report: Report, run_folder: Path) -> Path:
+    """Write ``report.md`` and ``report.html`` into a run folder, each as a whole.
+
+    Args:
+        report: From :func:`load`.
+        run_folder: Where they go.
+
+    Returns:
+        The path of ``report.html``.
+    """
     page = run_folder / "report.html"
     write_atomically(run_folder / "report.md", to_markdown(report))
     write_atomically(page, to_html(report))
