@@ -1,6 +1,7 @@
 """The report as one HTML page that needs nothing else: no file beside it, no network."""
 
 import functools
+from typing import Any
 
 import altair as alt
 import jinja2
@@ -25,13 +26,10 @@ def to_html(report: Report) -> str:
 
 
 def _render(report: Report) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("weightsmith.lab"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html").render(
+    return fill(
+        "report.html",
         report=report,
         run=report.run,
-        words=words,
         colors=charts.COLORS,
         dash=charts.dash,
         best={metric.name: report.best(metric) for metric in report.shown},
@@ -42,6 +40,14 @@ def _render(report: Report) -> str:
         static=charts.static_svg,
         script=_script(),
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """Lay values out by one of the templates; all of them can call what puts numbers into words."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("weightsmith.lab"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(words=words, **values)
 
 
 @functools.cache

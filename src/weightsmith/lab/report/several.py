@@ -4,10 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 from weightsmith.core.files import write_atomically
-from weightsmith.lab.report import words
+from weightsmith.lab.report.html import fill
 from weightsmith.lab.report.model import Report
 
 
@@ -17,10 +15,7 @@ def several_to_html(reports: Sequence[tuple[Report, str]]) -> str:
     Args:
         reports: Each with the address of its own page, relative to this one.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("weightsmith.lab"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("several.html").render(reports=reports, words=words)
+    return fill("several.html", reports=reports)
 
 
 def write_several(folders: Sequence[Path], page: Path) -> Path:
