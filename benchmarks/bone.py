@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from _timing import Timing, interleave
 from _timing import show as show_ratios
 from weightsmith.adapt import BoneConfig, accelerate_peft_, apply_bone_
+from weightsmith.lab.machine import saved_activations
 
 R = 64
 
@@ -53,17 +54,8 @@ def step(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
 
 
 def saved_mib(model: nn.Module, x: Tensor) -> float:
-    """What autograd keeps, each storage once, parameters left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """What autograd keeps, each storage once, the model's own left out."""
+    with saved_activations(model) as kept:
         y = model(x)
     del y
     return sum(kept.values()) / 2**20

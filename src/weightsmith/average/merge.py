@@ -127,11 +127,9 @@ def weigh_checkpoints(
         raise UsageError(f"{' and '.join([*ruling, *(['top'] if top is not None else [])])} exclude each other")
     found = find_checkpoints(checkpoints) if isinstance(checkpoints, Path | str) else as_checkpoints(checkpoints)
     refuse_incomplete(found)
-    if decay is not None:
-        shares = decay_weights([checkpoint.step for checkpoint in found], decay).tolist()
-        return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
-    if weights is not None:
-        shares = normalised(weights, len(found))
+    if decay is not None or weights is not None:
+        steps = [checkpoint.step for checkpoint in found]
+        shares = normalised(weights, len(found)) if decay is None else decay_weights(steps, decay).tolist()
         return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
     if values is not None and len(values) != len(found):
         raise UsageError(f"values must be {len(found)} numbers, one per checkpoint, got {len(values)}")

@@ -20,6 +20,7 @@ from weightsmith.adapt import BoneConfig, apply_bone_, trainable_parameters
 from weightsmith.core.errors import UsageError, require
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
+from weightsmith.lab.machine import saved_activations
 from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.sweep import tune
 from weightsmith.lab.task import Batch, Task
@@ -238,16 +239,7 @@ def _cost(task: Task, model: nn.Module) -> dict[str, float]:
     """How large the first gradient is, what autograd keeps for it beside the model itself, and how long it takes."""
     batch = task.example().to(next(model.parameters()).device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_activations(model) as kept:
         gradients = torch.autograd.grad(task.losses(model, batch).mean(), trained)
     norm = torch.stack([gradient.float().norm() for gradient in gradients]).norm().item()
     times = []

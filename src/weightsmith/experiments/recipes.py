@@ -11,6 +11,7 @@ from torch import nn
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.fold import fold_
 from weightsmith.lab.trial import Groups, OptimizerPlan, Recipe
+from weightsmith.optim import SGDP, AdamP
 from weightsmith.reparam import InWeightSpace, add_weight_decay_grad_, compand_
 from weightsmith.reparam.apply import sites
 
@@ -22,6 +23,7 @@ class _Projected(Recipe):
     """Another optimizer class with the same options."""
 
     takes: tuple[type[torch.optim.Optimizer], ...]
+    makes: type[torch.optim.Optimizer]
     allowed: set[str]
 
     def optimizer(self, plan: OptimizerPlan, model: nn.Module) -> OptimizerPlan:
@@ -41,37 +43,21 @@ class _Projected(Recipe):
         options = {name: value for name, value in plan.options.items() if name in self.allowed}
         if plan.make is torch.optim.AdamW and not any("weight_decay" in group for group in plan.groups):
             options.setdefault("weight_decay", 1e-2)  # AdamW's own default
-        return replace(plan, make=self.build(), options=options)
-
-    def build(self) -> type[torch.optim.Optimizer]:
-        """The optimizer."""
-        raise NotImplementedError
+        return replace(plan, make=self.makes, options=options)
 
 
 class AdamPRecipe(_Projected):
     """AdamP in the place of AdamW."""
 
     name, title, text = "adamp", "AdamP", "AdamP instead of AdamW"
-    takes, allowed = (torch.optim.AdamW, torch.optim.Adam), _ADAM_OPTIONS
-
-    def build(self) -> type[torch.optim.Optimizer]:
-        """AdamP."""
-        from weightsmith.optim import AdamP
-
-        return AdamP
+    takes, makes, allowed = (torch.optim.AdamW, torch.optim.Adam), AdamP, _ADAM_OPTIONS
 
 
 class SGDPRecipe(_Projected):
     """SGDP in the place of SGD."""
 
     name, title, text = "sgdp", "SGDP", "SGDP instead of SGD"
-    takes, allowed = (torch.optim.SGD,), _SGD_OPTIONS
-
-    def build(self) -> type[torch.optim.Optimizer]:
-        """SGDP."""
-        from weightsmith.optim import SGDP
-
-        return SGDP
+    takes, makes, allowed = (torch.optim.SGD,), SGDP, _SGD_OPTIONS
 
 
 class CompanderRecipe(Recipe):
@@ -100,7 +86,10 @@ class CompanderRecipe(Recipe):
         (value,) = decay or {0.0}
 
         def decay_weights(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-            optimizer.register_step_pre_hook(lambda *_: _nothing(add_weight_decay_grad_(model, value)))
+            def add_decay(*_: Any) -> None:
+                add_weight_decay_grad_(model, value)
+
+            optimizer.register_step_pre_hook(add_decay)
             return optimizer
 
         after = (*plan.after, decay_weights) if value else plan.after
@@ -225,8 +214,7 @@ def recipes(techniques: str) -> list[Recipe]:
     for name in names:
         if name not in RECIPES:
             raise unknown("technique", name, RECIPES)
-    order = list(RECIPES)
-    ranked = sorted(names, key=lambda name: _RANK.get(name, order.index(name)))
+    ranked = sorted(names, key=_RANK.__getitem__)
     for first, second in pairwise(ranked):
         if first == second:
             raise UsageError(f"technique {first!r} is named twice in {techniques!r}")
@@ -261,7 +249,3 @@ def _is_sgd(make: Callable[..., Any]) -> bool:
 
 def _named(make: Callable[..., Any]) -> str:
     return getattr(make, "__name__", repr(make))
-
-
-def _nothing(_: Any) -> None:
-    return None

@@ -5,10 +5,13 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 _LIBRARIES = ("weightsmith", "torch", "numpy", "accelerate", "transformers", "datasets")
 
@@ -44,7 +47,27 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._begin
-        self.peak_memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak()
+        self.peak_memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+
+
+@contextmanager
+def saved_activations(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Count what autograd keeps for the backward pass of what is computed in the block, beside the model itself.
+
+    Yields:
+        Bytes by address: each storage once.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
 
 
 def _reset_peak() -> None:
@@ -55,7 +78,8 @@ def _reset_peak() -> None:
         return
 
 
-def _peak() -> int:
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, bytes, files that it has mapped included."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

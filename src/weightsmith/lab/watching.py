@@ -9,16 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
+from weightsmith.core.bars import bars_on
 from weightsmith.lab.run import Run
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -38,15 +31,8 @@ def watching(console: Console, run: Run, total: int) -> Iterator[Callable[[], No
     Yields:
         A function to call after every job.
     """
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     ended = threading.Event()
-    with Progress(*columns, console=console) as bars:
+    with bars_on(console) as bars:
         whole = bars.add_task("jobs, at most", total=total)
 
         def step() -> None:

@@ -5,8 +5,6 @@ import functools
 import hashlib
 import json
 import math
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,13 +15,15 @@ from typing import Any, Literal, get_args
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
+from weightsmith.core.bars import bars_on
 from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, WeightsmithWarning, require, unknown
 from weightsmith.core.files import check_target, folder_atomically, write_atomically
 from weightsmith.lab.data.hub import switched_off
+from weightsmith.lab.machine import peak_memory
 from weightsmith.quantize import _gptq
 from weightsmith.quantize.blocks import find_blocks
 from weightsmith.quantize.export import Format, load_quantized, save_quantized
@@ -166,7 +166,7 @@ def quantize(
         options |= {"iterations": steps, "lr": lr, "seed": seed}
     verb: Any = {"flexround": flexround_, "adaround": adaround_, "rtn": round_to_nearest_}[method]
 
-    with _quiet(console), _bars(console) as bars:
+    with _quiet(console), bars_on(console) as bars:
         before = judge and judge(source.load(), bars, "perplexity before")
         trained = None if examples is None else examples.run(source.load())
         model = source.load()  # anew: what is above may have copied the former from its files to a device and back
@@ -201,7 +201,7 @@ def quantize(
                 "perplexity_before": before and dataclasses.asdict(before),
                 "perplexity_after": after and dataclasses.asdict(after),
                 "check": checked and dataclasses.asdict(checked),
-                "peak_memory_bytes": _peak(),
+                "peak_memory_bytes": peak_memory(),
                 "seconds": time.perf_counter() - started,
             }
             write_atomically(fresh / REPORT, json.dumps(content, indent=2) + "\n")
@@ -271,17 +271,6 @@ class _Judge:
             return perplexity(model, self.tokenizer, self.tokens, window=self.window, bos=self.bos, after_window=step)
 
 
-def _bars(console: Console) -> Progress:
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)
-
-
 @contextmanager
 def _quiet(console: Console) -> Iterator[None]:
     """No bars and reports of others, and our warnings as a line each instead of with a line of source."""
@@ -299,11 +288,6 @@ def _quiet(console: Console) -> Iterator[None]:
             yield
         finally:
             logging.set_verbosity(verbosity)
-
-
-def _peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tables(content: dict[str, Any], report: Report) -> Iterator[Table | str]:

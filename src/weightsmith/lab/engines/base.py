@@ -63,9 +63,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """A job that another process is doing now."""
-
-    work: Work
+    """The job is being done by another process now."""
 
 
 Engine = Callable[[Sequence[Work]], Iterator[Done | Failure]]
@@ -116,26 +114,28 @@ def do(work: Work, *, threads: int | None = None, wait: bool = True) -> Done | F
     """
     with locked(record.work_folder(work.folder, work.arm, work.seed).with_suffix(".lock"), wait=wait) as held:
         if not held:
-            return Busy(work)
+            return Busy()
         if finished(work):
             return Done(work.arm, work.seed)
-        outcome = compute(work, threads)
-        keep(work, outcome)
-        return outcome if isinstance(outcome, Failure) else Done(work.arm, work.seed)
+        return keep(work, compute(work, threads))
 
 
-def keep(work: Work, outcome: JobResult | Failure) -> None:
+def keep(work: Work, outcome: JobResult | Failure) -> Done | Failure:
     """Write a result, or the traceback of a failure.
+
+    Returns:
+        What the engine passes on.
 
     Raises:
         OSError: The disk is full or cannot be written.
     """
     if isinstance(outcome, Failure):
         write_atomically(work.trace, outcome.trace or outcome.error)
-        return
+        return outcome
     record.write_job(work.folder, outcome)
     work.trace.unlink(missing_ok=True)
     shutil.rmtree(record.work_folder(work.folder, work.arm, work.seed), ignore_errors=True)
+    return Done(work.arm, work.seed)
 
 
 def compute(work: Work, threads: int | None = None) -> JobResult | Failure:

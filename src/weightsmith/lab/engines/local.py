@@ -103,11 +103,11 @@ def _round(
         try:
             outcome = future.result()
         except TimeoutError:
-            outcome = Failure(work.arm, work.seed, f"it took longer than the time limit of {limit:g} seconds")
-            keep(work, outcome)
+            outcome = keep(
+                work, Failure(work.arm, work.seed, f"it took longer than the time limit of {limit:g} seconds")
+            )
         except ProcessExpired as error:
-            outcome = Failure(work.arm, work.seed, f"its process was killed (exit code {error.exitcode})")
-            keep(work, outcome)
+            outcome = keep(work, Failure(work.arm, work.seed, f"its process was killed (exit code {error.exitcode})"))
         if not isinstance(outcome, Busy):
             yield outcome
         elif busy is not None:
@@ -115,8 +115,7 @@ def _round(
 
 
 def _call(work: bytes, threads: int, wait: bool) -> Done | Failure | Busy:
-    outcome = do(cloudpickle.loads(work), threads=threads, wait=wait)
-    return Busy(None) if isinstance(outcome, Busy) else outcome  # type: ignore[arg-type]  # the parent has the job
+    return do(cloudpickle.loads(work), threads=threads, wait=wait)
 
 
 def _begin(alive: Connection, path: list[str], gpus: int, share: int, locks: str) -> None:

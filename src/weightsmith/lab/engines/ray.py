@@ -81,9 +81,7 @@ def _do_all(
             outcome = ray.get(done)
         except ray.exceptions.RayError as error:
             outcome = Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
-        if not isinstance(outcome, Done):
-            keep(work, outcome)
-        yield outcome if isinstance(outcome, Failure) else Done(work.arm, work.seed)
+        yield outcome if isinstance(outcome, Done) else keep(work, outcome)
 
 
 def _far(work: Work, threads: int, time_limit: float | None) -> Done | JobResult | Failure:
