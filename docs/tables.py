@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import measured
 
+from weightsmith import ROOMS
 from weightsmith.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +24,25 @@ def table(cards: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def between(text: str, name: str, content: str) -> str:
-    """A page with other content between the markers of this name."""
-    begin, end = f"<!-- {name}: written by `make tables` -->\n", f"<!-- /{name} -->"
+def between(text: str, name: str, content: str, mark: str = "<!-- {} -->") -> str:
+    """A page with other content between the markers of this name; ``mark`` is how the file writes a comment."""
+    begin, end = mark.format(f"{name}: written by `make tables`") + "\n", mark.format(f"/{name}")
     head, rest = text.split(begin)
     return f"{head}{begin}{content}{end}{rest.split(end, 1)[1]}"
+
+
+def navigation(text: str) -> str:
+    """``mkdocs.yml`` with the pages of techniques and rooms."""
+    pages = []
+    for card in TECHNIQUES:
+        if card.available:
+            pages.append(f"      - {card.title}: techniques/{card.slug}.md\n")
+            for more in sorted((ROOT / "docs/techniques").glob(f"{card.slug}-*.md")):
+                title = more.read_text().partition("\n")[0].removeprefix("# ")
+                pages.append(f"      - {title}: techniques/{more.name}\n")
+    rooms = [f"      - weightsmith.{room}: api/{room}.md\n" for room in ROOMS]
+    text = between(text, "techniques", "".join(pages), "      # {}")
+    return between(text, "rooms", "".join(rooms), "      # {}")
 
 
 def pages() -> dict[Path, str]:
@@ -39,7 +54,15 @@ def pages() -> dict[Path, str]:
         ),
         index: between(index.read_text(), "techniques", table("")),
         ROOT / "docs/gallery.md": measured.gallery(),
+        ROOT / "mkdocs.yml": navigation((ROOT / "mkdocs.yml").read_text()),
     }
+    for room in ROOMS:
+        name = f"weightsmith.{room}"
+        found[ROOT / f"docs/api/{room}.md"] = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+    for technique in TECHNIQUES:
+        if technique.available:
+            page = ROOT / f"docs/techniques/{technique.slug}.md"
+            found[page] = f'--8<-- "src/weightsmith/cards/{technique.slug}.md"\n'
     for slug, receipt in measured.receipts().items():
         page = ROOT / f"src/weightsmith/cards/{slug}.md"
         found[page] = between(page.read_text(), "measured", measured.card(receipt))

@@ -1,6 +1,6 @@
 """Everything that happens to a neural network's weights.
 
-The folders are named after what is done to a weight; the names below are the doors, opened on first use::
+One folder per thing that is done to a weight, imported on first use::
 
     import weightsmith as ws
 
@@ -22,24 +22,21 @@ if TYPE_CHECKING:
     from weightsmith.core.select import select
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "adapt", "average", "fold_", "optim", "quantize", "reparam", "select"]
 
-_DOORS = {
-    "adapt": "weightsmith.adapt",
-    "average": "weightsmith.average",
-    "fold_": "weightsmith.core.fold",
-    "optim": "weightsmith.optim",
-    "quantize": "weightsmith.quantize",
-    "reparam": "weightsmith.reparam",
-    "select": "weightsmith.core.select",
-}
+ROOMS = ("reparam", "optim", "quantize", "adapt", "average")
+"""The folders of techniques, in the order of a weight's life. Import rules, API pages and navigation follow it."""
+
+_FUNCTIONS = {"fold_": "weightsmith.core.fold", "select": "weightsmith.core.select"}
+
+__all__ = ["ROOMS", "__version__", "adapt", "average", "fold_", "optim", "quantize", "reparam", "select"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
-        raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
-    module = importlib.import_module(_DOORS[name])
-    return module if _DOORS[name] == f"weightsmith.{name}" else getattr(module, name)
+    if name in ROOMS:
+        return importlib.import_module(f"weightsmith.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -77,7 +77,7 @@ TECHNIQUES = (
     ),
     Technique(
         slug="rich-lazy",
-        title="Rich and lazy initialisation",
+        title="Rich and lazy initialization",
         stage="start",
         purpose="Choose the rank of first weights, measure laziness",
         claim="At equal norm, low-rank initial weights lead to richer learning and high-rank ones to lazier learning.",
@@ -194,7 +194,7 @@ TECHNIQUES = (
     ),
     Technique(
         slug="ofq",
-        title="Oscillation-free quantisation",
+        title="Oscillation-free quantization",
         stage="keep small",
         purpose="Train 2- to 4-bit transformers without oscillation",
         claim="Statistical scales, query-key reparameterisation and annealing stop oscillation and improve low-bit accuracy.",
