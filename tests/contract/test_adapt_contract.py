@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import ADAPTERS
+from cases.adapt import REWRITES as ADAPTERS
 from checks import is_untouched, pairs, same, trained, values
 from models import build
 

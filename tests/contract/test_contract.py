@@ -49,7 +49,7 @@ def test_every_public_name_exists_is_documented_and_in_the_suite(name):
     found = getattr(importlib.import_module(module), attribute)
     assert attribute in importlib.import_module(module).__all__
     assert inspect.getdoc(found)
-    assert name in CASES, "add a case to tests/contract/cases.py"
+    assert name in CASES, "add a case to tests/contract/cases"
 
 
 def test_the_suite_names_nothing_that_no_technique_has():

@@ -5,7 +5,8 @@ import functools
 
 import pytest
 import torch
-from cases import FOLLOWERS, PREPARATIONS, ROUNDINGS
+from cases.quantize import FOLLOWERS, ROUNDINGS
+from cases.quantize import REWRITES as PREPARATIONS
 from checks import (
     assert_resumes,
     each_model,

@@ -1,0 +1,50 @@
+"""Adapters."""
+
+from cases.rewrite import Rewrite
+from weightsmith.adapt import BoneConfig, apply_bone_, unload_bone_
+
+
+def _adapt(variant, refuses, *, single, everywhere=None):
+    config = {"r": 2, "variant": variant, "rank_pattern": dict.fromkeys(single, 1)}
+    return Rewrite(
+        lambda model, x, where=None: apply_bone_(model, BoneConfig(where=where or everywhere, **config)),
+        lambda model: unload_bone_(model, merge=True),
+        change_at_begin=0.0,
+        change_at_end=1e-5,
+        refuses=dict.fromkeys(refuses, "matches nothing"),
+    )
+
+
+_CONVOLUTIONS = ("conv-bn", "conv-transpose", "depthwise")  # no layer that is adapted unless it is named
+_NARROW = ("0", "patch_embed")  # some of these have one input
+_ODD = ("", "0", "2")  # some of these have three outputs
+
+REWRITES = {
+    "weightsmith.adapt.apply_bone_": [
+        _adapt("miss", _CONVOLUTIONS, single=_NARROW),
+        _adapt("miss", ["conv-transpose"], single=_NARROW, everywhere=["*", "!embedding", "!head"]),  # tied, these two
+        _adapt("row", _CONVOLUTIONS, single=_ODD),
+        _adapt("col", _CONVOLUTIONS, single=_ODD),
+    ],
+}
+
+ALONGSIDE = {
+    "weightsmith.adapt.BoneConfig",
+    "weightsmith.adapt.set_adapter_",
+    "weightsmith.adapt.bone_disabled",
+    "weightsmith.adapt.bone_state_dict",
+    "weightsmith.adapt.load_bone_state_dict_",
+    "weightsmith.adapt.trainable_parameters",
+    "weightsmith.adapt.merge_bone_",
+    "weightsmith.adapt.unmerge_bone_",
+    "weightsmith.adapt.unload_bone_",
+    "weightsmith.adapt.save_bone",
+    "weightsmith.adapt.load_bone",
+    "weightsmith.adapt.bone_linear",
+    "weightsmith.adapt.bone_delta",
+}
+
+ELSEWHERE = {
+    # needs PEFT and a model of PEFT's: tests/integrations/test_peft.py
+    "weightsmith.adapt.accelerate_peft_",
+}
