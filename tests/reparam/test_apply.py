@@ -102,7 +102,7 @@ def test_tied_weights_are_inverted_once_and_stay_tied() -> None:
 def test_a_weight_tied_to_a_parametrised_one_is_refused() -> None:
     model = Tied()
     parametrize.register_parametrization(model.embed, "weight", nn.Identity())
-    with pytest.raises(ValueError, match="tied to a tensor that is parametrised already"):
+    with pytest.raises(ValueError, match="tied to a tensor that is parametrized already"):
         compand_(model, where="head")
 
 
@@ -129,7 +129,7 @@ def test_clipping_warns_once_with_the_counts() -> None:
 def test_companding_twice_is_refused() -> None:
     model = compand_(small())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="0 is companded already: fold_ it first"):
+    with pytest.raises(ValueError, match=r"0\.weight is companded already: call fold_"):
         compand_(model)
     assert untouched(model, before)
     compand_(fold_(model))
@@ -138,7 +138,7 @@ def test_companding_twice_is_refused() -> None:
 def test_another_parametrization_is_refused_unless_allowed() -> None:
     model = small()
     parametrizations.spectral_norm(model[4])
-    with pytest.raises(ValueError, match="4 is parametrised by _SpectralNorm already"):
+    with pytest.raises(ValueError, match=r"4\.weight is computed by _SpectralNorm.*allow_existing=True"):
         compand_(model)
     compand_(model, allow_existing=True)
     model.eval()
@@ -152,7 +152,7 @@ def test_another_parametrization_is_refused_unless_allowed() -> None:
 def test_a_weight_made_by_a_hook_is_refused() -> None:
     with pytest.warns(FutureWarning):
         model = nn.Sequential(hooked_weight_norm(nn.Linear(3, 3)))
-    with pytest.raises(ValueError, match="weight of 0 comes from a hook"):
+    with pytest.raises(ValueError, match=r"0\.weight is computed from weight_g and weight_v"):
         compand_(model)
 
 
@@ -170,9 +170,9 @@ def test_frozen_weights_are_left_alone_unless_asked_for() -> None:
 
 
 def test_lazy_and_meta_weights_ask_to_be_materialised() -> None:
-    with pytest.raises(ValueError, match="weight is lazy"):
+    with pytest.raises(ValueError, match="weight has no values yet: run one batch"):
         compand_(nn.Sequential(nn.LazyLinear(3)))
-    with pytest.raises(ValueError, match="weight is on the meta device"):
+    with pytest.raises(ValueError, match="weight has no values yet, as it is on the meta device"):
         compand_(nn.Sequential(nn.Linear(2, 3, device="meta")))
 
 
@@ -301,6 +301,6 @@ def test_a_curve_on_top_of_a_quantizer_is_refused() -> None:
     model = small()
     parametrize.register_parametrization(model[4], "weight", Rounding())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UsageError, match="weight of 4 is quantized by Rounding: a curve would move it off its grid"):
+    with pytest.raises(UsageError, match=r"4\.weight is quantized by Rounding: a curve would move it off its grid"):
         compand_(model, allow_existing=True)
     assert untouched(model, before)

@@ -17,6 +17,7 @@ from weightsmith.adapt.layers import BoneLayer, Form, adopt, check_layer, is_pla
 from weightsmith.core.adapters import BONE_MERGED
 from weightsmith.core.errors import UsageError, WeightsmithWarning, brief, near, unknown
 from weightsmith.core.select import Predicate, select
+from weightsmith.core.weights import classifiers, output_head, output_layers, owners
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -298,16 +299,6 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         )
 
 
-def owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that own each parameter, by its identity; more than one for a tied weight."""
-    found: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append(name)
-    return found
-
-
 @torch.no_grad()
 def swap_saved(model: nn.Module, adapter_name: str | None) -> None:
     """Give modules trained in full the values of an adapter, or those that they came with; keep what they hold now."""
@@ -335,7 +326,7 @@ def remove_hooks(model: nn.Module) -> None:
 
 
 def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[str, nn.Module]:
-    heads, weights = _heads(model), owners(model)
+    heads, held_by = {id(module) for module in output_layers(model).values()}, owners(model)
     inside = {id(module) for name in saved for module in model.get_submodule(name).modules()}
 
     def can(_: str, module: nn.Module) -> bool:
@@ -354,7 +345,7 @@ def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[
             ) from error
         raise
     for parameter in {id(m.weight): m.weight for m in layers.values() if is_plain(m)}.values():
-        both = [name for name in weights[id(parameter)] if name in layers]
+        both = [slot.owner for slot in held_by[id(parameter)] if slot.owner in layers]
         if len(both) > 1:
             raise UsageError(
                 f"{' and '.join(both)} share one weight: adapt one of them, and leave the others out of where"
@@ -362,37 +353,11 @@ def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[
     return layers
 
 
-def _heads(model: nn.Module) -> set[int]:
-    """Output layers, which the papers leave alone: of language models, and what is behind a model's body."""
-    found = {id(module) for module in _classifiers(model).values()}
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        found.add(id(getattr(module, "get_output_embeddings", lambda: None)()))
-        if id(module._parameters.get("weight")) in tables:
-            found.add(id(module))
-    return found
-
-
-def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers behind the body, as the model's class names them (``transformers``, ``timm``)."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found: list[nn.Module] = []
-    for module in model.modules():
-        body = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
-        if isinstance(body, nn.Module) and body is not module:
-            inside = {id(part) for part in body.modules()}
-            found += [part for part in module.modules() if part is not module and id(part) not in inside]
-        classifier = cast(Any, module).get_classifier() if hasattr(type(module), "get_classifier") else None
-        if isinstance(classifier, nn.Module):
-            found += classifier.modules()
-    return {names[id(part)]: part for part in found if id(part) in names}
-
-
 def _warn_of_frozen_heads(model: nn.Module, layers: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
     """Say that a classifier does not train: if it is new, nothing can be learnt through it."""
-    if any(getattr(module, "get_output_embeddings", lambda: None)() is not None for module in model.modules()):
+    if output_head(model) is not None:
         return
-    heads = _classifiers(model)
+    heads = classifiers(model)
     outermost = [name for name in heads if not any(_is_in(name, other) for other in heads if other != name)]
     frozen = [
         head
@@ -431,10 +396,10 @@ def resolved_modules(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]
             )
         found += matches
     inside = {id(module) for name in found for module in model.get_submodule(name).modules()}
-    parts = dict(model.named_modules())
-    for sharers in owners(model).values():
-        if 0 < sum(id(parts[name]) in inside for name in sharers) < len(sharers):
-            raise UsageError(f"modules_to_save must hold all or none of {', '.join(sharers)}: they share one weight")
+    for slots in owners(model).values():
+        if 0 < sum(id(slot.module) in inside for slot in slots) < len(slots):
+            names = [slot.owner for slot in slots]
+            raise UsageError(f"modules_to_save must hold all or none of {', '.join(names)}: they share one weight")
     return tuple(found)
 
 

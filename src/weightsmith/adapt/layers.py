@@ -13,12 +13,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from weightsmith.adapt import fused
 from weightsmith.adapt.bone import BoneConfig, Variant, activations, add_tiled, autocast, bone_delta, bone_linear
 from weightsmith.core.adapters import BONE_MERGED
 from weightsmith.core.errors import UsageError
+from weightsmith.core.weights import is_plain as is_plain_weight
+from weightsmith.core.weights import why_computed, why_empty
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -199,9 +200,8 @@ def kind_of(module: nn.Module) -> type[BoneLayer] | None:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the weight is an ordinary float tensor that the layer is linear in; otherwise it is a black box."""
-    weight = module._parameters.get("weight")
     known = _kind(module) is not _Linear or plain_class(module).forward is nn.Linear.forward
-    return type(weight) is nn.Parameter and weight.is_floating_point() and known
+    return known and is_plain_weight(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -226,17 +226,17 @@ def check_layer(name: str, module: nn.Module, config: BoneConfig) -> None:
         UsageError: It cannot; the message says why.
     """
     kind, variant = _kind(module), config.variant
-    if parametrize.is_parametrized(module):
-        raise UsageError(f"{name} is parametrised: fold_ it first")
+    for attribute in cast(nn.ModuleDict, getattr(module, "parametrizations", {})):
+        raise UsageError(f"{name}.{attribute} {why_computed(module, attribute)}".lstrip("."))
+    weight = module._parameters.get("weight")
+    if weight is not None and (reason := why_empty(weight)):
+        raise UsageError(f"{name}.weight {reason}".lstrip("."))
     if kind in (_Convolution, _Embedding) and variant != "miss":
         raise UsageError(f"variant must be 'miss' for {name}, a {plain_class(module).__name__}, got {variant!r}")
     if (variant == "col" or (config.tile and config.tile[0] > 1)) and not is_plain(module):
         raise UsageError(
             f"variant must be row, miss or mini for {name}, whose weight is no plain float tensor, got {variant!r}"
         )
-    weight = module._parameters.get("weight")
-    if weight is not None and weight.is_meta:
-        raise UsageError(f"{name} is on the meta device: materialise the model and load its weights first")
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         raise UsageError(f"the forward method of {name} has been replaced: an adapter would never be called")
 

@@ -12,7 +12,6 @@ from weightsmith.adapt.apply import (
     Model,
     bone_layers,
     is_merged,
-    owners,
     refuse_sharded,
     registry_of,
     remove_hooks,
@@ -22,6 +21,7 @@ from weightsmith.adapt.bone import SHARED, as_tiles, bone_delta
 from weightsmith.adapt.fused import in_tiles
 from weightsmith.adapt.layers import BoneLayer, Form, is_plain, needs_weight, release
 from weightsmith.core.errors import UsageError, WeightsmithWarning
+from weightsmith.core.weights import owners
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def merge_bone_(
     for name, layer in layers:
         if not is_plain(layer):
             raise UsageError(f"the weight of {name} is no plain float tensor: an adapter cannot be merged into it")
-        others = [other for other in shared[id(layer.weight)] if other != name]
+        others = [slot.owner for slot in shared[id(layer.weight)] if slot.module is not layer]
         if others and not untie:
             raise UsageError(
                 f"the weight of {name} is tied to that of {', '.join(others)}, which merging would change as well: "

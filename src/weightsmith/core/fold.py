@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from weightsmith.core.errors import UsageError
 from weightsmith.core.modes import evaluating
 from weightsmith.core.select import Where, select
+from weightsmith.core.weights import Slot, owners
 
 Model = TypeVar("Model", bound=nn.Module)
-_Holders = dict[int, list[tuple[str, nn.Module]]]
+_Holders = dict[int, list[Slot]]
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def fold_(model: Model, *, where: Where = None) -> Model:
     ):
         return model
     slots = [
-        _Slot(f"{name}.{attribute}".lstrip("."), module, attribute, held)
+        _Site(f"{name}.{attribute}".lstrip("."), module, attribute, held)
         for name, module in select(model, where or _is_parametrized, default=_is_parametrized).items()
         for attribute, held in _of(module).items()
     ]
@@ -64,7 +65,7 @@ def fold_(model: Model, *, where: Where = None) -> Model:
                 f"folding {slot.name} gives values that are not finite; the model is unchanged. "
                 "Look at the parametrization's own parameters: training has probably diverged"
             )
-    tied, holders = _tied(slots), _holders(model)
+    tied, holders = _tied(slots), owners(model, buffers=True)
     for group in tied:
         _check_alone(holders, [slots[i] for i in group], [values[i] for i in group])
     for group in tied:
@@ -75,7 +76,7 @@ def fold_(model: Model, *, where: Where = None) -> Model:
     return model
 
 
-class _Slot(NamedTuple):
+class _Site(NamedTuple):
     name: str  # qualified: module and attribute
     module: nn.Module
     attribute: str
@@ -95,19 +96,19 @@ def _of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     return dict(cast(nn.ModuleDict, module.parametrizations).items())  # type: ignore[arg-type]
 
 
-def _evaluate(slot: _Slot) -> Tensor:
+def _evaluate(slot: _Site) -> Tensor:
     with evaluating(slot.held):  # a parametrization with training-time state (spectral norm) must not advance it
         return getattr(slot.module, slot.attribute).detach().clone()
 
 
-def _tied(slots: list[_Slot]) -> list[list[int]]:
+def _tied(slots: list[_Site]) -> list[list[int]]:
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, slot in enumerate(slots):
         groups.setdefault(tuple(map(id, slot.originals)), []).append(i)
     return list(groups.values())
 
 
-def _check_alone(holders: _Holders, slots: list[_Slot], values: list[Tensor]) -> None:
+def _check_alone(holders: _Holders, slots: list[_Site], values: list[Tensor]) -> None:
     """Refuse if the weight cannot take the place of its original without changing what else uses that."""
     first = slots[0]
     if any(hasattr(original, "placements") for original in first.originals):
@@ -142,7 +143,7 @@ def _untie(name: str) -> str:
     return f"owner = {_get(owner)}; owner.{attribute} = torch.nn.Parameter(owner.{attribute}.detach().clone())"
 
 
-def _list_name(slot: _Slot) -> str:
+def _list_name(slot: _Site) -> str:
     return f"{slot.name.removesuffix(slot.attribute)}parametrizations.{slot.attribute}"
 
 
@@ -150,22 +151,13 @@ def _get(name: str) -> str:
     return f"model.get_submodule({name!r})"
 
 
-def _holders(model: nn.Module) -> _Holders:
-    """Who uses each tensor, by its identity: qualified name and module."""
-    found: _Holders = {}
-    for name, module in model.named_modules():
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            found.setdefault(id(tensor), []).append((f"{name}.{attribute}".lstrip("."), module))
-    return found
-
-
-def _others(holders: _Holders, original: Tensor, slots: list[_Slot]) -> list[str]:
+def _others(holders: _Holders, original: Tensor, slots: list[_Site]) -> list[str]:
     """Names under which a tensor is used, apart from these slots."""
     known = [slot.held for slot in slots]
-    return [name for name, module in holders[id(original)] if not any(module is held for held in known)]
+    return [slot.name for slot in holders[id(original)] if not any(slot.module is held for held in known)]
 
 
-def _heir(slots: list[_Slot], value: Tensor, holders: _Holders) -> Tensor:
+def _heir(slots: list[_Site], value: Tensor, holders: _Holders) -> Tensor:
     """Return the tensor that goes on as the weight."""
     originals = slots[0].originals
     if slots[0].held.is_tensor:
@@ -179,7 +171,7 @@ def _heir(slots: list[_Slot], value: Tensor, holders: _Holders) -> Tensor:
     return value
 
 
-def _replace(slot: _Slot, heir: Tensor) -> None:
+def _replace(slot: _Site, heir: Tensor) -> None:
     module, attribute = slot.module, slot.attribute
     # deep copies share the class that holds the tensor's property, and torch deletes it there: take a class of our own
     shared = type(module)

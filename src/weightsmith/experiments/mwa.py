@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from weightsmith.average import average_state_dicts, ema, greedy_members, metric_weights, swa
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
 from weightsmith.core.errors import UsageError
+from weightsmith.core.weights import output_head
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.task import Batch, Task
@@ -328,7 +329,7 @@ def _merged(
 
 
 def _targets(model: nn.Module) -> list[nn.Linear]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = output_head(model)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     if not layers:
         raise UsageError("adapters need a model with linear layers: try --model mlp or vit_tiny")

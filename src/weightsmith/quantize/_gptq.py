@@ -31,9 +31,9 @@ from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_json
+from weightsmith.core.weights import output_head
 from weightsmith.quantize import _compressed
 from weightsmith.quantize.grid import QuantizedWeight
-from weightsmith.quantize.layers import output_head
 from weightsmith.quantize.pack import pack_rows, unpack_rows
 
 METHOD = "gptq"

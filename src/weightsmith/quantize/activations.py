@@ -16,9 +16,9 @@ from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.modes import evaluating
 from weightsmith.core.rounding import round_ste
 from weightsmith.core.select import Where, select
+from weightsmith.core.weights import is_linear, output_head
 from weightsmith.quantize.calibration import Batch, Calibration, make_batches
 from weightsmith.quantize.grid import Grid
-from weightsmith.quantize.layers import is_quantisable, output_head
 from weightsmith.quantize.ranges import SMALLEST_STEP, find_step
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -146,11 +146,11 @@ def quantize_activations_(
     layers = select(
         model,
         where,
-        default=lambda name, module: is_quantisable(name, module) and module is not head,
-        supported=is_quantisable,
+        default=lambda name, module: is_linear(name, module) and module is not head,
+        supported=is_linear,
     )
     _refuse_trained(model, layers)
-    keys_and_values = select(model, ["*k_proj", "*v_proj"], default=is_quantisable) if kv_bits is not None else {}
+    keys_and_values = select(model, ["*k_proj", "*v_proj"], default=is_linear) if kv_bits is not None else {}
     if mode == "dynamic":
         for layer in layers.values():
             quantise_input_(layer, DynamicActivation(bits))

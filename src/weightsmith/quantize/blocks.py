@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from weightsmith.core.errors import UsageError, near
+from weightsmith.core.weights import is_linear
 from weightsmith.quantize.calibration import Batch
-from weightsmith.quantize.layers import is_quantisable
 from weightsmith.quantize.targets import Target
 
 Blocks = str | Sequence[str]
@@ -78,7 +78,7 @@ def _any_inside(block: str, layers: Sequence[str]) -> bool:
 
 
 def _auto(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    layers = [name for name, module in modules.items() if is_quantisable(name, module)]
+    layers = [name for name, module in modules.items() if is_linear(name, module)]
     lists = [name for name, module in modules.items() if _is_list(module) and _any_inside(name, layers)]
     lists = [name for name in lists if not any(_holds(other, name) for other in lists if other != name)]
     longest = [name for name in lists if len(modules[name]) == max(len(modules[other]) for other in lists)]  # type: ignore[arg-type]

@@ -7,14 +7,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import unknown
+from weightsmith.core.weights import CONVOLUTIONS, output_axis
 from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight
 from weightsmith.quantize.statsq import StatsQ
 from weightsmith.quantize.weight_quantizer import WeightQuantizer, check_bits
 
 WeightMethod = Literal["statsq", "lsq"]
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _GRANULARITIES = ("token", "channel", "tensor")
 
 
@@ -41,7 +40,7 @@ class Plan(NamedTuple):
 
     def slot_quantizer(self, module: nn.Module, weight: Tensor, *, end: bool) -> WeightQuantizer:
         """The quantizer of a weight of a module; the ends of a network learn their scale."""
-        axis = 1 if isinstance(module, TRANSPOSED) else 0
+        axis = output_axis(module)
         return LSQWeight(weight, self.ends_bits, axis) if end else self.weight_quantizer(weight, axis)
 
 

@@ -20,14 +20,13 @@ from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.core.modes import evaluating
 from weightsmith.core.select import Where, select
 from weightsmith.core.tied import register_shared_
+from weightsmith.core.weights import CONVOLUTIONS, Slot, check_plain, output_axis, owners
 from weightsmith.quantize.activations import quantise_input_
 from weightsmith.quantize.attention import NotUnderstood, Parts, find_parts, obstacle
 from weightsmith.quantize.convert import faithful_parts, quantize_attention_
 from weightsmith.quantize.lsq import ActivationQuantizer
 from weightsmith.quantize.observe import Observed, observe, run_batch
 from weightsmith.quantize.plan import (
-    CONVOLUTIONS,
-    TRANSPOSED,
     Plan,
     WeightMethod,
     activation_quantizer,
@@ -48,18 +47,6 @@ class _Attentions(NamedTuple):
 
     found: dict[str, Parts]
     refused: dict[str, str]
-
-
-class _Slot(NamedTuple):
-    """A weight that is chosen: its layer's name, the module that holds it, and under which attribute."""
-
-    layer: str
-    module: nn.Module
-    attribute: str
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return cast(nn.Parameter, getattr(self.module, self.attribute))
 
 
 def prepare_ofq_(
@@ -124,7 +111,7 @@ def prepare_ofq_(
         supported=_is_chosen,
     )
     layers = {name: module for name, module in chosen.items() if not isinstance(module, nn.MultiheadAttention)}
-    slots = [_Slot(name, layer, "weight") for name, layer in layers.items()]
+    slots = [Slot(name, layer, "weight") for name, layer in layers.items()]
     for name, module in chosen.items():
         if isinstance(module, nn.MultiheadAttention):
             slots += _packed(name, module)
@@ -134,7 +121,7 @@ def prepare_ofq_(
     seen = observe(model, candidates, example)
     attentions = _attentions(model, candidates, seen, plan, qk_reparam, attention_names)
     ends = seen.ends if ends_bits is not None else set()
-    owners = _owners(model, slots)
+    held_by = _owners(model, slots)
     unsigned = {name for name in layers if _follows_activation(model, name)} - seen.signed
     inside = {f"{name}.{part}".lstrip(".") for name, parts in attentions.found.items() for part in parts.projections}
     quantizers: dict[int, WeightQuantizer] = {}
@@ -153,12 +140,12 @@ def prepare_ofq_(
     for name, parts in attentions.found.items():
         quantize_attention_(name, model.get_submodule(name), parts, plan, product=bool(qk_reparam))
     for key, quantizer in quantizers.items():
-        register_shared_([(slot.module, slot.attribute) for slot in owners[key]], quantizer)
+        register_shared_([(slot.module, slot.attribute) for slot in held_by[key]], quantizer)
     for name, input_quantizer in inputs.items():
         quantise_input_(layers[name], input_quantizer)
 
     done = dict.fromkeys(attentions.found, "query-key product" if qk_reparam else "inside")
-    record_(model, {**done, **attentions.refused}, ends & {slot.layer for slot in slots}, seen.by)
+    record_(model, {**done, **attentions.refused}, ends & {slot.owner for slot in slots}, seen.by)
     left = {} if where is not None else overlooked(model)
     left = {name: share for name, share in left.items() if name.removesuffix(".weight") not in adapters}
     if where is None and adapters:
@@ -211,7 +198,7 @@ def reparameterize_qk_(
     chosen = select(model, where, default=lambda name, module: find_parts(name, module, attention_names) is not None)
     candidates = {name: cast(Parts, find_parts(name, module, attention_names)) for name, module in chosen.items()}
     slots = [
-        _Slot(f"{name}.{part}".lstrip("."), chosen[name].get_submodule(part), "weight")
+        Slot(f"{name}.{part}".lstrip("."), chosen[name].get_submodule(part), "weight")
         for name, parts in candidates.items()
         for part in parts.projections
     ]
@@ -280,27 +267,15 @@ def _adapters(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _check(slots: list[_Slot]) -> None:
+def _check(slots: list[Slot]) -> None:
     narrow = []
-    for name, layer, attribute in slots:
-        shown = name or type(layer).__name__
-        if parametrize.is_parametrized(layer, attribute):
-            raise UsageError(f"the weight of {shown} is made by something else: fold_ it first")
-        if attribute not in layer._parameters:
-            raise UsageError(
-                f"the weight of {shown} comes from a hook, such as that of torch.nn.utils.prune: remove that first "
-                "(prune.remove makes a pruned weight plain; training will fill its zeros), or leave it out of where"
-            )
-        weight = cast(Tensor, getattr(layer, attribute))
-        if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
-            raise UsageError(f"the weight of {shown} has no values yet: load its weights, or run it once, first")
-        if not weight.isfinite().all():
-            raise UsageError(f"the weight of {shown} holds NaN or infinite values")
-        if weight.numel() == weight.shape[1 if isinstance(layer, TRANSPOSED) else 0]:
-            narrow.append(shown)
+    for slot in slots:
+        weight = check_plain(slot.name, slot.module, slot.attribute, finite=True)
+        if weight.numel() == weight.shape[output_axis(slot.module)]:
+            narrow.append(slot.name)
     if narrow:
         warnings.warn(
-            f"{', '.join(narrow)} has one weight per output: it always lies on a rounding threshold, and its size is "
+            f"{', '.join(narrow)} has one value per output: it always lies on a rounding threshold, and its size is "
             "lost. Leave it out of where",
             WeightsmithWarning,
             stacklevel=3,
@@ -383,37 +358,33 @@ def _some(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(held[:most]) + (f" and {len(held) - most} more" if len(held) > most else "")
 
 
-def _packed(name: str, module: nn.MultiheadAttention) -> Iterator[_Slot]:
+def _packed(name: str, module: nn.MultiheadAttention) -> Iterator[Slot]:
     """The weights of torch's attention, which is no composition of layers."""
     for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
         if module._parameters.get(attribute) is not None:
-            yield _Slot(f"{name}.{attribute}".lstrip("."), module, attribute)
+            yield Slot(name, module, attribute)
     if "weight" in module.out_proj._parameters:
-        yield _Slot(f"{name}.out_proj".lstrip("."), module.out_proj, "weight")
+        yield Slot(f"{name}.out_proj".lstrip("."), module.out_proj, "weight")
 
 
-def _owners(model: nn.Module, slots: list[_Slot]) -> dict[int, list[_Slot]]:
+def _owners(model: nn.Module, slots: list[Slot]) -> dict[int, list[Slot]]:
     """Every place of the chosen weights, by the weight's id."""
-    chosen = {id(slot.weight): slot.layer for slot in reversed(slots)}
+    chosen = {id(slot.module._parameters[slot.attribute]): slot.name for slot in reversed(slots)}
     packed = {(id(slot.module), slot.attribute) for slot in slots}
-    owners: dict[int, list[_Slot]] = {}
-    for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if id(parameter) in chosen:
-                usual = attribute == "weight" or (id(module), attribute) in packed
-                if not usual or isinstance(module, parametrize.ParametrizationList):
-                    raise UsageError(
-                        f"{chosen[id(parameter)]} is tied to {name}.{attribute}, which cannot be quantized"
-                    )
-                owners.setdefault(id(parameter), []).append(_Slot(name, module, attribute))
-    tied = {chosen[key]: shared for key, shared in owners.items() if len(shared) > 1}
+    held_by = {key: held for key, held in owners(model).items() if key in chosen}
+    for key, held in held_by.items():
+        for slot in held:
+            usual = slot.attribute == "weight" or (id(slot.module), slot.attribute) in packed
+            if not usual or isinstance(slot.module, parametrize.ParametrizationList):
+                raise UsageError(f"{chosen[key]} is tied to {slot.name}, which cannot be quantized")
+    tied = {chosen[key]: shared for key, shared in held_by.items() if len(shared) > 1}
     for name, shared in tied.items():
         warnings.warn(
-            f"{name} is tied: its weight is quantized once, for all {len(shared)} owners",
+            f"{name} is tied: it is quantized once, for all {len(shared)} owners",
             WeightsmithWarning,
             stacklevel=3,
         )
-    return owners
+    return held_by
 
 
 def _input_quantizer(

@@ -13,21 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.select import Where, select
+from weightsmith.core.weights import Slot, check_plain, layouts, output_head, owners
 from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
-from weightsmith.quantize.layers import is_quantisable, output_axis, output_head
 from weightsmith.quantize.report import LeftOut
 from weightsmith.quantize.rtn import RoundToNearest
 
 Make = Callable[[Tensor, Grid, int, torch.Generator], RoundToNearest]
 
 _LARGE = 0.001  # of all parameters
-_PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-_INPUTS_FIRST = ("Llama4TextExperts",)  # (experts, in, out), which they do not say of themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +111,14 @@ def choose_targets(model: nn.Module, where: Where) -> dict[str, Target]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}: the order is model, calibration, grid")
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    head, modules = output_head(model), dict(model.named_modules())
+    held_by, head, modules = owners(model), output_head(model), dict(model.named_modules())
 
     def usual(name: str, module: nn.Module) -> bool:
-        held = [module._parameters.get(tensor) for tensor, *_ in _weights(module)]
-        tied = any(len(owners.get(id(parameter), ())) > 1 for parameter in held)
+        held = [module._parameters.get(tensor) for tensor, *_ in layouts(module)]
+        tied = any(len(held_by.get(id(parameter), ())) > 1 for parameter in held)
         return module is not head and not tied and _adapted(name, modules) is None
 
-    chosen = select(model, where, default=usual, supported=lambda _, module: any(True for _ in _weights(module)))
+    chosen = select(model, where, default=usual, supported=lambda _, module: any(True for _ in layouts(module)))
     targets = {}
     for name, module in chosen.items():
         if (layer := _adapted(name, modules)) is not None:
@@ -135,8 +126,8 @@ def choose_targets(model: nn.Module, where: Where) -> dict[str, Target]:
                 f"{name} belongs to a PEFT adapter of {layer}: leave it out of where=, or merge_and_unload() first and "
                 "quantize the model that this returns"
             )
-        for tensor, axis, stacked in _weights(module):
-            _check(f"{name}.{tensor}".lstrip("."), module, tensor, name, owners)
+        for tensor, axis, stacked in layouts(module):
+            _check(Slot(name, module, tensor), held_by)
             key = name if tensor == "weight" else f"{name}.{tensor}".lstrip(".")
             targets[key] = Target(key, module, tensor, _caller(name, modules), axis, stacked)
     return targets
@@ -162,7 +153,7 @@ def left_out(model: nn.Module, quantized: Collection[str]) -> tuple[LeftOut, ...
             why = "embedding" if module is not head else "output embedding"
         elif _adapted(owner, modules) is not None or hasattr(modules[owner.rpartition(".")[0]], "bone_active"):
             why = "adapter"
-        elif tensor in [held for held, *_ in _weights(module)]:
+        elif tensor in [held for held, *_ in layouts(module)]:
             why = "not chosen, or outside of the blocks"
         else:
             why = f"a parameter of {type(module).__name__}, whose weights are not known"
@@ -197,23 +188,6 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _weights(module: nn.Module) -> Iterator[tuple[str, int, bool]]:
-    """Attribute, output axis and whether it is a stack, of each weight that can be rounded.
-
-    transformers marks the layout of its experts by an attribute; others are known by the name of their class.
-    """
-    if is_quantisable("", module):
-        yield "weight", output_axis(module), False
-    elif isinstance(module, nn.MultiheadAttention):
-        yield from ((tensor, 0, False) for tensor in _PACKED if module._parameters.get(tensor) is not None)
-    elif hasattr(module, "is_transposed") or "expert" in type(module).__name__.lower():
-        # A wrong guess costs precision, not correctness: only which weights share a step depends on it.
-        swapped = getattr(module, "is_transposed", type(module).__name__ in _INPUTS_FIRST)
-        for tensor, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
-                yield tensor, 2 if swapped else 1, True
-
-
 def _caller(name: str, modules: Mapping[str, nn.Module]) -> str:
     """``nn.MultiheadAttention`` reads the weight of its output projection without calling it."""
     parent = name.rpartition(".")[0]
@@ -244,32 +218,11 @@ def _adapted(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     return next((parent for parent in inside if parts[len(parent.split(".")) if parent else 0] != "base_layer"), None)
 
 
-def _how_to_make_plain(module: nn.Module, tensor: str) -> str:
-    """Advice for weights that a hook of torch's older ways computes, which `fold_` leaves alone."""
-    if f"{tensor}_mask" in module._buffers:
-        return f"is pruned by a mask: make that permanent first, torch.nn.utils.prune.remove(layer, {tensor!r})"
-    if f"{tensor}_g" in module._parameters:
-        return f"is computed from {tensor}_g and {tensor}_v: torch.nn.utils.remove_weight_norm(layer) first"
-    if f"{tensor}_orig" in module._parameters:
-        return f"is computed from {tensor}_orig: torch.nn.utils.remove_spectral_norm(layer) first"
-    return "is no parameter of its module: make it one first, or leave it out of where="
-
-
-def _check(name: str, module: nn.Module, tensor: str, owner: str, owners: dict[int, list[str]]) -> None:
-    if parametrize.is_parametrized(module, tensor):
-        raise UsageError(f"{name} is computed from something else: weightsmith.fold_ it first")
-    if tensor not in module._parameters:
-        raise UsageError(f"{name} {_how_to_make_plain(module, tensor)}")
-    weight = module._parameters[tensor]
-    if isinstance(weight, UninitializedParameter) or weight is None or weight.is_meta:
-        raise UsageError(f"{name} has no values yet: run the model once, or load its weights, first")
-    if not weight.is_floating_point():
-        raise UsageError(f"{name} has dtype {weight.dtype}: only floating-point weights can be quantized")
-    others = [other for other in owners[id(weight)] if other != owner]
+def _check(slot: Slot, held_by: Mapping[int, list[Slot]]) -> None:
+    weight = check_plain(slot.name, slot.module, slot.attribute, finite=True)
+    others = [other.owner for other in held_by[id(weight)] if other.module is not slot.module]
     if others:
         raise UsageError(
-            f"{name} is tied to that of {', '.join(others)}, which would change with it: leave it out of where=, or "
-            "untie the two first"
+            f"{slot.name} is tied to that of {', '.join(others)}, which would change with it: leave it out of where=, "
+            "or untie the two first"
         )
-    if not torch.isfinite(weight).all():
-        raise UsageError(f"{name} holds NaN or infinity: nothing has been changed")

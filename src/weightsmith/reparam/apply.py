@@ -6,19 +6,16 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.select import Where, select
 from weightsmith.core.tied import declare_shared_
+from weightsmith.core.weights import Slot, check_plain, is_linear, owners, why_computed
 from weightsmith.reparam.compander import CLIP, WeightCompander
 from weightsmith.reparam.curves import Curve
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Site(NamedTuple):
@@ -27,12 +24,6 @@ class Site(NamedTuple):
     name: str
     v: Tensor
     compander: WeightCompander
-    module: nn.Module
-    attribute: str
-
-
-class _Slot(NamedTuple):
-    name: str  # qualified: module and attribute
     module: nn.Module
     attribute: str
 
@@ -88,7 +79,7 @@ def compand_(
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
         return compander.to(tensors[0].device, dtype)
 
-    chosen = select(model, where, default=_is_layer, supported=_has_weight)
+    chosen = select(model, where, default=is_linear, supported=_has_weight)
     on_top = {name: module for name, module in chosen.items() if _is_written_already(name, module, allow_existing)}
     weights = {
         id(weight): weight
@@ -98,9 +89,9 @@ def compand_(
     }
     if not weights and not on_top:
         raise UsageError("every matching weight is frozen: pass include_frozen=True to compand it all the same")
-    slots = _slots(model)
-    for key, weight in weights.items():
-        _check_tensor(weight, slots[key])
+    slots = owners(model)
+    for key in weights:
+        _check(slots[key])
     shared = new(*weights.values(), *(_sample(module) for module in on_top.values()))
     starts = shared.admit({slots[key][0].name: weight for key, weight in weights.items()})
     for name, start in starts.items():
@@ -166,10 +157,6 @@ def assert_valid(model: nn.Module) -> None:
             module.assert_valid(name)
 
 
-def _is_layer(_name: str, module: nn.Module) -> bool:
-    return isinstance(module, _LAYERS)
-
-
 def _has_weight(_name: str, module: nn.Module) -> bool:
     # not hasattr: it would run a parametrization that may be there, and spectral norm's has side effects
     return (
@@ -180,26 +167,22 @@ def _has_weight(_name: str, module: nn.Module) -> bool:
 
 
 def _is_written_already(name: str, module: nn.Module, allow_existing: bool) -> bool:
-    if parametrize.is_parametrized(module, "weight"):
+    weight = f"{name}.weight".lstrip(".")
+    reason, on_top = why_computed(module), parametrize.is_parametrized(module, "weight")
+    if on_top:
         kinds = [type(parametrization) for parametrization in module.parametrizations.weight]  # type: ignore[union-attr]
         if any(issubclass(kind, WeightCompander) for kind in kinds):
-            raise UsageError(f"{name or type(module).__name__} is companded already: fold_ it first")
+            raise UsageError(f"{weight} is companded already: call fold_ on the model first")
         if any(getattr(kind, "final", False) for kind in kinds):
             raise UsageError(
-                f"the weight of {name or type(module).__name__} is quantized by {kinds[-1].__name__}: a curve would "
-                "move it off its grid. Leave the module out of where, or compand_ and fold_ before prepare_ofq_"
+                f"{weight} is quantized by {kinds[-1].__name__}: a curve would move it off its grid. Leave the module "
+                "out of where=, or compand_ and fold_ before prepare_ofq_"
             )
-        if not allow_existing:
-            raise UsageError(
-                f"the weight of {name or type(module).__name__} is parametrised by {kinds[-1].__name__} already: "
-                "remove that, leave the module out of where, or pass allow_existing=True to compand on top"
-            )
-        return True
-    if "weight" not in module._parameters:
-        raise UsageError(
-            f"the weight of {name or type(module).__name__} comes from a hook (weight norm, spectral norm, pruning): "
-            "remove that first, or leave the module out of where"
-        )
+        if allow_existing:
+            return True
+    if reason:
+        also = ", leave the module out of where=, or pass allow_existing=True to compand on top" if on_top else ""
+        raise UsageError(f"{weight} {reason}{also}")
     return False
 
 
@@ -208,26 +191,11 @@ def _sample(module: nn.Module) -> Tensor:
     return next(module.parameters())
 
 
-def _slots(model: nn.Module) -> dict[int, list[_Slot]]:
-    slots: dict[int, list[_Slot]] = {}
-    for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            slots.setdefault(id(parameter), []).append(_Slot(f"{name}.{attribute}".lstrip("."), module, attribute))
-    return slots
-
-
-def _check_tensor(weight: Tensor, slots: list[_Slot]) -> None:
+def _check(slots: list[Slot]) -> None:
     name = slots[0].name
-    if isinstance(weight, UninitializedParameter):
-        raise UsageError(f"{name} is lazy: run one batch through the model first")
-    if weight.is_meta:
-        raise UsageError(f"{name} is on the meta device: materialise the model and load its weights first")
-    if weight.layout is not torch.strided or weight.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, got {weight.dtype}, {weight.layout}"
-        )
+    check_plain(name, slots[0].module, slots[0].attribute)
     if any(isinstance(slot.module, parametrize.ParametrizationList) for slot in slots):
-        raise UsageError(f"{name} is tied to a tensor that is parametrised already: fold_ that first")
+        raise UsageError(f"{name} is tied to a tensor that is parametrized already: call fold_ on the model first")
     if any(getattr(slot.module, "sparse", False) is True for slot in slots):
         raise TypeError(
             f"{name} has sparse gradients, which a curve cannot pass on: build its Embedding with sparse=False"
