@@ -1,124 +1,67 @@
-"""What the contract suites have in common."""
+"""What the contract suites have in common: which checks and models they are parametrized by.
 
-from collections.abc import Mapping
+A check that every model goes through runs here on a third of the models, another third for the next check and the next
+case: every case is on every model, and every check sees every model, in a third of the combinations. The others are
+marked slow.
+"""
 
 import pytest
-import torch
-from models import MODELS, build
-from torch import Tensor
 
-each_model = pytest.mark.parametrize("name", list(MODELS))
+from weightsmith.testing import MODELS, runs
+
+
+def case_id(name, index):
+    return f"{name.rpartition('.')[2]}-{index}"
+
+
+def thinned(values, turn):
+    """One in three pairs of a model and what belongs to it unmarked, the others marked slow."""
+    return [((index + turn) % 3 != 0, value) for index, value in enumerate(values)]
 
 
 def numbered(cases):
     """Parameters from a table of cases, with ids from their names."""
-    return [
-        pytest.param(case, id=f"{name.rpartition('.')[2]}-{i}")
-        for name, made in cases.items()
-        for i, case in enumerate(made)
-    ]
+    return [pytest.param(case, id=case_id(name, i)) for name, made in cases.items() for i, case in enumerate(made)]
 
 
-def pairs(rewrites, names=MODELS, *, refused=False, one=False, when=lambda rewrite: True):
-    """Parametrize by every rewrite with the models that it takes, or refuses, or with just the first that it takes."""
+def each_run(cases):
+    """Parametrize by every check of every case, on every model that belongs to both."""
     chosen = []
-    for case in numbered(rewrites):
+    techniques = [(case_id(name, i), case) for name, made in cases.items() for i, case in enumerate(made)]
+    for position, (title, case) in enumerate(techniques):
+        by_check = {}
+        for run in runs(case):
+            by_check.setdefault(run.check.run.__name__, []).append(run)
+        for turn, (check, found) in enumerate(by_check.items()):
+            if found[0].check.compiles:
+                marked = [(index > 0, run) for index, run in enumerate(found)]
+            elif found[0].check.models is None and not found[0].check.refused:
+                marked = thinned(found, position + turn)
+            else:
+                marked = [(False, run) for run in found]
+            for slow, run in marked:
+                marks = [pytest.mark.slow] if slow else []
+                chosen.append(pytest.param(run, id=f"{title}-{check}-{run.model}", marks=marks))
+    return pytest.mark.parametrize("run", chosen)
+
+
+def pairs(rewrites, turn=0):
+    """Parametrize by every rewrite with the models that it takes."""
+    chosen = []
+    for position, case in enumerate(numbered(rewrites)):
         (rewrite,) = case.values
-        taken = [name for name in names if when(rewrite) and (name in rewrite.refuses) == refused]
-        chosen += [pytest.param(rewrite, name, id=f"{case.id}-{name}") for name in (taken[:1] if one else taken)]
+        taken = [name for name in MODELS if name not in rewrite.refuses]
+        for slow, name in thinned(taken, position + turn):
+            marks = [pytest.mark.slow] if slow else []
+            chosen.append(pytest.param(rewrite, name, id=f"{case.id}-{name}", marks=marks))
     return pytest.mark.parametrize(("rewrite", "name"), chosen)
 
 
-def loss_of(model, x):
-    out = model(x)
-    return (out.float() ** 2).mean() + out.float().mean()
-
-
-def train(model, opt, x, steps):
-    for _ in range(steps):
-        opt.zero_grad()
-        loss_of(model, x).backward()
-        opt.step()
-
-
-def sgd(model, lr=0.01):
-    return torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr)
-
-
-def mixed(model):
-    """A model of which some modules are in training and some parameters frozen."""
-    for index, module in enumerate(model.modules()):
-        module.training = index % 2 == 0
-    for index, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(parameter.requires_grad and index % 3 != 1)
-    return model
-
-
-def trained(rewrite, name, steps=2):
-    """A model that has been rewritten and has trained since, with its inputs."""
-    model, x = build(name)
-    rewrite.begin(model, x)
-    train(model, sgd(model), x, steps)
-    return model, x
-
-
-def same(left, right):
-    """Whether two states are equal, however deep."""
-    if isinstance(left, Mapping):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    return torch.equal(left, right) if isinstance(left, Tensor) else left == right
-
-
-def near(left, right, distance):
-    """Whether two outputs are equal to within a distance; 0: to the last bit."""
-    return torch.allclose(left, right, atol=distance, rtol=10 * distance)
-
-
-def values(model, names):
-    """What the network sees of the named parameters, however they are written."""
-    found = {}
-    for name in names:
-        owner, _, attribute = name.rpartition(".")
-        found[name] = getattr(model.get_submodule(owner), attribute).detach().clone()
-    return found
-
-
-def shape_of(model):
-    """All that a user knows a model by, but its values: classes, keys, dtypes, modes, flags."""
-    modules = [(name, type(module), module.training) for name, module in model.named_modules()]
-    tensors = [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
-    flags = [(name, parameter.requires_grad) for name, parameter in model.named_parameters(remove_duplicate=False)]
-    return modules, tensors, flags
-
-
-def is_untouched(model, name):
-    """Whether a model is as it was built."""
-    plain, _ = build(name)
-    return shape_of(model) == shape_of(plain) and same(model.state_dict(), plain.state_dict())
-
-
-def shared(model):
-    """How many parameters have a second owner."""
-    return len(list(model.named_parameters(remove_duplicate=False))) - len(list(model.parameters()))
-
-
-def assert_resumes(start, x, path):
-    """Saving, loading and going on equals never having stopped.
-
-    Args:
-        start: Makes a model, its optimizer, and whatever else has state.
-        x: Inputs.
-        path: A file.
-    """
-    objects = start()
-    train(*objects[:2], x, 3)
-    torch.save([one.state_dict() for one in objects], path)
-    train(*objects[:2], x, 3)
-
-    resumed = start()
-    for one, state in zip(resumed, torch.load(path, weights_only=True), strict=True):
-        one.load_state_dict(state)
-    train(*resumed[:2], x, 3)
-    for one, other in zip(objects, resumed, strict=True):
-        if not isinstance(one, torch.optim.Optimizer):
-            assert same(one.state_dict(), other.state_dict())
+def on_models(argument, cases):
+    """Parametrize by every case with every model."""
+    chosen = []
+    for position, case in enumerate(numbered(cases)):
+        for slow, name in thinned(MODELS, position):
+            marks = [pytest.mark.slow] if slow else []
+            chosen.append(pytest.param(*case.values, name, id=f"{case.id}-{name}", marks=marks))
+    return pytest.mark.parametrize((argument, "name"), chosen)

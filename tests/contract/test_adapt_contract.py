@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from cases.adapt import REWRITES as ADAPTERS
-from checks import is_untouched, pairs, same, trained, values
-from models import build
+from checks import pairs
 
 from weightsmith.adapt import (
     bone_disabled,
@@ -20,8 +19,8 @@ from weightsmith.adapt import (
     unload_bone_,
     unmerge_bone_,
 )
-
-adapted = pairs(ADAPTERS)
+from weightsmith.testing import build
+from weightsmith.testing.measures import is_untouched, same, trained, values
 
 
 def parameters(name):
@@ -29,7 +28,7 @@ def parameters(name):
     return [key for key, _ in build(name)[0].named_parameters(remove_duplicate=False)]
 
 
-@adapted
+@pairs(ADAPTERS, 0)
 def test_only_the_adapter_trains(rewrite, name):
     model, _ = trained(rewrite, name)
     learnt = {key: value for key, value in model.named_parameters() if value.requires_grad}
@@ -39,7 +38,7 @@ def test_only_the_adapter_trains(rewrite, name):
     assert same(values(model, parameters(name)), values(build(name)[0], parameters(name)))
 
 
-@adapted
+@pairs(ADAPTERS, 1)
 def test_unmerging_restores_every_bit(rewrite, name):
     model, x = trained(rewrite, name)
     before, out = copy.deepcopy(model.state_dict()), model.eval()(x)
@@ -50,7 +49,7 @@ def test_unmerging_restores_every_bit(rewrite, name):
     assert torch.equal(model(x), out)
 
 
-@adapted
+@pairs(ADAPTERS, 2)
 @pytest.mark.parametrize("merged", [False, True])
 def test_unloading_leaves_no_trace(rewrite, name, merged):
     model, x = build(name)
@@ -63,7 +62,7 @@ def test_unloading_leaves_no_trace(rewrite, name, merged):
     assert is_untouched(unload_bone_(model), name)
 
 
-@adapted
+@pairs(ADAPTERS, 3)
 def test_a_resting_adapter_does_nothing(rewrite, name):
     model, x = trained(rewrite, name)
     acting = model.eval()(x)
@@ -78,7 +77,7 @@ def test_a_resting_adapter_does_nothing(rewrite, name):
     assert torch.equal(set_adapter_(model, "default")(x), acting)
 
 
-@adapted
+@pairs(ADAPTERS, 4)
 def test_an_adapter_is_saved_without_its_model(rewrite, name, tmp_path):
     model, x = trained(rewrite, name)
     save_bone(model, tmp_path)

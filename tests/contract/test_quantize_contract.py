@@ -1,33 +1,21 @@
 """What only quantization promises: weights on a grid, in a model that is otherwise the user's, and runs that resume."""
 
-import copy
 import functools
 
 import pytest
 import torch
 from cases.quantize import FOLLOWERS, ROUNDINGS
 from cases.quantize import REWRITES as PREPARATIONS
-from checks import (
-    assert_resumes,
-    each_model,
-    is_untouched,
-    mixed,
-    numbered,
-    pairs,
-    same,
-    sgd,
-    shape_of,
-    shared,
-    trained,
-)
-from models import build
+from checks import numbered, on_models, pairs
 
 from weightsmith.core.errors import UsageError
 from weightsmith.quantize import Grid, finish_ofq_, integer_weights, prepare_ofq_, quantized_weights
+from weightsmith.testing import State, build
+from weightsmith.testing.measures import is_untouched, mixed, sgd, shape_of, shared, train, trained
+from weightsmith.testing.states import continuing_equals_never_having_stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is tied", "ignore:.*stays in floating point")
 rounding = pytest.mark.parametrize("verb", numbered(ROUNDINGS))
-follower = pytest.mark.parametrize("make", numbered(FOLLOWERS))
 
 
 def run(verb, name, dtype=torch.float32, **options):
@@ -41,15 +29,7 @@ rounded = functools.cache(run)  # several tests look at one model, and none of t
 # rounding after training
 
 
-@rounding
-@each_model
-def test_rounding_keeps_classes_keys_modes_and_flags(verb, name):
-    model, *_ = rounded(verb, name)
-    assert shape_of(model) == shape_of(mixed(build(name)[0]))
-
-
-@rounding
-@each_model
+@on_models("verb", ROUNDINGS)
 def test_only_the_reported_weights_change_and_they_are_on_their_grid(verb, name):
     model, _, report = rounded(verb, name)
     before = build(name)[0].state_dict()
@@ -58,23 +38,6 @@ def test_only_the_reported_weights_change_and_they_are_on_their_grid(verb, name)
     assert found
     assert all(torch.equal(model.get_parameter(key), weight.dequantize()) for key, weight in found.items())
     assert {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])} == set(found)
-
-
-@rounding
-@each_model
-def test_rounded_weights_load_without_us(verb, name):
-    model, x, _ = rounded(verb, name)
-    plain, _ = build(name)
-    plain.load_state_dict(model.state_dict())
-    out = plain.eval()(x)
-    assert out.isfinite().all()
-    assert torch.equal(copy.deepcopy(model).eval()(x), out)
-
-
-@rounding
-@each_model
-def test_the_same_seed_gives_the_same_rounding(verb, name):
-    assert same(rounded(verb, name)[0].state_dict(), run(verb, name)[0].state_dict())
 
 
 @rounding
@@ -98,14 +61,6 @@ def test_rounding_keeps_any_float_dtype(verb, name, dtype):
         torch.equal(model.get_parameter(key), w.dequantize(dtype)) for key, w in quantized_weights(model).items()
     )
     assert model.eval()(x).isfinite().all()
-
-
-@rounding
-def test_rounding_keeps_the_memory_format(verb):
-    model, x = build("conv-bn")
-    model = model.to(memory_format=torch.channels_last)
-    verb(model, x)
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @rounding
@@ -147,13 +102,14 @@ def test_training_finishes_on_the_integers_that_it_used(rewrite, name):
         assert torch.equal(finished[key].dequantize(), found.dequantize())
 
 
-@follower
-@each_model
-def test_save_load_continue_equals_never_having_stopped(make, name, tmp_path):
+@on_models("make", FOLLOWERS)
+def test_save_load_continue_equals_never_having_stopped(make, name):
+    x = build(name)[1]
+
     def start():
         model, _ = build(name)
         # eight bits at the ends would be too fine to oscillate in six steps
         opt = sgd(prepare_ofq_(model, activation_bits=None, qk_reparam="auto", ends_bits=None), lr=0.5)
         return model, opt, make(model, opt)
 
-    assert_resumes(start, build(name)[1], tmp_path / "checkpoint.pt")
+    continuing_equals_never_having_stopped(State(start, lambda model, opt, _: train(model, opt, x, 1)), name)

@@ -2,10 +2,14 @@
 
 A name of an available technique without a case fails the suite.
 
-REWRITES: verbs that change how weights are written, ``name: [Rewrite, ...]``.
-ROUNDINGS: verbs that round a trained model for good, ``verb(model, inputs, where=..., ...) -> Report``.
+REWRITES: verbs that change how weights are written, ``name: [Rewrite, ...]`` of `weightsmith.testing`.
+CHANGES: verbs that change values of weights once, ``name: [Change, ...]``.
+ROUNDINGS: of these, verbs that round a trained model, ``verb(model, inputs, where=..., ...) -> Report``.
+PARAMETRIZATIONS: ``name: [Parametrization, ...]``.
 OPTIMIZERS: ``make(model) -> torch.optim.Optimizer``.
-FOLLOWERS: what goes along with the training of a prepared model, ``make(model, optimizer)``, attached to the optimizer.
+STATES: objects with state, ``name: [State, ...]``.
+FOLLOWERS: of these, what goes along with the training of a prepared model, ``make(model, optimizer)``.
+FUNCTIONS: tensors in, tensors out, ``name: [Function, ...]``.
 ALONGSIDE: names that work on every model as parts of the cases: what they begin with, go through, or end with.
 ELSEWHERE: names that make none of the promises of this suite, with the reason and where they are tested.
 """
@@ -26,6 +30,8 @@ def _names(table: str) -> set[str]:
     return {name for module in _MODULES for name in getattr(module, table, ())}
 
 
-REWRITES, ROUNDINGS = _cases("REWRITES"), _cases("ROUNDINGS")
-OPTIMIZERS, FOLLOWERS = _cases("OPTIMIZERS"), _cases("FOLLOWERS")
+REWRITES, PARAMETRIZATIONS = _cases("REWRITES"), _cases("PARAMETRIZATIONS")
+CHANGES, ROUNDINGS = _cases("CHANGES"), _cases("ROUNDINGS")
+OPTIMIZERS, FUNCTIONS = _cases("OPTIMIZERS"), _cases("FUNCTIONS")
+STATES, FOLLOWERS = _cases("STATES"), _cases("FOLLOWERS")
 ALONGSIDE, ELSEWHERE = _names("ALONGSIDE"), _names("ELSEWHERE")

@@ -1,7 +1,9 @@
 """Adapters."""
 
-from cases.rewrite import Rewrite
-from weightsmith.adapt import BoneConfig, apply_bone_, unload_bone_
+import torch
+
+from weightsmith.adapt import BoneConfig, apply_bone_, bone_delta, bone_linear, unload_bone_
+from weightsmith.testing import Function, Rewrite
 
 
 def _adapt(variant, refuses, *, single, everywhere=None):
@@ -28,6 +30,17 @@ REWRITES = {
     ],
 }
 
+
+def _tensors(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+
+FUNCTIONS = {
+    "weightsmith.adapt.bone_linear": [Function(bone_linear, lambda: (*_tensors((3, 6), (4, 6), (4,), (2, 4)), "miss"))],
+    "weightsmith.adapt.bone_delta": [Function(bone_delta, lambda: (*_tensors((4, 6), (2, 4)), "miss"))],
+}
+
 ALONGSIDE = {
     "weightsmith.adapt.BoneConfig",
     "weightsmith.adapt.set_adapter_",
@@ -40,8 +53,6 @@ ALONGSIDE = {
     "weightsmith.adapt.unload_bone_",
     "weightsmith.adapt.save_bone",
     "weightsmith.adapt.load_bone",
-    "weightsmith.adapt.bone_linear",
-    "weightsmith.adapt.bone_delta",
 }
 
 ELSEWHERE = {

@@ -1,6 +1,7 @@
 """Rounding after training, and training on a grid."""
 
-from cases.rewrite import Rewrite
+import torch
+
 from weightsmith.quantize import (
     ConfidenceGuidedAnnealing,
     Dampening,
@@ -10,12 +11,15 @@ from weightsmith.quantize import (
     adaquant_,
     adaround_,
     calibrate_,
+    distillation_loss,
     finish_ofq_,
     flexround_,
     prepare_ofq_,
     reparameterize_qk_,
     round_to_nearest_,
+    statsq,
 )
+from weightsmith.testing import Function, Rewrite
 
 
 def _weights_only(model, x, where=None, **options):
@@ -108,17 +112,31 @@ FOLLOWERS = {
     "weightsmith.quantize.Dampening": [_dampen],
 }
 
+
+def _tensors(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+
+FUNCTIONS = {
+    "weightsmith.quantize.statsq": [
+        Function(statsq, lambda: (*_tensors((4, 6)), 3)),
+        Function(statsq, lambda: (*_tensors((4, 6)), 4, 1)),
+    ],
+    "weightsmith.quantize.distillation_loss": [
+        Function(distillation_loss, lambda: (*_tensors((5, 3), (5, 3)), torch.arange(5) % 3)),
+    ],
+}
+
 ALONGSIDE = {
     "weightsmith.quantize.Grid",
     "weightsmith.quantize.quantized_weights",
     "weightsmith.quantize.calibrate_",
     "weightsmith.quantize.finish_ofq_",
     "weightsmith.quantize.ofq_report",
-    "weightsmith.quantize.statsq",
 }
 
 ELSEWHERE = {
-    "weightsmith.quantize.distillation_loss",  # tensors in, a tensor out
     # write files in formats of others, whose readers are the judges: tests/quantize/test_export.py
     "weightsmith.quantize.save_quantized",
     "weightsmith.quantize.load_quantized",

@@ -2,8 +2,8 @@
 
 import torch
 
-from cases.rewrite import Rewrite
-from weightsmith.reparam import InWeightSpace, compand_, param_groups
+from weightsmith.reparam import InWeightSpace, WeightCompander, compand_, param_groups
+from weightsmith.testing import Parametrization, Rewrite
 
 
 def _compand(*args, **options):
@@ -18,6 +18,12 @@ REWRITES = {
     ],
 }
 
+PARAMETRIZATIONS = {
+    "weightsmith.reparam.WeightCompander": [
+        Parametrization(lambda: WeightCompander(0.7, 0.7, "arctan", overflow="clip"), change_at_begin=1e-5),
+    ],
+}
+
 
 def _in_weight_space(model):
     compand_(model, overflow="clip")
@@ -28,7 +34,6 @@ OPTIMIZERS = {"weightsmith.reparam.InWeightSpace": [_in_weight_space]}
 
 ALONGSIDE = {
     "weightsmith.reparam.param_groups",
-    "weightsmith.reparam.WeightCompander",
 }
 
 ELSEWHERE = {
