@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from weightsmith.adapt.bone import BoneConfig, block_shape
 from weightsmith.adapt.layers import BoneLayer, Form, adopt, check_layer, is_plain, kind_of, widths
@@ -330,7 +331,8 @@ def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[
     inside = {id(module) for name in saved for module in model.get_submodule(name).modules()}
 
     def can(_: str, module: nn.Module) -> bool:
-        return (isinstance(module, BoneLayer) or kind_of(module) is not None) and id(module) not in inside
+        known = isinstance(module, BoneLayer) or kind_of(module) is not None
+        return known and id(module) not in inside and not _is_empty(module.weight)
 
     def usual(name: str, module: nn.Module) -> bool:
         flat = not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding)
@@ -351,6 +353,11 @@ def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[
                 f"{' and '.join(both)} share one weight: adapt one of them, and leave the others out of where"
             )
     return layers
+
+
+def _is_empty(weight: object) -> bool:
+    """Whether this rank holds nothing of a sharded weight."""
+    return isinstance(weight, Tensor) and not isinstance(weight, UninitializedParameter) and not weight.numel()
 
 
 def _warn_of_frozen_heads(model: nn.Module, layers: Mapping[str, nn.Module], saved: Sequence[str]) -> None:

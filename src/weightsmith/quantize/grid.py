@@ -89,7 +89,7 @@ class Grid:
         """
         rows = weight.movedim(axis, 0)
         if isinstance(self.granularity, str):
-            return rows.reshape(len(rows), 1, rows.shape[1], -1)
+            return rows.reshape(len(rows), 1, rows.shape[1], rows.shape[2:].numel())
         if weight.ndim > 2:
             raise UsageError(
                 f"granularity={self.granularity} groups the inputs of a matrix, got a weight of shape "
@@ -97,7 +97,7 @@ class Grid:
             )
         if rows.shape[1] % self.granularity:
             raise UsageError(f"granularity={self.granularity} does not divide the {rows.shape[1]} inputs of the weight")
-        return rows.reshape(len(rows), -1, self.granularity, 1)
+        return rows.reshape(len(rows), rows.shape[1] // self.granularity, self.granularity, 1)
 
 
 def as_grid(grid: Grid | int) -> Grid:
@@ -182,7 +182,8 @@ class QuantizedWeight:
         )
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        return tensor.movedim(self.axis, int(self.stacked)).reshape(len(self.scale), self.scale.shape[1], -1)
+        groups = self.scale.shape[:2]  # a shard may have none of the rows
+        return tensor.movedim(self.axis, int(self.stacked)).reshape(*groups, tensor.numel() // max(1, groups.numel()))
 
 
 @torch.no_grad()

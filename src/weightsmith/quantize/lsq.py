@@ -238,7 +238,7 @@ class _LSQ(torch.autograd.Function):
         if wants_scale:
             slope = clamped.round_().addcmul_(units, inside, value=-1).mul_(grad)
             others = [i for i in range(units.dim()) if ctx.axis is None or i != ctx.axis % units.dim()]
-            shared = units.numel() / scale.numel()
+            shared = max(1, units.numel()) / max(1, scale.numel())  # a shard may have none of the rows
             factor = 1 / math.sqrt(max(ctx.high, 1) * shared)
             total = slope.sum(others) if others else slope
             grad_scale = (total * factor).view_as(scale).to(scale.dtype)

@@ -271,7 +271,7 @@ def _check(slots: list[Slot]) -> None:
     narrow = []
     for slot in slots:
         weight = check_plain(slot.name, slot.module, slot.attribute, finite=True)
-        if weight.numel() == weight.shape[output_axis(slot.module)]:
+        if 0 < weight.numel() == weight.shape[output_axis(slot.module)]:
             narrow.append(slot.name)
     if narrow:
         warnings.warn(

@@ -107,7 +107,7 @@ def report_layer(name: str, weight: Tensor, rtn: QuantizedWeight, kept: Quantize
     """Compare a trained weight with what round-to-nearest makes of it and with what was kept."""
     size = weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
     errors = [((quantized.dequantize(weight.dtype) - weight).square().sum() / size).item() for quantized in (rtn, kept)]
-    moved = (rtn.codes != kept.codes).float().mean().item()
+    moved = (rtn.codes != kept.codes).float().mean().item() if weight.numel() else 0.0
     return LayerReport(name, kept.bits, weight.numel(), errors[0], errors[1], moved)
 
 
