@@ -2,7 +2,7 @@
 
 A check that every model goes through runs here on a third of the models, another third for the next check and the next
 case: every case is on every model, and every check sees every model, in a third of the combinations. The others are
-marked slow.
+marked slow, and so is compiling but on one model with the last case of a name.
 """
 
 import pytest
@@ -27,14 +27,16 @@ def numbered(cases):
 def each_run(cases):
     """Parametrize by every check of every case, on every model that belongs to both."""
     chosen = []
-    techniques = [(case_id(name, i), case) for name, made in cases.items() for i, case in enumerate(made)]
-    for position, (title, case) in enumerate(techniques):
+    techniques = [
+        (case_id(name, i), case, case is made[-1]) for name, made in cases.items() for i, case in enumerate(made)
+    ]
+    for position, (title, case, last) in enumerate(techniques):
         by_check = {}
         for run in runs(case):
             by_check.setdefault(run.check.run.__name__, []).append(run)
         for turn, (check, found) in enumerate(by_check.items()):
             if found[0].check.compiles:
-                marked = [(index > 0, run) for index, run in enumerate(found)]
+                marked = [(index > 0 or not last, run) for index, run in enumerate(found)]
             elif found[0].check.models is None and not found[0].check.refused:
                 marked = thinned(found, position + turn)
             else:

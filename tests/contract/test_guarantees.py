@@ -105,7 +105,7 @@ def test_an_adapter_under_trainer_ends_in_plain_transformers(base):
     assert_rounded(names["small"], merged)
 
 
-@pytest.mark.parametrize("variant", ["miss", "row", "col"])
+@pytest.mark.parametrize("variant", ["miss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("row", "col"))])
 def test_a_bone_adapter_under_trainer_ends_in_plain_transformers(base, variant):
     import transformers
 

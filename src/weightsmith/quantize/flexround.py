@@ -125,7 +125,8 @@ class FlexRound(RoundToNearest):
     def strain(self) -> float:
         """Largest absolute logarithm of a factor ``S2 * s3 * s4``."""
         elements, row, column = self.log_factors()
-        return _total(elements, row, column).abs_().max().item()
+        total = _total(elements, row, column)
+        return total.abs_().max().item() if total.numel() else 0.0
 
 
 class _Divide(torch.autograd.Function):
