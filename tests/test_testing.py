@@ -1,5 +1,7 @@
 """`check_technique` takes correct techniques of others and names what broken ones break."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -308,6 +310,9 @@ BROKEN = [
     ("technique", "message"), BROKEN, ids=lambda value: value[:40] if isinstance(value, str) else ""
 )
 def test_what_is_broken_is_named(technique, message):
+    if hasattr(technique, "models"):
+        small = tuple(name for name in technique.models if name not in ("llama", "depthwise", "embedding"))
+        technique = dataclasses.replace(technique, models=small)
     with pytest.raises(ContractBroken, match=message):
         check_technique(technique, compiled=False)
 
