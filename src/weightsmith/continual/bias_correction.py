@@ -33,20 +33,23 @@ def fit_bias_correction(logits: Tensor, labels: Tensor, n_old: int, *, steps: in
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = F.cross_entropy(_corrected(fixed, n_old, line[0], line[1]), labels)
+        loss = F.cross_entropy(correct_bias(fixed, n_old, line[0], line[1]), labels)
         torch.autograd.backward(loss)
         return loss
 
     with torch.enable_grad():
-        solver.step(closure)  # type: ignore[no-untyped-call]
+        solver.step(closure)
     alpha, beta = line.tolist()
     return alpha, beta
 
 
-def correct_bias(logits: Tensor, n_old: int, alpha: float, beta: float) -> Tensor:
-    """Apply the line to the logits of new classes, ``(B, n)``."""
-    return _corrected(logits, n_old, alpha, beta)
+def correct_bias(
+    logits: Tensor, n_old: int, alpha: Tensor | float, beta: Tensor | float, *, n_seen: int | None = None
+) -> Tensor:
+    """Apply the line to the logits of one step's classes, ``n_old`` up to ``n_seen`` (by default all later ones).
 
-
-def _corrected(logits: Tensor, n_old: int, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    return torch.cat([logits[:, :n_old], logits[:, n_old:] * alpha + beta], dim=1)
+    Returns:
+        ``(B, n)``.
+    """
+    end = logits.shape[1] if n_seen is None else n_seen
+    return torch.cat([logits[:, :n_old], logits[:, n_old:end] * alpha + beta, logits[:, end:]], dim=1)

@@ -235,13 +235,20 @@ class WeightAligning:
         return align_logits(logits, self.n_old, self.gamma) if self.options.apply == "logits" else logits
 
     def end_step(
-        self, inputs: Tensor | None = None, labels: Tensor | None = None, *, batch_size: int = 256
+        self,
+        inputs: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        batch_size: int = 256,
     ) -> WeightAlignment | None:
         """Align the head and put exemplars of the new classes into the memory.
 
         Args:
-            inputs: ``(N, ...)``: all examples of the new classes, as the model takes them; needed with a memory.
+            inputs: ``(N, ...)``: all examples of the new classes, as the model takes them; needed with a memory. With
+                ``features`` they may be anything that stands for examples, such as their indices.
             labels: ``(N,)``: their head indices.
+            features: ``(N, d)`` from :meth:`features`; ``None``: computed from ``inputs``.
             batch_size: Examples at a time, for the features.
 
         Returns:
@@ -268,8 +275,7 @@ class WeightAligning:
         if self.memory is not None:
             assert inputs is not None
             assert labels is not None
-            features = None
-            if self.memory.selection == "herding":
+            if features is None and self.memory.selection == "herding":
                 device = self.head.weight.device
                 features = torch.cat([self.features(part.to(device)).cpu() for part in torch.split(inputs, batch_size)])
             self.memory.add(inputs, labels, features)
