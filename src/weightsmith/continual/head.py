@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.weights import owners, why_computed
 
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 HeadInit = Literal["reinit", "grow"]
@@ -36,14 +36,11 @@ def check_own_weight(model: nn.Module, head: Head) -> None:
     Raises:
         UsageError: Names the other user of the weight.
     """
-    if parametrize.is_parametrized(head) or "weight" not in dict(head.named_parameters(recurse=False)):
-        raise UsageError(
-            "the head's weight is parametrized, so that it cannot be written: call fold_(model) or remove the "
-            "weight norm first, or use apply='logits'"
-        )
-    for name, module in model.named_modules():
-        if module is not head and any(parameter is head.weight for parameter in module.parameters(recurse=False)):
-            raise UsageError(f"the head's weight is tied to {name!r}, which would change with it: untie them first")
+    if reason := why_computed(head):
+        raise UsageError(f"the head's weight {reason}; or measure alone, with fold=False or apply='logits'")
+    others = [slot.name for slot in owners(model)[id(head.weight)] if slot.module is not head]
+    if others:
+        raise UsageError(f"the head's weight is tied to {others[0]!r}, which would change with it: untie them first")
 
 
 def find_head(model: nn.Module, name: str) -> Head:

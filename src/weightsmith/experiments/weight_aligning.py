@@ -21,6 +21,7 @@ from weightsmith.continual import (
     fit_bias_correction,
     incremental_loss,
 )
+from weightsmith.continual.head import find_head
 from weightsmith.core.errors import UsageError
 from weightsmith.core.outputs import logits_of
 from weightsmith.lab.data.views import View, labels_of
@@ -146,13 +147,16 @@ def check(config: Config) -> None:
             raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
     if config.loss or config.metric or not config.in_points:
         raise UsageError("task must be a classification with its own loss and metric: classes arrive in steps")
-    task = shared_task(config)
-    labels = labels_of(task.train)
-    order = _order(config, labels, 0)
-    room = config.memory // len(order.order)
-    if room < 1:
-        raise UsageError(f"memory must be at least the {len(order.order)} classes, got {config.memory}")
-    _head(config, config.network(task, 0), len(order.order))
+
+
+def task(config: Config) -> Task:
+    """The task, if its classes can arrive in steps."""
+    found = shared_task(config)
+    classes = len(_order(config, labels_of(found.train), 0).order)
+    if config.memory < classes:
+        raise UsageError(f"memory must be at least the {classes} classes, got {config.memory}")
+    _head(config, config.network(found, 0), classes)
+    return found
 
 
 def _order(config: Config, labels: Tensor, seed: int) -> ClassOrder:
@@ -166,6 +170,7 @@ def _order(config: Config, labels: Tensor, seed: int) -> ClassOrder:
 def _head(config: Config, model: nn.Module, classes: int) -> str:
     """The last layer with one row per class."""
     if config.head:
+        find_head(model, config.head)
         return config.head
     fitting = [
         name
@@ -362,13 +367,13 @@ EXPERIMENT = Experiment(
     claims=claims,
     metrics=metrics,
     job=job,
-    task=shared_task,
+    task=task,
     steps=steps,
     charts=CHARTS,
     check=check,
     reading=(
-        "Accuracies are of the test split; no setting was chosen on it. 'Bytes kept' counts exemplars at a byte per pixel "
-        "and, with distillation, the model of the step before in full. BiC learns its two numbers on a tenth "
+        "Accuracies are of the test split; no setting was chosen on it. 'Bytes kept' counts exemplars at a byte per "
+        "pixel and, with distillation, the model of the step before in full. BiC learns its two numbers on a tenth "
         "of the exemplars, one per class at least, which it does not train on."
     ),
 )  # fmt: skip
