@@ -77,8 +77,17 @@ def test_ofq_runs_on_sentences_too(tmp_path):
     assert [failure.error for failure in done.failures] == []
 
 
-@pytest.mark.parametrize(("slug", "arm"), [("adamp", "adamp"), ("weight-compander", "wc"), ("ofq", "lsq-dampening"),
-                                           ("mwa", "loss"), ("flexround", "flexround"), ("weight-aligning", "bic")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("slug", "arm"),
+    [
+        ("adamp", "adamp"),
+        ("weight-compander", "wc"),
+        ("ofq", "lsq-dampening"),
+        ("mwa", "loss"),
+        ("flexround", "flexround"),
+        ("weight-aligning", "bic"),
+    ],
+)
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):
     experiment, config = small(slug)
     first, scores, _ = do(experiment, config, arm, tmp_path / "one")
