@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments import adamp, bone, flexround, mwa, ofq, weight_compander
+from weightsmith.experiments import adamp, bone, flexround, mwa, ofq, weight_aligning, weight_compander
 from weightsmith.lab import report
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import JobResult, Recorder, plain_metrics, read_jobs
@@ -24,6 +24,7 @@ CONFIGS = {
     "bone": {"pretrain_epochs": 1, "steps": 4, "early": 2, **SMALL},
     "mwa": {"pretrain_steps": 3, "steps": 6, "save_every": 1, **SMALL},
     "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
+    "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 
@@ -76,8 +77,17 @@ def test_ofq_runs_on_sentences_too(tmp_path):
     assert [failure.error for failure in done.failures] == []
 
 
-@pytest.mark.parametrize(("slug", "arm"), [("adamp", "adamp"), ("weight-compander", "wc"), ("ofq", "lsq-dampening"),
-                                           ("mwa", "loss"), ("flexround", "flexround")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("slug", "arm"),
+    [
+        ("adamp", "adamp"),
+        ("weight-compander", "wc"),
+        ("ofq", "lsq-dampening"),
+        ("mwa", "loss"),
+        ("flexround", "flexround"),
+        ("weight-aligning", "bic"),
+    ],
+)
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):
     experiment, config = small(slug)
     first, scores, _ = do(experiment, config, arm, tmp_path / "one")
@@ -119,6 +129,20 @@ def test_no_experiment_holds_a_training_loop_or_a_switch_over_tasks(slug):
     source = Path(importlib.import_module(experiment_of(slug).job.__module__).__file__).read_text()
     assert "task ==" not in source
     assert source.count(".backward()") <= (1 if slug in ("adamp", "ofq") else 0)  # the plane problem, the penalty
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"increments": 11}, "increments must be at most the 10 classes"),
+        ({"memory": 9}, "memory must be at least the 10 classes"),
+        ({"head": "fc"}, "head 'fc' is not known"),
+    ],
+)
+def test_classes_that_cannot_arrive_in_steps_are_refused(changes, message):
+    experiment, config = small("weight-aligning", **changes)
+    with pytest.raises(UsageError, match=message):
+        experiment.task(config)
 
 
 def test_every_arm_gets_the_same_number_of_trials(tmp_path):
@@ -194,6 +218,8 @@ def test_a_taught_student_has_the_gradients_of_the_distillation_loss():
         (flexround, {"bits": (7,)}, "bits must be some of"),
         (flexround, {"flexround_lrs": (0.1, 0.2)}, "the same number of"),
         (adamp, {"epochs": 0}, "epochs must be above 0"),
+        (weight_aligning, {"increments": 0}, "increments must be above 0"),
+        (weight_aligning, {"task": "language"}, "task must be a classification"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_job(module, changes, message):

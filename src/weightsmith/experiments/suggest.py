@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from weightsmith.core.weights import owners
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MATRICES = (nn.Linear, *_CONVOLUTIONS)
 
@@ -87,6 +89,16 @@ def _mwa(model: nn.Module) -> tuple[bool, str]:
     return True, f"any run that saves several checkpoints and logs a loss{more}"
 
 
+def _weight_aligning(model: nn.Module) -> tuple[bool, str]:
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not heads:
+        return False, "no linear layer that could be the classifier"
+    name, head = list(heads.items())[-1]
+    if len(owners(model).get(id(head._parameters.get("weight")), [None])) > 1:
+        return False, f"{name} is tied to another layer, which would change with it"
+    return True, f"the classifier {name}, {head.out_features} classes; for classes that arrive in steps"
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
@@ -106,5 +118,6 @@ RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
     "ofq": _ofq,
     "bone": _bone,
     "mwa": _mwa,
+    "weight-aligning": _weight_aligning,
 }
 """A rule per available technique, in the order of the list of techniques."""

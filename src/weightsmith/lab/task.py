@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from weightsmith.core.outputs import call
 from weightsmith.lab.experiment import Metric
 
 Split = Literal["train", "validation", "test"]
@@ -42,11 +43,7 @@ class Batch:
 def forward(model: nn.Module, batch: Batch) -> Any:
     """Call ``model`` with the inputs of a batch, numbers in the precision of the model's first parameter."""
     inputs = _in_precision(batch.inputs, next((parameter.dtype for parameter in model.parameters()), None))
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+    return call(model, inputs)
 
 
 class Batches(Protocol):

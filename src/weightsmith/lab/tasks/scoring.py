@@ -13,23 +13,12 @@ from torch.nn import functional as F
 from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.errors import UsageError
 from weightsmith.core.load import load_object
+from weightsmith.core.outputs import logits_of
 from weightsmith.lab.experiment import Metric
 from weightsmith.lab.task import Batch, Batches, Outcome, Split, forward
 from weightsmith.lab.train import evaluate
 
 PerExample = Callable[[Any, Tensor], Tensor]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of whatever a model returns: a tensor, an object or mapping with ``logits``, a tuple of them first."""
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise UsageError(f"the model returns {type(output).__name__}, which holds no logits")
-    return found
 
 
 def cross_entropy(output: Any, targets: Tensor) -> Tensor:

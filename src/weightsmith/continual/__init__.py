@@ -1,0 +1,39 @@
+"""New beside old: classes that arrive in steps.
+
+| names | what they do |
+|---|---|
+| `WeightAligning`, `AligningOptions` | distillation, exemplars and aligned heads around your own training loop |
+| `align_weights_`, `align_logits`, `WeightAlignment` | the alignment alone, on any linear head |
+| `expand_head_`, `expand_head`, `clip_head_` | room for new classes, and heads without negative weights |
+| `incremental_loss`, `distillation_loss` | what is trained at each step |
+| `ExemplarMemory`, `herding` | a few examples of every class, chosen so that their mean is the class's |
+| `ClassOrder` | labels of the data, in order of arrival, and rows of the head |
+| `fit_bias_correction`, `correct_bias` | BiC, the rival that learns two numbers per step |
+"""
+
+from weightsmith.continual.aligning import WeightAlignment, align_logits, align_weights_
+from weightsmith.continual.bias_correction import correct_bias, fit_bias_correction
+from weightsmith.continual.classes import ClassOrder
+from weightsmith.continual.distillation import distillation_loss, incremental_loss
+from weightsmith.continual.head import clip_head_, expand_head, expand_head_
+from weightsmith.continual.herding import herding
+from weightsmith.continual.memory import ExemplarMemory
+from weightsmith.continual.weight_aligning import AligningOptions, WeightAligning
+
+__all__ = [
+    "AligningOptions",
+    "ClassOrder",
+    "ExemplarMemory",
+    "WeightAligning",
+    "WeightAlignment",
+    "align_logits",
+    "align_weights_",
+    "clip_head_",
+    "correct_bias",
+    "distillation_loss",
+    "expand_head",
+    "expand_head_",
+    "fit_bias_correction",
+    "herding",
+    "incremental_loss",
+]

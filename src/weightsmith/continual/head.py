@@ -1,0 +1,170 @@
+"""The classifier at the end of a model: which layers can be one, and how it grows with the classes."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.weights import owners, why_computed
+
+Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+HeadInit = Literal["reinit", "grow"]
+
+
+def rows(head: Head) -> Tensor:
+    """The weight as ``(n, d)``, a view: one row per class."""
+    return head.weight.flatten(1)
+
+
+def check_head(head: nn.Module) -> Head:
+    """Refuse what is no linear classifier.
+
+    Raises:
+        TypeError: It is neither ``nn.Linear`` nor a convolution of size 1.
+    """
+    if isinstance(head, nn.Linear):
+        return head
+    if isinstance(head, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(head.kernel_size) == {1} and head.groups == 1:
+        return head
+    raise TypeError(f"head must be nn.Linear or a convolution of kernel size 1 and one group, got {head!r}")
+
+
+def check_own_weight(model: nn.Module, head: Head) -> None:
+    """Refuse a head whose weight is used elsewhere in the model, or computed from other tensors.
+
+    Raises:
+        UsageError: Names the other user of the weight.
+    """
+    if reason := why_computed(head):
+        raise UsageError(f"the head's weight {reason}; or measure alone, with fold=False or apply='logits'")
+    others = [slot.name for slot in owners(model)[id(head.weight)] if slot.module is not head]
+    if others:
+        raise UsageError(f"the head's weight is tied to {others[0]!r}, which would change with it: untie them first")
+
+
+def find_head(model: nn.Module, name: str) -> Head:
+    """The head by its dotted name.
+
+    Raises:
+        UsageError: There is no such module.
+        TypeError: It is no linear classifier.
+    """
+    modules = dict(model.named_modules())
+    if name not in modules:
+        heads = [key for key, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+        raise unknown("head", name, reversed(heads))
+    return check_head(modules[name])
+
+
+def fresh_head(head: Head, n_classes: int, *, bias: bool | None = None) -> Head:
+    """A head like this one with new weights: same class, device, dtype, training mode, and frozen if it is frozen."""
+    options: dict[str, Any] = {
+        "bias": head.bias is not None if bias is None else bias,
+        "device": head.weight.device,
+        "dtype": head.weight.dtype,
+    }
+    made: Head
+    if isinstance(head, nn.Linear):
+        made = nn.Linear(head.in_features, n_classes, **options)
+    else:
+        made = type(head)(head.in_channels, n_classes, 1, head.stride, head.padding, **options)  # type: ignore[arg-type]
+    made.requires_grad_(head.weight.requires_grad)
+    return made.train(head.training)
+
+
+def expand_head(head: nn.Module, n_classes: int, *, init: HeadInit = "reinit", bias: bool | None = None) -> Head:
+    """Make a head for more classes; the given one stays as it is.
+
+    Args:
+        head: ``nn.Linear`` or 1x1 convolution, weight ``(n, d, ...)``, one row per class in order of arrival.
+        n_classes: Rows of the new head, at least ``n``.
+        init: ``"reinit"``: all rows start anew, as in the authors' code; ``"grow"``: the old rows are copied.
+        bias: Whether the new head has a bias; ``None``: as the old one.
+
+    Returns:
+        A head of the same class, device, dtype and training mode, with torch's default initialization.
+
+    Raises:
+        UsageError: ``n_classes`` is smaller than now, or ``init`` is not known.
+        TypeError: The head is no linear classifier.
+
+    Source: the authors' ``main.py`` (reinit), PyCIL's ``inc_net.py`` (grow).
+    """
+    head = check_head(head)
+    n = head.weight.shape[0]
+    if init not in ("reinit", "grow"):
+        raise unknown("init", init, ["reinit", "grow"])
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < n:
+        raise UsageError(f"n_classes must be an integer of at least the {n} classes of the head, got {n_classes!r}")
+    made = fresh_head(head, n_classes, bias=bias)
+    if init == "grow":
+        with torch.no_grad():
+            made.weight[:n] = head.weight
+            if made.bias is not None:
+                made.bias[:n] = head.bias if head.bias is not None else 0.0
+    return made
+
+
+def expand_head_(
+    model: nn.Module, n_classes: int, head: str, *, init: HeadInit = "reinit", bias: bool | None = None
+) -> nn.Module:
+    """Replace the head of a model by one for more classes.
+
+    A transformers model's config learns the number of labels: ``num_labels``, ``id2label`` and ``label2id``. Optimizers
+    have to be made anew, since they hold the parameters of the old head.
+
+    Args:
+        model: Changed in place.
+        n_classes: Classes of the new head.
+        head: Dotted name of the head.
+        init: See :func:`expand_head`.
+        bias: See :func:`expand_head`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: See :func:`expand_head`; or the head's weight is tied or parametrized.
+        TypeError: The head is no linear classifier.
+    """
+    old = find_head(model, head)
+    check_own_weight(model, old)
+    return replace_head_(model, head, expand_head(old, n_classes, init=init, bias=bias))
+
+
+def replace_head_(model: nn.Module, name: str, head: Head) -> nn.Module:
+    """Put another head into a model; the config of a transformers model learns the number of labels."""
+    n_classes = head.weight.shape[0]
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, head)
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(labels, dict):
+        named = {index: labels.get(index, f"LABEL_{index}") for index in range(n_classes)}
+        model.config.id2label = named  # type: ignore[union-attr]
+        model.config.label2id = {label: index for index, label in named.items()}  # type: ignore[union-attr]
+        if hasattr(model, "num_labels"):
+            model.num_labels = n_classes  # type: ignore[assignment]
+    return model
+
+
+@torch.no_grad()
+def clip_head_(head: nn.Module) -> nn.Module:
+    """Set negative weights of a head to 0: ``W <- max(W, 0)``; the bias stays.
+
+    For features that are never negative, such as those behind a ReLU: then the norm of a row says how large its logit
+    can be.
+
+    Args:
+        head: ``nn.Linear`` or 1x1 convolution, changed in place.
+
+    Returns:
+        The head.
+
+    Raises:
+        TypeError: The head is no linear classifier.
+
+    Source: the authors' code, "restriction" of ``iLearn.train_model``.
+    """
+    check_head(head).weight.clamp_(min=0)
+    return head
