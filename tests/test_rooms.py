@@ -1,8 +1,10 @@
 """One tuple names the folders of techniques; everything that repeats it is held to it here."""
 
 import ast
+import inspect
 import tomllib
 from pathlib import Path
+from typing import get_type_hints
 
 import weightsmith as ws
 
@@ -36,3 +38,35 @@ def test_the_import_rules_name_every_room():
     assert names in [set(layer.split(" | ")) for layer in floors["layers"]]
     lab = next(rule for rule in RULES if rule.get("source_modules") == ["weightsmith.lab"])
     assert names <= set(lab["forbidden_modules"])
+
+
+def test_a_verb_that_changes_a_model_returns_it_or_a_report_that_holds_it():
+    for room in ws.ROOMS:
+        face = getattr(ws, room)
+        for name in (name for name in face.__all__ if name.endswith("_")):
+            verb = getattr(face, name)
+            hints, arguments = get_type_hints(verb), list(inspect.signature(verb).parameters)
+            first, returned = hints[arguments[0]], hints["return"]
+            if arguments[0] in ("module", "w"):
+                continue  # the floor below the verbs: one module or tensor of a model
+            assert arguments[0] == "model", f"{room}.{name}: the model is the first argument"
+            holds = returned is first or "model" in get_type_hints(returned)
+            assert holds, f"{room}.{name} must return its model, or a report with .model, not {returned}"
+
+
+def test_a_private_module_is_imported_in_its_own_room_only():
+    known = {
+        "weightsmith.quantize._gptq",
+        "weightsmith.quantize._native.FACTS",
+    }  # of tools, until they have a public name
+    found = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        importer = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    room, private, _ = name.partition("._")
+                    if private and room.startswith("weightsmith.") and not importer.startswith(f"{room}."):
+                        found.add(name)
+    assert found <= known

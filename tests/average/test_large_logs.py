@@ -3,7 +3,7 @@
 import json
 import tracemalloc
 
-from weightsmith.average.checkpoints import Checkpoint, checkpoint_losses
+from weightsmith.average.checkpoints import RunCheckpoint, checkpoint_losses
 
 
 def test_a_log_is_read_in_the_memory_of_a_piece(tmp_path):
@@ -16,7 +16,7 @@ def test_a_log_is_read_in_the_memory_of_a_piece(tmp_path):
             file.write(json.dumps(entry) + ", ")
         file.write('{"step": 1000, "eval_loss": 0.5}]}')
     size = (folder / "trainer_state.json").stat().st_size
-    newest = Checkpoint(folder, 1_000, "model")
+    newest = RunCheckpoint(folder, 1_000, "model")
     for source, expected in (("last", 1 / 1_000), ("eval", 0.5)):
         tracemalloc.start()
         assert checkpoint_losses([newest], source) == [expected]

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from weightsmith.core.checkpoint import Checkpoint, write_checkpoint, write_pieces
+from weightsmith.core.checkpoint import Checkpoint, copy_other_files, write_checkpoint, write_pieces
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 
 
@@ -46,9 +46,25 @@ def test_transformers_loads_a_sharded_folder(tmp_path):
     )
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "theirs")
-    write_checkpoint(model.state_dict(), tmp_path / "ours", max_shard_bytes=1000, files_from=tmp_path / "theirs")
+    write_checkpoint(model.state_dict(), tmp_path / "ours", max_shard_bytes=1000)
+    copy_other_files(tmp_path / "theirs", tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_other_files_are_copied_but_no_weights_no_index_and_nothing_that_is_there(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for name in ("config.json", "vocab.txt", "log.json", "model.safetensors", "x.bin", "model.safetensors.index.json"):
+        (source / name).write_text("theirs")
+    (source / "folder").mkdir()
+    (source / "vocab.txt").chmod(0o444)
+    (target / "config.json").write_text("ours")
+    copy_other_files(source, target, but={"log.json"})
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "vocab.txt"]
+    assert (target / "config.json").read_text() == "ours"
+    (target / "vocab.txt").write_text("can be written")
 
 
 def test_tied_weights_are_written_under_every_name(tmp_path):

@@ -19,8 +19,7 @@ from torch import nn
 
 from weightsmith.adapt import BoneConfig, apply_bone_, load_bone, save_bone
 from weightsmith.average.adapters import open_adapters
-from weightsmith.average.checkpoints import Checkpoint as Saved
-from weightsmith.average.checkpoints import checkpoint_losses
+from weightsmith.average.checkpoints import RunCheckpoint, checkpoint_losses
 from weightsmith.average.sources import check_alike, open_places
 from weightsmith.average.stream import Mean
 from weightsmith.core import json_files
@@ -158,7 +157,7 @@ def trainer_log(folder: Path) -> Entry:
     saved = []
     for step in (10, 20):
         (folder / f"checkpoint-{step}").mkdir()
-        saved.append(Saved(folder / f"checkpoint-{step}", step, "model"))
+        saved.append(RunCheckpoint(folder / f"checkpoint-{step}", step, "model"))
     log = [{"step": s, "loss": 1 / s, "epoch": 0.5} for s in (5, 10, 15, 20)]
     log += [{"step": s, "eval_loss": 1 / s, "eval_accuracy": 0.5} for s in (10, 20)]
     file = folder / "checkpoint-20" / "trainer_state.json"
@@ -191,7 +190,7 @@ def _adapters(folder: Path) -> Callable[[], None]:
         }
         save_file(state | {"base_model.model.score.weight": torch.randn(3)}, at / "adapter_model.safetensors")
         (at / "adapter_config.json").write_text(json.dumps(config))
-        saved.append(Saved(at, step, "adapter"))
+        saved.append(RunCheckpoint(at, step, "adapter"))
 
     def read() -> None:
         for mode in ("svd", "factors"):

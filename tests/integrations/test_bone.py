@@ -15,7 +15,7 @@ from weightsmith.tools.merge import merge as merge_command
 
 transformers = pytest.importorskip("transformers")
 bone = pytest.importorskip("weightsmith.integrations.bone")
-merging = pytest.importorskip("weightsmith.integrations.merging")
+callbacks = pytest.importorskip("weightsmith.integrations.transformers")
 
 FORMS = {
     "miss": BoneConfig(r=8),
@@ -100,7 +100,7 @@ def test_adapters_are_averaged_into_an_adapter(trained):
 
 
 def test_the_trainer_merges_them_when_it_has_finished(tmp_path):
-    callback = merging.MergeCheckpointsCallback(last=1, lora_mode="dense")
+    callback = callbacks.MergeCheckpointsCallback(last=1, lora_mode="dense")
     model = train(tmp_path, FORMS["row"], bone.BoneCheckpointCallback(), callback)
     torch.testing.assert_close(logits(plain(tmp_path / "run/merged")), logits(model), rtol=1e-4, atol=1e-4)
     assert callback.report.out == tmp_path / "run/merged"

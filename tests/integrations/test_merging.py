@@ -10,7 +10,7 @@ from weightsmith.core.errors import WeightsmithWarning
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-merging = pytest.importorskip("weightsmith.integrations.merging")
+callbacks = pytest.importorskip("weightsmith.integrations.transformers")
 
 
 class Words(Dataset):
@@ -47,7 +47,7 @@ def train(folder, callback, *, adapter=False, **options):
 
 
 def test_a_finished_run_leaves_a_merged_model(tmp_path):
-    callback = merging.MergeCheckpointsCallback(last=3, metric="steps")
+    callback = callbacks.MergeCheckpointsCallback(last=3, metric="steps")
     train(tmp_path, callback)
     assert [share.checkpoint.step for share in callback.report.shares] == [4, 6, 8]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
@@ -59,7 +59,7 @@ def test_a_finished_run_leaves_a_merged_model(tmp_path):
 
 
 def test_an_adapter_run_is_merged_by_its_own_log(tmp_path):
-    train(tmp_path, merging.MergeCheckpointsCallback(last=4, lora_mode="cat"), adapter=True)
+    train(tmp_path, callbacks.MergeCheckpointsCallback(last=4, lora_mode="cat"), adapter=True)
     by_hand = merge_checkpoints(find_checkpoints(tmp_path / "run"), tmp_path / "by-hand", lora_mode="cat")
     assert len({share.value for share in by_hand.shares}) == 4
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -69,7 +69,7 @@ def test_an_adapter_run_is_merged_by_its_own_log(tmp_path):
 
 
 def test_a_run_without_checkpoints_brings_a_warning_and_keeps_the_model(tmp_path):
-    callback = merging.MergeCheckpointsCallback()
+    callback = callbacks.MergeCheckpointsCallback()
     with pytest.warns(WeightsmithWarning, match="the checkpoints were not merged: .* holds no checkpoint"):
         train(tmp_path, callback, save_strategy="no")
     assert callback.report is None

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -183,6 +184,13 @@ def test_folders_that_cannot_be_read_say_why(tmp_path):
     (tmp_path / "miss" / "adapter_model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"has no adapter_model\.safetensors"):
         load_bone(Net(), tmp_path / "miss")
+
+
+def test_an_accelerated_model_can_be_pickled(x):
+    model = accelerate_peft_(theirs("miss"))
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.base_model.model.first) is type(model.base_model.model.first)
+    assert torch.equal(again(x), model(x))
 
 
 @each

@@ -1,3 +1,4 @@
+import json
 from itertools import product
 from pathlib import Path
 
@@ -113,3 +114,12 @@ def test_without_calibration_every_layer_is_rounded_and_reported():
     assert [len(q.scale) for q in quantized_weights(model).values()] == [8, 3, 6]
     assert report.bytes_after < report.bytes_before / 3
     assert all(0 < layer.weight_error < 0.05 and layer.moved == 0 for layer in report.layers)
+
+
+def test_the_report_holds_the_model_and_its_facts_are_json_without_it():
+    model = nn.Sequential(nn.Linear(4, 4))
+    report = round_to_nearest_(model, None, Grid(3))
+    assert report.model is model
+    facts = report.facts()
+    assert "model" not in facts
+    assert json.loads(json.dumps(facts))["blocks"][0]["layers"][0]["name"] == "0.weight"

@@ -16,7 +16,6 @@ Order of arguments: the model that is changed or saved comes first, then the fol
 ``Trainer``, see :mod:`weightsmith.integrations.bone`.
 """
 
-from weightsmith.adapt.accelerate import accelerate_peft_
 from weightsmith.adapt.apply import (
     apply_bone_,
     bone_disabled,
@@ -28,6 +27,7 @@ from weightsmith.adapt.apply import (
 from weightsmith.adapt.bone import BoneConfig, bone_delta, bone_linear
 from weightsmith.adapt.folders import load_bone, save_bone
 from weightsmith.adapt.merge import merge_bone_, unload_bone_, unmerge_bone_
+from weightsmith.adapt.peft import accelerate_peft_
 
 __all__ = [
     "BoneConfig",

@@ -13,7 +13,7 @@
 Order of arguments: what is averaged comes first (the model, or the checkpoints), then the folder that is made.
 """
 
-from weightsmith.average.checkpoints import Checkpoint, checkpoint_losses, find_checkpoints
+from weightsmith.average.checkpoints import RunCheckpoint, checkpoint_losses, find_checkpoints
 from weightsmith.average.merge import MergeReport, Share, merge_checkpoints, weigh_checkpoints
 from weightsmith.average.soup import greedy_members, greedy_soup
 from weightsmith.average.state_dicts import LAWA, average_state_dicts, ema, swa
@@ -21,8 +21,8 @@ from weightsmith.average.weights import decay_weights, metric_weights
 
 __all__ = [
     "LAWA",
-    "Checkpoint",
     "MergeReport",
+    "RunCheckpoint",
     "Share",
     "average_state_dicts",
     "checkpoint_losses",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from weightsmith.average.checkpoints import Checkpoint
+from weightsmith.average.checkpoints import RunCheckpoint
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
 from weightsmith.average.sources import Place, narrowed, whole
 from weightsmith.average.stream import Mean
@@ -179,7 +179,7 @@ class Adapters:
 
 
 def open_adapters(
-    checkpoints: Sequence[Checkpoint], places: list[dict[str, Place]], mode: LoraMode
+    checkpoints: Sequence[RunCheckpoint], places: list[dict[str, Place]], mode: LoraMode
 ) -> tuple[Adapters, str | None]:
     """Find what adapters consist of, and refuse what cannot be averaged in this mode.
 
@@ -251,7 +251,7 @@ def base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _check_configs(checkpoints: Sequence[Checkpoint], configs: Sequence[Config], keys: Sequence[str]) -> None:
+def _check_configs(checkpoints: Sequence[RunCheckpoint], configs: Sequence[Config], keys: Sequence[str]) -> None:
     for checkpoint, config in zip(checkpoints, configs, strict=True):
         for key in keys:
             mine, newest = _comparable(config.get(key)), _comparable(configs[-1].get(key))

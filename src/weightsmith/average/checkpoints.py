@@ -24,7 +24,7 @@ _HISTORY = "log_history"
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class RunCheckpoint:
     """One saved state of a model.
 
     Attributes:
@@ -40,7 +40,7 @@ class Checkpoint:
 
 def find_checkpoints(
     run_dir: Path | str, last: int | None = 4, every: int = 1, steps: Sequence[int] | None = None
-) -> list[Checkpoint]:
+) -> list[RunCheckpoint]:
     """Find the checkpoints of one training run, oldest first.
 
     Args:
@@ -79,27 +79,27 @@ def find_checkpoints(
                 stacklevel=2,
             )
         chosen = strided[:last][::-1]
-    return [Checkpoint(found[step], step, _kind(found[step])) for step in chosen]
+    return [RunCheckpoint(found[step], step, _kind(found[step])) for step in chosen]
 
 
-def as_checkpoints(paths: Sequence[Path | str | Checkpoint]) -> list[Checkpoint]:
+def as_checkpoints(paths: Sequence[Path | str | RunCheckpoint]) -> list[RunCheckpoint]:
     """Describe checkpoint folders that are given one by one, oldest first where their names tell steps."""
     checkpoints = []
     for position, item in enumerate(paths):
-        if isinstance(item, Checkpoint):
+        if isinstance(item, RunCheckpoint):
             checkpoints.append(item)
             continue
         path = Path(item)
         if not path.is_dir():
             raise UsageError(f"checkpoint {path} is not a folder")
         match = _FOLDER.match(path.resolve().name)
-        checkpoints.append(Checkpoint(path, int(match[1]) if match else position, _kind(path)))
+        checkpoints.append(RunCheckpoint(path, int(match[1]) if match else position, _kind(path)))
     if not checkpoints:
         raise UsageError("checkpoints must not be empty")
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
-def refuse_incomplete(checkpoints: Sequence[Checkpoint], *, weights: bool = False) -> None:
+def refuse_incomplete(checkpoints: Sequence[RunCheckpoint], *, weights: bool = False) -> None:
     """Refuse checkpoints that a run has not finished saving.
 
     Args:
@@ -128,7 +128,7 @@ def refuse_incomplete(checkpoints: Sequence[Checkpoint], *, weights: bool = Fals
             )
 
 
-def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_previous") -> list[float]:
+def checkpoint_losses(checkpoints: Sequence[RunCheckpoint], source: str = "since_previous") -> list[float]:
     """Read from the run's log how good each checkpoint is.
 
     Args:
@@ -157,7 +157,7 @@ def checkpoint_losses(checkpoints: Sequence[Checkpoint], source: str = "since_pr
     return [_since_previous(entries, checkpoint) for checkpoint in checkpoints]
 
 
-def learning_rates(checkpoints: Sequence[Checkpoint]) -> tuple[float, float] | None:
+def learning_rates(checkpoints: Sequence[RunCheckpoint]) -> tuple[float, float] | None:
     """Read the smallest and the largest learning rate that was logged between the first checkpoint and the last.
 
     Args:
@@ -185,7 +185,7 @@ def _kind(path: Path) -> Kind:
     return "bone" if (path / BONE_CONFIG).is_file() else "model"
 
 
-def _log(newest: Checkpoint) -> Path:
+def _log(newest: RunCheckpoint) -> Path:
     candidates = [newest.path / _STATE, newest.path.parent / _STATE]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
@@ -212,7 +212,7 @@ class _Losses:
         return zip(map(int, self._steps), map(float, self._losses), strict=True)
 
 
-def _evaluations(path: Path, checkpoints: Sequence[Checkpoint], key: str) -> list[float]:
+def _evaluations(path: Path, checkpoints: Sequence[RunCheckpoint], key: str) -> list[float]:
     steps = {checkpoint.step for checkpoint in checkpoints}
     values: dict[int, float] = {}
     known: set[str] = set()
@@ -228,7 +228,7 @@ def _evaluations(path: Path, checkpoints: Sequence[Checkpoint], key: str) -> lis
     return [values[checkpoint.step] for checkpoint in checkpoints]
 
 
-def _last(entries: _Losses, checkpoint: Checkpoint) -> float:
+def _last(entries: _Losses, checkpoint: RunCheckpoint) -> float:
     last = None
     for step, loss in entries:
         last = loss if step <= checkpoint.step else last
@@ -237,7 +237,7 @@ def _last(entries: _Losses, checkpoint: Checkpoint) -> float:
     return last
 
 
-def _since_previous(entries: _Losses, checkpoint: Checkpoint) -> float:
+def _since_previous(entries: _Losses, checkpoint: RunCheckpoint) -> float:
     previous = max((step for step in _steps(checkpoint.path.parent) if step < checkpoint.step), default=0)
     total = covered = 0.0
     logged = 0

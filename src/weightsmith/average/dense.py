@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.average.adapters import Adapters, Pair, base_name
-from weightsmith.average.checkpoints import Checkpoint
+from weightsmith.average.checkpoints import RunCheckpoint
 from weightsmith.average.sources import Place, narrowed, open_places, whole
 from weightsmith.average.stream import Mean
 from weightsmith.core.errors import UsageError, near, reason, require
@@ -90,7 +90,7 @@ class Dense:
 
 
 def merged_by_peft(
-    base: Path, checkpoints: Sequence[Checkpoint], shares: Sequence[float], *, allow_pickle: bool = False
+    base: Path, checkpoints: Sequence[RunCheckpoint], shares: Sequence[float], *, allow_pickle: bool = False
 ) -> Any:
     """Average the models that adapters of any kind make of the base model; PEFT merges each of them.
 
@@ -105,7 +105,7 @@ def merged_by_peft(
     """
     peft = require("peft", extra="hf", purpose="dense averages of adapters other than plain LoRA")
     transformers = require("transformers", extra="hf", purpose="dense averages of adapters other than plain LoRA")
-    open_places(Checkpoint(base, 0, "model"), allow_pickle=allow_pickle)  # before transformers follows any index
+    open_places(RunCheckpoint(base, 0, "model"), allow_pickle=allow_pickle)  # before transformers follows any index
     names = read_json(base / "config.json").get("architectures")
     loader = model_class(base, names) if names else transformers.AutoModel
     total: dict[str, Tensor] = {}

@@ -9,7 +9,6 @@ the latest checkpoints are LAWA (arXiv 2209.14981), over any, a uniform soup (ar
 
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from weightsmith.average.adapters import LoraMode, open_adapters
 from weightsmith.average.checkpoints import (
-    Checkpoint,
+    RunCheckpoint,
     as_checkpoints,
     checkpoint_losses,
     find_checkpoints,
@@ -34,16 +33,15 @@ from weightsmith.average.state_dicts import normalised
 from weightsmith.average.stream import Mean
 from weightsmith.average.weights import Decay, Metric, Scheme, decay_weights, metric_weights
 from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
-from weightsmith.core.checkpoint import write_pieces
+from weightsmith.core.checkpoint import copy_other_files, write_pieces
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
-from weightsmith.core.files import check_target, folder_atomically, say_where_link_leads, write_atomically
+from weightsmith.core.files import check_target, folder_atomically, write_atomically
 from weightsmith.core.json_files import read_json
 
-_WEIGHT_FILES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
-_RUN_FILES = frozenset({"trainer_state.json", "merge_report.json"})
+RUN_FILES = frozenset({"trainer_state.json", "merge_report.json"})
 _SINGLE = "model.safetensors"
 _LARGE_GAP = 0.1
-_Paths = Path | str | Sequence[Path | str | Checkpoint]
+_Paths = Path | str | Sequence[Path | str | RunCheckpoint]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Share:
         weight: Its weight; all sum to 1.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: RunCheckpoint
     value: float | None
     weight: float
 
@@ -309,14 +307,18 @@ def _write_model(
         parts = (piece for name in names for piece in source.pieces(name, [found[name] for found in places]))
         write_pieces(fresh / file, layout, parts)
         total += sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
-    copy_side_files(newest, fresh, dtype)
+    copy_other_files(newest, fresh, but=RUN_FILES)
+    if dtype is not None and (config := fresh / "config.json").is_file():
+        _set_dtype(config, dtype)
     if by_file.keys() != {_SINGLE}:
         weight_map = {name: file for file, names in by_file.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomically(fresh / f"{_SINGLE}.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _write_bone(fresh: Path, chosen: Sequence[Checkpoint], places: Sequence[Mapping[str, Place]], mean: Mean) -> None:
+def _write_bone(
+    fresh: Path, chosen: Sequence[RunCheckpoint], places: Sequence[Mapping[str, Place]], mean: Mean
+) -> None:
     """Average Bone adapters as they are: every form is linear in its tensors."""
     configs = [read_json(checkpoint.path / BONE_CONFIG, {"variant": str}) for checkpoint in chosen]
     for checkpoint, config in zip(chosen, configs, strict=True):
@@ -331,7 +333,7 @@ def _write_bone(fresh: Path, chosen: Sequence[Checkpoint], places: Sequence[Mapp
     layout = {name: (mean.dtype_of(newest[name]), newest[name].shape) for name in names}
     parts = (piece for name in names for piece in mean.pieces(name, [found[name] for found in places]))
     write_pieces(fresh / BONE_TENSORS, layout, parts)
-    copy_side_files(chosen[-1].path, fresh, None)
+    copy_other_files(chosen[-1].path, fresh, but=RUN_FILES)
     for name in ("config.json", "generation_config.json"):
         (fresh / name).unlink(missing_ok=True)  # this folder is no model
 
@@ -361,17 +363,17 @@ def _write_adapter(
     if mode == "dense":
         assert base is not None
         if adapters.pairs:
-            stored = open_places(Checkpoint(base, 0, "model"), allow_pickle=allow_pickle)
+            stored = open_places(RunCheckpoint(base, 0, "model"), allow_pickle=allow_pickle)
             _write_model(fresh, base, [stored], Dense(stored, adapters, shares, mean, chunk_mb), dtype)
         else:
-            copy_side_files(base, fresh, None)
+            copy_other_files(base, fresh, but=RUN_FILES)
             model = merged_by_peft(base, chosen, shares, allow_pickle=allow_pickle)
             cast_(model, dtype or model.dtype).save_pretrained(fresh)
         return
     r = adapters.rank(mode, rank) if adapters.pairs else 0
     layout = adapters.layout(mode, r, mean)
     write_pieces(fresh / "adapter_model.safetensors", layout, adapters.pieces(layout, mode, r, shares, mean))
-    copy_side_files(chosen[-1].path, fresh, None)
+    copy_other_files(chosen[-1].path, fresh, but=RUN_FILES)
     write_atomically(fresh / "adapter_config.json", json.dumps(adapters.merged_config(mode, r), indent=2) + "\n")
     report.discarded.update(adapters.discarded)
     if mode == "factors":
@@ -398,17 +400,10 @@ def check_new_folder(target: Path, sources: Sequence[Path], overwrite: bool) -> 
         raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
 
 
-def copy_side_files(source: Path, fresh: Path, dtype: torch.dtype | None) -> None:
-    """Copy configuration, tokeniser and the like, and nothing of the optimiser or the run."""
-    for path in source.iterdir():
-        run_file = path.name in _RUN_FILES or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix not in _WEIGHT_FILES and not run_file:
-            shutil.copyfile(say_where_link_leads(path), fresh / path.name)
-    config = fresh / "config.json"
-    if dtype is not None and config.is_file():
-        content = read_json(config)
-        key = "torch_dtype" if "torch_dtype" in content else "dtype"
-        write_atomically(config, json.dumps({**content, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    content = read_json(config)
+    key = "torch_dtype" if "torch_dtype" in content else "dtype"
+    write_atomically(config, json.dumps({**content, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
 
 def _safe(name: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.average.checkpoints import Checkpoint, as_checkpoints
+from weightsmith.average.checkpoints import RunCheckpoint, as_checkpoints
 from weightsmith.average.merge import MergeReport, merge_checkpoints
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import temporary_folder
@@ -46,7 +46,10 @@ def greedy_members(count: int, evaluate: Callable[[Sequence[int]], float]) -> li
 
 
 def greedy_soup(
-    checkpoints: Sequence[Path | str | Checkpoint], out: Path | str, evaluate: Callable[[Path], float], **options: Any
+    checkpoints: Sequence[Path | str | RunCheckpoint],
+    out: Path | str,
+    evaluate: Callable[[Path], float],
+    **options: Any,
 ) -> MergeReport:
     """Merge the checkpoints that a greedy soup keeps.
 

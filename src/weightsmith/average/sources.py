@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weightsmith.average.checkpoints import Checkpoint
+from weightsmith.average.checkpoints import RunCheckpoint
 from weightsmith.core.adapters import BONE_TENSORS, refuse_adapter_tensors
-from weightsmith.core.checkpoint import Checkpoint as Safetensors
+from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pickles import read_pickles
@@ -85,7 +85,7 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[str, Place]:
+def open_places(checkpoint: RunCheckpoint, *, allow_pickle: bool = False) -> dict[str, Place]:
     """Find a checkpoint's tensors, in the order of their data.
 
     Args:
@@ -99,7 +99,7 @@ def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[s
     """
     path = checkpoint.path
     if checkpoint.kind == "bone":
-        return {**Safetensors(path / BONE_TENSORS).stored()}
+        return {**Checkpoint(path / BONE_TENSORS).stored()}
     stem = "adapter_model" if checkpoint.kind == "adapter" else "pytorch_model"
     safe = path / "adapter_model.safetensors" if checkpoint.kind == "adapter" else path
     safe_exists = safe.is_file() if checkpoint.kind == "adapter" else any(path.glob("*.safetensors"))
@@ -107,7 +107,7 @@ def open_places(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> dict[s
         found = read_pickles(path, stem, allow_pickle=allow_pickle)
         places: dict[str, Place] = {name: Pickled(file, tensor) for name, (file, tensor) in found.items()}
     else:
-        places = {**Safetensors(safe).stored()}
+        places = {**Checkpoint(safe).stored()}
         _refuse_quantised(checkpoint, places)
     if checkpoint.kind == "model":
         refuse_adapter_tensors(path, places)
@@ -147,7 +147,7 @@ def check_alike(
             raise UsageError(f"{files} do not match: " + "; ".join(sorted(found)[:_MOST]) + more)
 
 
-def _refuse_quantised(checkpoint: Checkpoint, places: Mapping[str, Place]) -> None:
+def _refuse_quantised(checkpoint: RunCheckpoint, places: Mapping[str, Place]) -> None:
     config = checkpoint.path / "config.json"
     quantised = config.is_file() and "quantization_config" in read_json(config) and checkpoint.kind == "model"
     marked = [

@@ -12,12 +12,12 @@ import torch
 from weightsmith.adapt import load_bone, save_bone, unload_bone_
 from weightsmith.adapt.apply import config_of, is_sharded
 from weightsmith.adapt.folders import Format
-from weightsmith.average import Checkpoint, MergeReport, find_checkpoints, merge_checkpoints
+from weightsmith.average import MergeReport, RunCheckpoint, find_checkpoints, merge_checkpoints
 from weightsmith.average.checkpoints import as_checkpoints
 from weightsmith.average.dense import cast_
-from weightsmith.average.merge import check_new_folder, copy_side_files
+from weightsmith.average.merge import RUN_FILES, check_new_folder
 from weightsmith.core.adapters import BONE_CONFIG, BONE_MERGED
-from weightsmith.core.checkpoint import Checkpoint as Safetensors
+from weightsmith.core.checkpoint import Checkpoint, copy_other_files
 from weightsmith.core.errors import UsageError, require
 from weightsmith.core.files import folder_atomically, temporary_folder, write_atomically
 from weightsmith.core.json_files import read_json
@@ -56,7 +56,7 @@ class BoneCheckpointCallback(transformers.TrainerCallback):
 
 
 def merge_bone_checkpoints(
-    checkpoints: Path | str | Sequence[Path | str | Checkpoint],
+    checkpoints: Path | str | Sequence[Path | str | RunCheckpoint],
     out: Path | str,
     *,
     base: Path | str | None = None,
@@ -93,8 +93,8 @@ def merge_bone_checkpoints(
             cast_(model, dtype)
         report = replace(report, out=target, settings={**report.settings, "base": str(home)})
         with folder_atomically(target) as fresh:
-            for source in (home, scratch / "adapter"):
-                copy_side_files(source, fresh, None)
+            for source in (scratch / "adapter", home):
+                copy_other_files(source, fresh, but=RUN_FILES)
             (fresh / BONE_CONFIG).unlink()
             model.save_pretrained(fresh)
             write_atomically(fresh / "merge_report.json", json.dumps(asdict(report), indent=2, default=str) + "\n")
@@ -103,7 +103,7 @@ def merge_bone_checkpoints(
 
 def _base_model(folder: Path) -> Any:
     """Load a base; of a checkpoint that holds the adapter as well, ``transformers`` leaves that out."""
-    names = Safetensors(folder)
+    names = Checkpoint(folder)
     if merged := [name for name in names if f".{BONE_MERGED}." in f".{name}"]:
         raise UsageError(f"{folder} has adapters in its weights already ({merged[0]}): give the base model as base")
     with _without_warnings():

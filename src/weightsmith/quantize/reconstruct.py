@@ -123,7 +123,7 @@ def reconstruct_(
     still = {layer.name for block in reports for layer in block.layers if not layer.moved}
     unseen = tuple(name for name in unseen if name not in targets or targets[name].parameter in still)
     seconds, left = time.perf_counter() - start, left_out(model, run.nbytes)
-    return Report(recipe.name, grid, reports, seconds, *count_bytes(model, run.nbytes), unseen, left)
+    return Report(model, recipe.name, grid, reports, seconds, *count_bytes(model, run.nbytes), unseen, left)
 
 
 def choose_grids(targets: Mapping[str, Target], grid: Grid, overrides: Mapping[str, Grid | int]) -> dict[str, Grid]:

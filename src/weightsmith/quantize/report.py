@@ -1,7 +1,8 @@
 """What quantisation did to a model, layer by layer and block by block."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class Report:
     """A quantised model.
 
     Attributes:
+        model: The model itself, changed in place.
         method: ``"flexround"``, ``"rtn"``, ...
         grid: What the layers were put on.
         blocks: In the order of the model.
@@ -87,6 +89,7 @@ class Report:
         left: Parameters with two axes or more that stay as they were, if they are a thousandth of the model or more.
     """
 
+    model: nn.Module = field(repr=False, compare=False)
     method: str
     grid: Grid
     blocks: tuple[BlockReport, ...]
@@ -100,6 +103,12 @@ class Report:
     def layers(self) -> tuple[LayerReport, ...]:
         """Of all blocks."""
         return tuple(layer for block in self.blocks for layer in block.layers)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the model, as plain dictionaries."""
+        facts = asdict(replace(self, model=nn.Identity()))  # asdict would copy the model
+        del facts["model"]
+        return facts
 
 
 @torch.no_grad()

@@ -262,7 +262,7 @@ def round_to_nearest_(
         if (on_block := options.get("on_block")) is not None:
             on_block(name, {key: found}, blocks[-1])
     seconds = time.perf_counter() - start
-    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes), left=left_out(model, nbytes))
+    return Report(model, "rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes), left=left_out(model, nbytes))
 
 
 def _nearest(weight: Tensor, grid: Grid, axis: int, _: torch.Generator) -> RoundToNearest:

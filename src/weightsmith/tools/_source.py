@@ -1,6 +1,5 @@
 """A folder with a Hugging Face model: what kind it is, what it takes, and the model itself."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.adapters import refuse_adapter_tensors
-from weightsmith.core.checkpoint import Checkpoint, Stored
+from weightsmith.core.checkpoint import WEIGHT_FILES, Checkpoint, Stored
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import say_where_link_leads
 from weightsmith.core.json_files import read_json
@@ -18,7 +17,6 @@ from weightsmith.core.pretrained import load_pretrained, model_class
 from weightsmith.tools import _calibration
 
 _NAMED = 3
-_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 _CONFIG = {"auto_map?": {str: object}, "architectures?": ([str], None)}
 
 
@@ -117,16 +115,9 @@ class Source:
             _map_one_by_one_(model, Checkpoint(self.folder).stored())
         return model
 
-    def copy_others(self, target: Path) -> None:
-        """Copy what is neither weights nor in ``target`` yet: tokeniser, processor, licence."""
-        for path in self.folder.iterdir():
-            skip = path.suffix in _WEIGHT_FILES or path.name.endswith(".index.json") or (target / path.name).exists()
-            if path.is_file() and not skip:
-                shutil.copy2(say_where_link_leads(path), target / path.name)
-
     def fingerprint(self) -> list[list[Any]]:
         """Configuration, and names, sizes and times of the weight files: changes when they do."""
-        files = sorted(path for path in self.folder.iterdir() if path.suffix in _WEIGHT_FILES)
+        files = sorted(path for path in self.folder.iterdir() if path.suffix in WEIGHT_FILES)
         facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         return [[read_json(self.folder / "config.json")], *facts]
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from weightsmith.average import (
-    Checkpoint,
     MergeReport,
+    RunCheckpoint,
     Share,
     find_checkpoints,
     greedy_soup,
@@ -151,7 +151,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
 def _checkpoints(
     paths: Sequence[Path], last: int, every: int, steps: Sequence[int]
-) -> Sequence[Path | str | Checkpoint]:
+) -> Sequence[Path | str | RunCheckpoint]:
     if not paths:
         raise UsageError("give a run folder, or its checkpoint folders")
     is_run = len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob("checkpoint-*"))

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from weightsmith.core.bars import bars_on
+from weightsmith.core.checkpoint import copy_other_files
 from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, WeightsmithWarning, require, unknown
 from weightsmith.core.files import check_target, folder_atomically, write_atomically
@@ -186,7 +187,7 @@ def quantize(
         report = dataclasses.replace(report, blocks=tuple(finished.get(b.name, b) for b in report.blocks))
         with folder_atomically(out) as fresh:
             save_quantized(model, fresh, format)
-            source.copy_others(fresh)
+            copy_other_files(source.folder, fresh)
             after = judge and judge(model, bars, "perplexity after")
             checked = None
             if examples is not None and trained is not None:
@@ -194,7 +195,7 @@ def quantize(
             content = {
                 "model": model_dir.name,
                 "settings": settings,
-                **dataclasses.asdict(report),
+                **report.facts(),
                 "resumed_blocks": len(done),
                 "bytes_before": source.nbytes,
                 "bytes_after": weight_bytes(fresh),
