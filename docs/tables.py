@@ -1,5 +1,7 @@
 """Write what README and docs repeat of cards and committed results; ``--check`` only compares."""
 
+import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +47,26 @@ def navigation(text: str) -> str:
     return between(text, "rooms", "".join(rooms), "      # {}")
 
 
+def reference(room: str) -> str:
+    """The API page of a room: what techniques consist of, verbs first, then what supports them, folded."""
+    name = f"weightsmith.{room}"
+    face = importlib.import_module(name)
+    listed = list(dict.fromkeys(re.findall(r"``(\w+)``", face.__doc__ or "")))
+    order = {public: position for position, public in enumerate(listed)}
+    cards = {public for card in TECHNIQUES for public in card.names}
+    names = sorted(face.__all__, key=lambda public: (not public.endswith("_"), order.get(public, len(order)), public))
+    leading = [public for public in names if f"{name}.{public}" in cards]
+    others = [public for public in names if public not in leading]
+    text = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      members: false\n"
+    text += "".join(f"\n::: {name}.{public}\n" for public in leading)
+    return text + folded("What these take and return", [f"{name}.{public}" for public in others])
+
+
+def folded(title: str, names: list[str]) -> str:
+    """Part of an API page that opens on a click."""
+    return f'\n??? note "{title}"\n' + "".join(f"\n    ::: {name}\n" for name in names) if names else ""
+
+
 def pages() -> dict[Path, str]:
     """Every page that is written, as it should be."""
     readme, index = ROOT / "README.md", ROOT / "docs/techniques/index.md"
@@ -57,8 +79,7 @@ def pages() -> dict[Path, str]:
         ROOT / "mkdocs.yml": navigation((ROOT / "mkdocs.yml").read_text()),
     }
     for room in ROOMS:
-        name = f"weightsmith.{room}"
-        found[ROOT / f"docs/api/{room}.md"] = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+        found[ROOT / f"docs/api/{room}.md"] = reference(room)
     for technique in TECHNIQUES:
         if technique.available:
             page = ROOT / f"docs/techniques/{technique.slug}.md"

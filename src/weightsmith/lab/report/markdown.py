@@ -11,7 +11,7 @@ def to_markdown(report: Report) -> str:
     """Lay a report out as Markdown: verdicts, table, how to read it, what was run.
 
     Args:
-        report: From :func:`weightsmith.lab.report.load`.
+        report: From `weightsmith.lab.report.load`.
 
     Returns:
         The text, ending in a newline.
