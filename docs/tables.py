@@ -13,17 +13,25 @@ from weightsmith import ROOMS
 from weightsmith.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
+DETAILS = "<details><summary>Announced</summary>\n\n{}\n</details>\n"
 
 
-def table(cards: str) -> str:
+def table(cards: str, *, available: bool) -> str:
     """The techniques as Markdown; ``cards`` is the path from the page to the method cards."""
-    lines = ["| lifecycle | technique | what it is for | paper | state |", "|---|---|---|---|---|"]
+    lines = ["| technique | what it is for | what it does to weights | paper |", "|---|---|---|---|"]
     for card in TECHNIQUES:
-        name = f"[`{card.slug}`]({cards}{card.slug}.md)" if card.available else f"`{card.slug}`"
-        paper = f"[{card.venue} {card.year}](https://arxiv.org/abs/{card.arxiv})"
-        state = "**available**" if card.available else "announced"
-        lines.append(f"| {card.stage} | {name} | {card.purpose} | {paper} | {state} |")
+        if card.available == available:
+            name = f"[{card.title}]({cards}{card.slug}.md)" if available else card.title
+            paper = f"[{card.venue} {card.year}](https://arxiv.org/abs/{card.arxiv})"
+            lines.append(f"| {name} | {card.purpose} | {card.stage} | {paper} |")
     return "\n".join(lines) + "\n"
+
+
+def lists(text: str, cards: str, announced: str) -> str:
+    """A page with the available techniques and, as long as there are any, the announced ones under a heading."""
+    text = between(text, "techniques", table(cards, available=True))
+    waiting = any(not card.available for card in TECHNIQUES)
+    return between(text, "announced", announced.format(table(cards, available=False)) if waiting else "")
 
 
 def between(text: str, name: str, content: str, mark: str = "<!-- {} -->") -> str:
@@ -71,10 +79,8 @@ def pages() -> dict[Path, str]:
     """Every page that is written, as it should be."""
     readme, index = ROOT / "README.md", ROOT / "docs/techniques/index.md"
     found = {
-        readme: between(
-            between(readme.read_text(), "techniques", table("docs/techniques/")), "measured", measured.summary()
-        ),
-        index: between(index.read_text(), "techniques", table("")),
+        readme: between(lists(readme.read_text(), "docs/techniques/", DETAILS), "measured", measured.summary()),
+        index: lists(index.read_text(), "", "## Announced\n\n{}"),
         ROOT / "docs/gallery.md": measured.gallery(),
         ROOT / "mkdocs.yml": navigation((ROOT / "mkdocs.yml").read_text()),
     }
