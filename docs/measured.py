@@ -51,7 +51,9 @@ def summary() -> str:
         if found:
             receipt, claim = max(found, key=lambda pair: pair[1]["n"])
             text, size = _plain(claim["claim"]["text"]), _size(claim)
-            lines.append(f"| `{receipt['command']}` | {text} | {SYMBOLS[verdict]} **{verdict}**: {size} |")
+            lines.append(
+                f"| `{receipt['command'].partition('#')[0].strip()}` | {text} | {SYMBOLS[verdict]} **{verdict}**: {size} |"
+            )
     return "\n".join(lines) + "\n"
 
 
