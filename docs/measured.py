@@ -41,7 +41,7 @@ def card(receipt: dict[str, Any]) -> str:
 
 
 def summary() -> str:
-    """Three results for the front page: of each verdict the primary claim with the most seeds, whichever way it fell."""
+    """Three results for the front page: for each verdict the primary claim with the most seeds."""
     lines = ["| command | asked | found |", "|---|---|---|"]
     claims = [
         (receipt, claim) for receipt in receipts().values() for claim in receipt["claims"] if claim["claim"]["primary"]
@@ -50,10 +50,8 @@ def summary() -> str:
         found = [pair for pair in claims if pair[1]["verdict"] == verdict]
         if found:
             receipt, claim = max(found, key=lambda pair: pair[1]["n"])
-            text, size = _plain(claim["claim"]["text"]), _size(claim)
-            lines.append(
-                f"| `{receipt['command'].partition('#')[0].strip()}` | {text} | {SYMBOLS[verdict]} **{verdict}**: {size} |"
-            )
+            command, text = receipt["command"].partition("#")[0].strip(), _plain(claim["claim"]["text"])
+            lines.append(f"| `{command}` | {text} | {SYMBOLS[verdict]} **{verdict}**: {_size(claim)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -97,7 +97,7 @@ def _noise(experiment: Experiment[Any], comparison: Comparison, options: RunOpti
         f"{found.n} seeds of the baseline: {min(values):.5g} to {max(values):.5g}, standard deviation {found.sd:.3g}"
     )
     console.print(table)
-    print_line("Two arms that vary alike are assumed; sharing seeds can only make it better.", "dim")
+    print_line("This assumes two arms of equal variance; shared seeds can only improve it.", "dim")
     return 0
 
 
