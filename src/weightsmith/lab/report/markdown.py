@@ -50,7 +50,7 @@ def _claims(report: Report, judgements: Sequence[Judgement]) -> str:
                 _text(judgement.claim.text) + reason,
                 *(_text(found[name]) for name in ("Compared", "Difference")),
                 _text(interval),
-                _text(found.get("Needed", found.get("Worth having", words.NONE))),
+                _text(found.get("Needed", found.get("Smallest relevant effect", words.NONE))),
                 found["Paired seeds"],
                 _text(found.get("In the paper", words.NONE)),
             ]
