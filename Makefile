@@ -20,7 +20,6 @@ test: $(INSTALLED) $(MODELS)  ## everything CI checks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=term:skip-covered
-	$(BIN)/mkdocs build --strict --quiet
 
 test-slow: $(INSTALLED) $(MODELS)  ## the tests that take longer
 	$(BIN)/pytest -m slow

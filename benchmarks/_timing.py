@@ -1,4 +1,4 @@
-"""Time several callables fairly: interleaved in one process, so that a noisy machine slows all of them alike."""
+"""Time several callables fairly: interleaved in one process, so that a noisy machine slows all of them equally."""
 
 import statistics
 import time

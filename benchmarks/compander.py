@@ -53,7 +53,7 @@ def resnet20() -> nn.Sequential:
 
 
 def sgd_step(model: nn.Module, batch: int, decay: float = 0.0) -> Callable[[], None]:
-    """One step of SGD with momentum; ``decay`` acts on companded weights, the optimiser's own on the rest."""
+    """One step of SGD with momentum; ``decay`` acts on companded weights, the optimizer's own on the rest."""
     return step(model, batch, torch.optim.SGD(param_groups(model, DECAY), lr=0.01, momentum=0.9), decay)
 
 

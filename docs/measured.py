@@ -41,13 +41,17 @@ def card(receipt: dict[str, Any]) -> str:
 
 
 def summary() -> str:
-    """One line per result, for the front page."""
-    lines = ["| technique | asked | found |", "|---|---|---|"]
-    for slug, receipt in receipts().items():
-        leading = [claim for claim in receipt["claims"] if claim["claim"]["primary"]] or receipt["claims"]
-        for claim in leading:
-            found = f"{SYMBOLS[claim['verdict']]} {claim['verdict']}: {_size(claim)}"
-            lines.append(f"| [`{slug}`](docs/techniques/{slug}.md) | {_plain(claim['claim']['text'])} | {found} |")
+    """Three results for the front page: for each verdict the primary claim with the most seeds."""
+    lines = ["| command | asked | found |", "|---|---|---|"]
+    claims = [
+        (receipt, claim) for receipt in receipts().values() for claim in receipt["claims"] if claim["claim"]["primary"]
+    ]
+    for verdict in ("supported", "no relevant effect", "undecided"):
+        found = [pair for pair in claims if pair[1]["verdict"] == verdict]
+        if found:
+            receipt, claim = max(found, key=lambda pair: pair[1]["n"])
+            command, text = receipt["command"].partition("#")[0].strip(), _plain(claim["claim"]["text"])
+            lines.append(f"| `{command}` | {text} | {SYMBOLS[verdict]} **{verdict}**: {_size(claim)} |")
     return "\n".join(lines) + "\n"
 
 

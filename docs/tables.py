@@ -1,5 +1,7 @@
 """Write what README and docs repeat of cards and committed results; ``--check`` only compares."""
 
+import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -11,17 +13,25 @@ from weightsmith import ROOMS
 from weightsmith.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
+DETAILS = "<details><summary>Announced</summary>\n\n{}\n</details>\n"
 
 
-def table(cards: str) -> str:
+def table(cards: str, *, available: bool) -> str:
     """The techniques as Markdown; ``cards`` is the path from the page to the method cards."""
-    lines = ["| lifecycle | technique | what it is for | paper | state |", "|---|---|---|---|---|"]
+    lines = ["| technique | what it is for | what it does to weights | paper |", "|---|---|---|---|"]
     for card in TECHNIQUES:
-        name = f"[`{card.slug}`]({cards}{card.slug}.md)" if card.available else f"`{card.slug}`"
-        paper = f"[{card.venue} {card.year}](https://arxiv.org/abs/{card.arxiv})"
-        state = "**available**" if card.available else "announced"
-        lines.append(f"| {card.stage} | {name} | {card.purpose} | {paper} | {state} |")
+        if card.available == available:
+            name = f"[{card.title}]({cards}{card.slug}.md)" if available else card.title
+            paper = f"[{card.venue} {card.year}](https://arxiv.org/abs/{card.arxiv})"
+            lines.append(f"| {name} | {card.purpose} | {card.stage} | {paper} |")
     return "\n".join(lines) + "\n"
+
+
+def lists(text: str, cards: str, announced: str) -> str:
+    """A page with the available techniques and, as long as there are any, the announced ones under a heading."""
+    text = between(text, "techniques", table(cards, available=True))
+    waiting = any(not card.available for card in TECHNIQUES)
+    return between(text, "announced", announced.format(table(cards, available=False)) if waiting else "")
 
 
 def between(text: str, name: str, content: str, mark: str = "<!-- {} -->") -> str:
@@ -45,20 +55,37 @@ def navigation(text: str) -> str:
     return between(text, "rooms", "".join(rooms), "      # {}")
 
 
+def reference(room: str) -> str:
+    """The API page of a room: what techniques consist of, verbs first, then what supports them, folded."""
+    name = f"weightsmith.{room}"
+    face = importlib.import_module(name)
+    listed = list(dict.fromkeys(re.findall(r"``(\w+)``", face.__doc__ or "")))
+    order = {public: position for position, public in enumerate(listed)}
+    cards = {public for card in TECHNIQUES for public in card.names}
+    names = sorted(face.__all__, key=lambda public: (not public.endswith("_"), order.get(public, len(order)), public))
+    leading = [public for public in names if f"{name}.{public}" in cards]
+    others = [public for public in names if public not in leading]
+    text = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      members: false\n"
+    text += "".join(f"\n::: {name}.{public}\n" for public in leading)
+    return text + folded("What these take and return", [f"{name}.{public}" for public in others])
+
+
+def folded(title: str, names: list[str]) -> str:
+    """Part of an API page that opens on a click."""
+    return f'\n??? note "{title}"\n' + "".join(f"\n    ::: {name}\n" for name in names) if names else ""
+
+
 def pages() -> dict[Path, str]:
     """Every page that is written, as it should be."""
     readme, index = ROOT / "README.md", ROOT / "docs/techniques/index.md"
     found = {
-        readme: between(
-            between(readme.read_text(), "techniques", table("docs/techniques/")), "measured", measured.summary()
-        ),
-        index: between(index.read_text(), "techniques", table("")),
+        readme: between(lists(readme.read_text(), "docs/techniques/", DETAILS), "measured", measured.summary()),
+        index: lists(index.read_text(), "", "## Announced\n\n{}"),
         ROOT / "docs/gallery.md": measured.gallery(),
         ROOT / "mkdocs.yml": navigation((ROOT / "mkdocs.yml").read_text()),
     }
     for room in ROOMS:
-        name = f"weightsmith.{room}"
-        found[ROOT / f"docs/api/{room}.md"] = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+        found[ROOT / f"docs/api/{room}.md"] = reference(room)
     for technique in TECHNIQUES:
         if technique.available:
             page = ROOT / f"docs/techniques/{technique.slug}.md"

@@ -1,6 +1,6 @@
 """Everything that happens to a neural network's weights.
 
-One folder per thing that is done to a weight, imported on first use::
+One folder per thing that is done to a weight, imported on first use:
 
     import weightsmith as ws
 

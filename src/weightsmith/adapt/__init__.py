@@ -1,19 +1,19 @@
 """Adapters that train one small tensor per weight matrix.
 
-=================================================  ================================================================
-``apply_bone_``, ``BoneConfig``                    freeze a model and put an adapter on it: Bone, row, free, MiSS, mini
-``set_adapter_``, ``bone_disabled``                several adapters on one model, and none for a while
-``merge_bone_``, ``unmerge_bone_``                 into the weights, and out again to the last bit
-``unload_bone_``                                   take the adapters off, merged or not
-``save_bone``, ``load_bone``                       folders: our own, PEFT's MISS and BONE, exact LoRA
-``bone_state_dict``, ``load_bone_state_dict_``     the same in memory
-``trainable_parameters``                           how many train, of how many
-``bone_linear``, ``bone_delta``                    the functions beneath
-``accelerate_peft_``                               our forward and backward pass under an unchanged PEFT model
-=================================================  ================================================================
+| name | what it is |
+|---|---|
+| ``apply_bone_``, ``BoneConfig`` | freeze a model and put an adapter on it: Bone, row, free, MiSS, mini |
+| ``set_adapter_``, ``bone_disabled`` | several adapters on one model, and none for a while |
+| ``merge_bone_``, ``unmerge_bone_`` | into the weights, and out again to the last bit |
+| ``unload_bone_`` | take the adapters off, merged or not |
+| ``save_bone``, ``load_bone`` | folders: our own, PEFT's MISS and BONE, exact LoRA |
+| ``bone_state_dict``, ``load_bone_state_dict_`` | the same in memory |
+| ``trainable_parameters`` | how many train, of how many |
+| ``bone_linear``, ``bone_delta`` | the functions beneath |
+| ``accelerate_peft_`` | our forward and backward pass under an unchanged PEFT model |
 
 Order of arguments: the model that is changed or saved comes first, then the folder or the configuration. Under a
-``Trainer``, see :mod:`weightsmith.integrations.bone`.
+``Trainer``, see `weightsmith.integrations.bone`.
 """
 
 from weightsmith.adapt.apply import (

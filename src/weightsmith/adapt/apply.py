@@ -223,7 +223,7 @@ def bone_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str
 
 
 def load_bone_state_dict_(model: Model, state: dict[str, Tensor], adapter_name: str = "default") -> Model:
-    """Put back what :func:`bone_state_dict` gave, in place.
+    """Put back what `bone_state_dict` gave, in place.
 
     Args:
         model: One with the same adapter.
@@ -316,7 +316,7 @@ def swap_saved(model: nn.Module, adapter_name: str | None) -> None:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Take away what :func:`apply_bone_` has hooked onto a model, so that torch's encoder layers are fast again."""
+    """Take away what `apply_bone_` has hooked onto a model, so that torch's encoder layers are fast again."""
     for key, held in list(model._load_state_dict_pre_hooks.items()):
         if getattr(held, "hook", None) is _check_merged:
             del model._load_state_dict_pre_hooks[key]

@@ -1,10 +1,10 @@
 """Adapters on disk: a folder of our own, and the folders of Hugging Face PEFT, written and read without PEFT.
 
-========  ===============================================================================================
-native    every form and every layer: ``bone_config.json``, ``bone.safetensors``
-peft      ``"miss"``, ``"mini"`` and ``"col"`` on linear layers, as PEFT >= 0.17 reads them (MISS)
-lora      ``"miss"`` and ``"mini"`` as the LoRA that they are: ``B = D^T``, ``A[k, j] = [j % r = k]``, alpha = r
-========  ===============================================================================================
+| layout | what it holds |
+|---|---|
+| native | every form and every layer: ``bone_config.json``, ``bone.safetensors`` |
+| peft | ``"miss"``, ``"mini"`` and ``"col"`` on linear layers, as PEFT >= 0.17 reads them (MISS) |
+| lora | ``"miss"`` and ``"mini"`` as the LoRA that they are: ``B = D^T``, ``A[k, j] = [j % r = k]``, alpha = r |
 
 Folders that PEFT 0.14 to 0.18 wrote as BONE, and which later versions cannot open, are read as well.
 """
@@ -125,7 +125,7 @@ def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default"
 
     Args:
         model: The model that the adapter was made for; changed after everything has been checked.
-        folder: One of :func:`save_bone`, or a MISS or BONE folder of PEFT.
+        folder: One of `save_bone`, or a MISS or BONE folder of PEFT.
         adapter_name: The name that it gets here.
         allow_pickle: Also read ``.bin`` files, and from those nothing but plain tensors.
 

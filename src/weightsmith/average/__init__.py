@@ -1,14 +1,14 @@
 """Many checkpoints into one: averages of a run's saved states, weighted by what the run has logged.
 
-===============================================  ====================================================================
-``merge_checkpoints``                            checkpoint folders, full models or adapters, into one folder
-``find_checkpoints``, ``checkpoint_losses``      what a run has left behind, and how good each is
-``metric_weights``, ``weigh_checkpoints``        metrics into weights
-``decay_weights``                                weights that stand for a decay of the learning rate
-``average_state_dicts``                          the same in memory, for any module
-``greedy_soup``, ``greedy_members``              keep only members that your evaluation likes
-``ema``, ``swa``, ``LAWA``                       running averages while a model trains
-===============================================  ====================================================================
+| name | what it is |
+|---|---|
+| ``merge_checkpoints`` | checkpoint folders, full models or adapters, into one folder |
+| ``find_checkpoints``, ``checkpoint_losses`` | what a run has left behind, and how good each is |
+| ``metric_weights``, ``weigh_checkpoints`` | metrics into weights |
+| ``decay_weights`` | weights that stand for a decay of the learning rate |
+| ``average_state_dicts`` | the same in memory, for any module |
+| ``greedy_soup``, ``greedy_members`` | keep only members that your evaluation likes |
+| ``ema``, ``swa``, ``LAWA`` | running averages while a model trains |
 
 Order of arguments: what is averaged comes first (the model, or the checkpoints), then the folder that is made.
 """

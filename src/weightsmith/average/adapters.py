@@ -74,7 +74,7 @@ class Adapters:
         configs: ``adapter_config.json`` of each.
         places: Tensors of each, by name.
         pairs: LoRA modules, by the name of their ``A``.
-        discarded: Filled by :meth:`pieces`: share of a module's update that its rank cannot hold.
+        discarded: Filled by `pieces`: share of a module's update that its rank cannot hold.
     """
 
     configs: list[Config]
@@ -105,7 +105,7 @@ class Adapters:
         return stacked(a, b, [share * self.scale(index, pair) for index, share in enumerate(shares)])
 
     def gaps(self, shares: Sequence[float]) -> dict[str, float]:
-        """Measure per module what averaging the factors loses, see :func:`covariance_gap`."""
+        """Measure per module what averaging the factors loses, see `covariance_gap`."""
         return {pair.module: covariance_gap(*self.factors(pair), shares) for pair in self.pairs.values()}
 
     def rank(self, mode: LoraMode, rank: int | None) -> int:

@@ -105,11 +105,11 @@ def weigh_checkpoints(
         values: The metric by hand, one number per checkpoint, oldest first.
         weights: The weights themselves; scaled to sum 1.
         metric: What weighs: ``"loss"`` and ``"score"`` are read from the run's log, ``"steps"`` from folder names.
-        source: Which entry of the log, see :func:`checkpoint_losses`.
-        scheme: See :func:`metric_weights`.
-        penalty: See :func:`metric_weights`.
+        source: Which entry of the log, see `checkpoint_losses`.
+        scheme: See `metric_weights`.
+        penalty: See `metric_weights`.
         decay: Weigh by step so that the average equals a decay of the learning rate that was not trained, see
-            :func:`decay_weights`; metric, scheme and penalty are ignored.
+            `decay_weights`; metric, scheme and penalty are ignored.
         top: Take only this many, the best by metric.
         skip_bad: Leave out checkpoints whose metric is not finite.
 
@@ -175,9 +175,9 @@ def merge_checkpoints(
     The folder appears whole or not at all. Configuration, tokeniser and shard layout are the newest checkpoint's.
 
     Args:
-        checkpoints: A run folder (its last four are taken), or checkpoints: see :func:`find_checkpoints`.
+        checkpoints: A run folder (its last four are taken), or checkpoints: see `find_checkpoints`.
         out: The folder to make.
-        values: See :func:`weigh_checkpoints`, also for the next eight.
+        values: See `weigh_checkpoints`, also for the next eight.
         weights: The weights themselves.
         metric: ``"loss"``, ``"steps"`` or ``"score"``.
         source: Which entry of the log.

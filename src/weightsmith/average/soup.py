@@ -56,10 +56,10 @@ def greedy_soup(
     ``2n - 1`` folders are evaluated; candidates are made beside ``out`` and removed.
 
     Args:
-        checkpoints: Folders of one architecture, see :func:`find_checkpoints`.
+        checkpoints: Folders of one architecture, see `find_checkpoints`.
         out: The folder to make.
         evaluate: ``folder -> score``, higher is better; on held-out data. It loads the folder by ``from_pretrained``.
-        **options: Further arguments of :func:`merge_checkpoints`, for example ``lora_mode``.
+        **options: Further arguments of `merge_checkpoints`, for example ``lora_mode``.
     """
     found = as_checkpoints(checkpoints)
     target = Path(out)

@@ -22,7 +22,7 @@ def average_state_dicts(
 
     Args:
         states: State dicts of one architecture, oldest first. They are left as they are.
-        weights: ``(n,)``, at least 0, for example from :func:`metric_weights`; scaled to sum 1. ``None``: all equal.
+        weights: ``(n,)``, at least 0, for example from `metric_weights`; scaled to sum 1. ``None``: all equal.
 
     Returns:
         New tensors; integer and boolean ones are the newest's.
@@ -135,5 +135,5 @@ class LAWA(AveragedModel):
         return list(self._latest)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take over what :meth:`get_extra_state` gave."""
+        """Take over what `get_extra_state` gave."""
         self._latest = deque(state, maxlen=self._latest.maxlen)

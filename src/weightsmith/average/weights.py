@@ -4,7 +4,7 @@ A run's checkpoints are ranked by their loss (lower counts more), their step (la
 number, the *penalty*, says how sharply. The paper that proposes this publishes no formula, so the schemes here are a
 family of our own that holds the plausible readings of it; none of them is "the paper's".
 
-:func:`decay_weights` needs no metric: it weighs checkpoints so that their average stands for a decay of the learning
+`decay_weights` needs no metric: it weighs checkpoints so that their average stands for a decay of the learning
 rate that was never trained.
 
 Sources: "Parameter-Efficient Checkpoint Merging via Metrics-Weighted Averaging" (arXiv 2504.18580), abstract, figures;
@@ -92,16 +92,14 @@ def metric_weights(
 
     With ``m`` the values and ``p`` the penalty, the raw weights ``u_i`` are
 
-    =========== ================================== ================================== ==========================
-    scheme      loss                               steps, score                       p
-    =========== ================================== ================================== ==========================
-    ``power``   ``m^-p``                           ``m^p``                            >= 0; 0 is uniform
-    ``linear``  ``1 - p (m - min) / (max - min)``  ``1 - p (max - m) / (max - min)``  [0, 1]; 1 drops the worst
-    ``softmax`` ``exp(-m / p)``                    ``exp(m / p)``                     > 0, a temperature
-    ``rank``    ``p^(how many are better)``        the same                           (0, 1]; ties share a rank
-    ``ema``     ``p^(how many are newer)``         the same                           (0, 1); values are ignored
-    ``uniform`` ``1``                              ``1``                              ignored
-    =========== ================================== ================================== ==========================
+    | scheme | loss | steps, score | p |
+    |---|---|---|---|
+    | ``power`` | ``m^-p`` | ``m^p`` | >= 0; 0 is uniform |
+    | ``linear`` | ``1 - p (m - min) / (max - min)`` | ``1 - p (max - m) / (max - min)`` | [0, 1]; 1 drops the worst |
+    | ``softmax`` | ``exp(-m / p)`` | ``exp(m / p)`` | > 0, a temperature |
+    | ``rank`` | ``p^(how many are better)`` | the same | (0, 1]; ties share a rank |
+    | ``ema`` | ``p^(how many are newer)`` | the same | (0, 1); values are ignored |
+    | ``uniform`` | ``1`` | ``1`` | ignored |
 
     Late checkpoints have nearly equal losses, for which ``power`` with ``p = 1`` is nearly uniform; ``linear`` looks at
     differences instead.

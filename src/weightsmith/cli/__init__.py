@@ -16,9 +16,12 @@ from weightsmith.core.errors import MissingExtra, UsageError
 _COMMANDS = {
     "techniques": ("weightsmith.cli.cards", "List the fifteen techniques, one line each."),
     "show": ("weightsmith.cli.cards", "Show a technique's card: what it is, when to use it, how, what was measured."),
-    "suggest": ("weightsmith.cli.suggest", "Tell which techniques apply to a model, where, and why the others do not."),
+    "suggest": (
+        "weightsmith.cli.suggest",
+        "List which techniques apply to a model, to which layers, and why the others do not.",
+    ),
     "run": ("weightsmith.cli.run", "Find out whether a technique helps: run its experiment, judge its claims."),
-    "compare": ("weightsmith.cli.compare", "Compare your own training with itself under techniques, or any commands."),
+    "compare": ("weightsmith.cli.compare", "Compare your own training with and without techniques, or any commands."),
     "report": ("weightsmith.cli.reports", "Rebuild the report of one or several run folders."),
     "verify": ("weightsmith.cli.reports", "Repeat one seed of a committed result and compare."),
     "merge": ("weightsmith.tools.merge", "Merge the checkpoints of one training run, weighted by what it has logged."),

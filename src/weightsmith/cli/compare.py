@@ -33,20 +33,20 @@ def compare(
     noise: bool = False,
     options: tyro.conf.OmitArgPrefixes[RunOptions] = RunOptions(),
 ) -> int:
-    """Compare your own training with itself under techniques, or any commands with each other.
+    """Compare your own training with and without techniques, or any commands with each other.
 
-    Give either a function, which is called with a trial (see the documentation), and techniques --with which it is
-    compared; or two or more --arm 'name: command', the first of which is the baseline.
+    Give either a function, which is called with a trial (see the documentation), and techniques to put on it with
+    --with; or two or more --arm 'name: command', the first of which is the baseline.
 
     Args:
         function: Your training function: file.py:function or module:function.
-        metric: The number that decides; add :higher or :lower where the name does not tell.
+        metric: The number that decides; add :higher or :lower if the name does not imply it.
         with_: A technique, or several joined by +; may be given several times.
         arm: 'name: command' with {seed} in it; prints JSON lines, or writes them to $WEIGHTSMITH_RESULT.
-        worth: Smallest difference worth having, in the metric's unit.
+        worth: Smallest relevant effect, in the metric's unit; smaller differences count as none.
         sweep: name=value,value: try every arm at these values; for a function's lr also multiples, lr=0.5x,1x,2x.
-        choose_by: The number that chooses among swept values, such as val_loss; the metric itself by default.
-        noise: Run the baseline alone, and tell how large an effect some seeds can show.
+        choose_by: The number by which swept values are chosen, such as val_loss; default: the metric.
+        noise: Run only the baseline, and report the smallest effect that a number of seeds can detect.
         options: How the comparison is run.
     """
     if bool(function) == bool(arm):
@@ -89,7 +89,7 @@ def _noise(experiment: Experiment[Any], comparison: Comparison, options: RunOpti
     values = [job.metrics[comparison.metric] for job in jobs]
     table = Table(box=None, pad_edge=False)
     table.add_column("seeds", justify="right")
-    table.add_column(f"smallest difference in {comparison.metric} that they show, four times out of five")
+    table.add_column(f"smallest difference in {comparison.metric} detected with 80 % power")
     found = noise_of(values, seeds=(3, 5, 10, 20, 50))
     for n, effect in found.effects.items():
         table.add_row(str(n), f"{effect:.3g}")
@@ -97,7 +97,7 @@ def _noise(experiment: Experiment[Any], comparison: Comparison, options: RunOpti
         f"{found.n} seeds of the baseline: {min(values):.5g} to {max(values):.5g}, standard deviation {found.sd:.3g}"
     )
     console.print(table)
-    print_line("Two arms that vary alike are assumed; sharing seeds can only make it better.", "dim")
+    print_line("This assumes two arms of equal variance; shared seeds can only improve it.", "dim")
     return 0
 
 

@@ -24,10 +24,10 @@ def report(
 
     Args:
         run_dirs: Folders that `weightsmith run` made, for example runs/adamp/0123456789ab.
-        page: Of several runs: where the page over all of them goes; report.html beside them by default.
-        figures: Also write every picture as a file, in the folder figures of the run.
+        page: For several runs: path of the summary page; default: report.html beside them.
+        figures: Also write every chart as a file, in the folder figures of the run.
         receipt: Also write the run as a small JSON file, which `weightsmith verify` can repeat.
-        command: With --receipt: the command that a reader types to get the run.
+        command: With --receipt: the command that reproduces the run.
     """
     from weightsmith.lab import report as reports
 
@@ -70,9 +70,9 @@ def verify(
         receipt: A file such as docs/measured/adamp/receipt.json.
         seed: Which seed; the first by default.
         arms: Which arms; all by default.
-        tolerance: Largest relative difference of a metric; other machines and library versions round otherwise.
-        data_dir: Folder that holds data sets by name (or set WEIGHTSMITH_DATA).
-        workers: Jobs at a time.
+        tolerance: Largest relative difference of a metric; other machines and library versions round differently.
+        data_dir: Folder with datasets by name (or set WEIGHTSMITH_DATA).
+        workers: Number of parallel jobs.
     """
     from weightsmith.cli.run import find_experiment, use_data_dir
     from weightsmith.lab import report as reports

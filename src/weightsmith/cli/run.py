@@ -33,23 +33,23 @@ class RunOptions:
     seeds: str = "auto"
     """auto (3, then 5, 10, 20 seeds, until the primary claims are decided), a number, or numbers joined by commas."""
     arms: tuple[str, ...] = ()
-    """Run these arms only; claims about the others stay in the correction."""
+    """Run only these arms; claims about the others still count in the correction for multiple tests."""
     out: Path = Path("runs")
-    """Parent of the run folders. What is finished there is not run again."""
+    """Parent of the run folders. Jobs that have finished there are not run again."""
     engine: Literal["local", "ray"] = "local"
-    """Local processes, or a Ray cluster."""
+    """Where jobs run: in local processes, or on a Ray cluster."""
     address: str | None = None
     """Address of the Ray cluster; one is started on this machine when none is given."""
     workers: int | None = None
-    """Jobs at a time; one per core, or per GPU, by default."""
+    """Number of parallel jobs; default: one per core, or per GPU."""
     time_limit: float | None = None
-    """Seconds that a job may take."""
+    """Time limit per job, in seconds."""
     fresh: bool = False
-    """Start over: remove what an earlier run of the same question has left."""
+    """Start over: delete the results of an earlier run with the same settings."""
     dry_run: bool = False
-    """Print jobs, minutes and memory, and run nothing."""
+    """Print the jobs with estimated time and memory, without running them."""
     data_dir: Path | None = None
-    """Folder that holds data sets by name, in the hub's layout (or set WEIGHTSMITH_DATA)."""
+    """Folder with datasets by name, in the layout of the Hugging Face hub (or set WEIGHTSMITH_DATA)."""
     tracker: str | None = None
     """Also log to an experiment tracker that Accelerate knows: tensorboard, wandb, mlflow ..."""
 

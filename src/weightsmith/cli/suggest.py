@@ -17,7 +17,7 @@ from weightsmith.techniques import TECHNIQUES
 
 
 def suggest(model: tyro.conf.Positional[str], /) -> int:
-    """Tell which techniques apply to a model, where, and why the others do not.
+    """List which techniques apply to a model, to which layers, and why the others do not.
 
     Args:
         model: A Hugging Face folder or id, module:function or file.py:function that returns a model, or a name such as

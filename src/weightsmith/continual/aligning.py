@@ -91,7 +91,7 @@ def align_weights_(
         p: Which norm of a row: 2, or 1 as in the authors' code.
         gamma_max: Largest factor; ``None``: any, as in PyCIL.
         scale_bias: Also multiply the new classes' bias, as the authors' code does.
-        fold: Write the factor into the weights; ``False``: only report it, for :func:`align_logits`.
+        fold: Write the factor into the weights; ``False``: only report it, for `align_logits`.
         model: What the head belongs to: a weight that is tied to another module of it is refused.
 
     Returns:

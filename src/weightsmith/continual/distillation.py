@@ -61,7 +61,7 @@ def incremental_loss(
         A scalar.
 
     Raises:
-        UsageError: A label is none of the head's classes, or see :func:`distillation_loss`.
+        UsageError: A label is none of the head's classes, or see `distillation_loss`.
     """
     n = logits.shape[1]
     if labels.dtype not in (torch.int64, torch.int32, torch.uint8) or tuple(labels.shape) != (len(logits),):

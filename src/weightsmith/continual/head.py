@@ -118,14 +118,14 @@ def expand_head_(
         model: Changed in place.
         n_classes: Classes of the new head.
         head: Dotted name of the head.
-        init: See :func:`expand_head`.
-        bias: See :func:`expand_head`.
+        init: See `expand_head`.
+        bias: See `expand_head`.
 
     Returns:
         The model.
 
     Raises:
-        UsageError: See :func:`expand_head`; or the head's weight is tied or parametrized.
+        UsageError: See `expand_head`; or the head's weight is tied or parametrized.
         TypeError: The head is no linear classifier.
     """
     old = find_head(model, head)

@@ -16,7 +16,7 @@ Selection = Literal["herding", "random"]
 class ExemplarMemory:
     """Stored examples by class, in the order in which they were chosen, on the CPU.
 
-    With a total budget ``M`` every one of ``n`` seen classes keeps ``M // n``: :meth:`add` shortens the earlier ones to
+    With a total budget ``M`` every one of ``n`` seen classes keeps ``M // n``: `add` shortens the earlier ones to
     the first part of their order. What is stored is up to the caller: pixels as uint8, token ids, or the indices of
     examples in a data set of the caller's own.
 
@@ -123,6 +123,6 @@ class ExemplarMemory:
         return {"held": dict(self._held), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self._held = {int(label): examples.cpu() for label, examples in state["held"].items()}
         self._generator.set_state(state["generator"])

@@ -50,7 +50,7 @@ class AligningOptions:
         p: Which norm of the head's rows is aligned.
         gamma_max: Largest factor; ``None``: any.
         scale_bias: The factor multiplies the new classes' bias too.
-        apply: ``"fold"`` writes the factor into the head; ``"logits"`` leaves it, see :meth:`WeightAligning.aligned`.
+        apply: ``"fold"`` writes the factor into the head; ``"logits"`` leaves it, see `WeightAligning.aligned`.
         head_init: ``"reinit"``: the head starts anew at each step; ``"grow"``: old rows are copied.
         bias: Whether new heads have a bias; ``None``: as the model's own.
         restrict: Keep the head's weights at 0 or above after every optimizer step; for features behind a ReLU.
@@ -101,7 +101,7 @@ class WeightAligning:
         model: Trained by the caller; its head is replaced when classes arrive.
         head: Dotted name of the head, ``nn.Linear`` or 1x1 convolution, whose inputs are the features.
         options: Settings, or ``"official"`` or ``"pycil"``.
-        memory: Where :meth:`end_step` puts exemplars; ``None``: the caller keeps them, or none.
+        memory: Where `end_step` puts exemplars; ``None``: the caller keeps them, or none.
 
     Attributes:
         step: The current step, counted from 0; -1 before the first.
@@ -171,7 +171,7 @@ class WeightAligning:
     def teacher_logits(self, x: Any) -> Tensor | None:
         """What the model of the step before says, ``(B, n_old)``; ``None`` where nothing is distilled.
 
-        Without random augmentation it can be computed once per example and handed to :meth:`loss`.
+        Without random augmentation it can be computed once per example and handed to `loss`.
         """
         if self.teacher is None or not self.options.distill:
             return None
@@ -184,7 +184,7 @@ class WeightAligning:
         Args:
             x: Inputs of the model: a tensor, a tuple or a mapping.
             y: ``(B,)``: head indices, in order of arrival.
-            teacher_logits: From :meth:`teacher_logits`, if they were kept.
+            teacher_logits: From `teacher_logits`, if they were kept.
 
         Returns:
             A scalar.
@@ -205,7 +205,7 @@ class WeightAligning:
         """Check that an optimizer trains the present head, and restrict the head after its steps where that is asked.
 
         Raises:
-            UsageError: The optimizer lacks the head's parameters: it was made before :meth:`begin_step`.
+            UsageError: The optimizer lacks the head's parameters: it was made before `begin_step`.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self.head.weight.requires_grad and id(self.head.weight) not in held:
@@ -213,7 +213,7 @@ class WeightAligning:
         optimizer.register_step_post_hook(lambda *_: self.after_optimizer_step())
 
     def after_optimizer_step(self) -> None:
-        """Restrict the head to weights of at least 0, where that is asked; :meth:`attach` does it by itself."""
+        """Restrict the head to weights of at least 0, where that is asked; `attach` does it by itself."""
         if self.options.restrict:
             clip_head_(self.head)
 
@@ -248,7 +248,7 @@ class WeightAligning:
             inputs: ``(N, ...)``: all examples of the new classes, as the model takes them; needed with a memory. With
                 ``features`` they may be anything that stands for examples, such as their indices.
             labels: ``(N,)``: their head indices.
-            features: ``(N, d)`` from :meth:`features`; ``None``: computed from ``inputs``.
+            features: ``(N, d)`` from `features`; ``None``: computed from ``inputs``.
             batch_size: Examples at a time, for the features.
 
         Returns:
@@ -294,7 +294,7 @@ class WeightAligning:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; load the model's own weights after it, since the head grows here.
+        """Restore what `state_dict` gave; load the model's own weights after it, since the head grows here.
 
         Raises:
             UsageError: The state has a memory and this object has none, or the other way round.

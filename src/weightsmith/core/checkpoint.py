@@ -180,7 +180,7 @@ def write_pieces(
     """Write one safetensors file piece by piece, in the memory of a piece, and see it onto the disk.
 
     Args:
-        path: The file to write; make it inside :func:`~weightsmith.core.files.folder_atomically`.
+        path: The file to write; make it inside `weightsmith.core.files.folder_atomically`.
         layout: Dtype and shape by name, in the order of the data.
         pieces: The tensors' elements in that order, in row-major order, cut anywhere; contiguous, on the CPU.
 

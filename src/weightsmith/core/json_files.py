@@ -2,17 +2,17 @@
 
 A shape says what a value must be, with as little as the reader relies on; what it does not mention is not looked at.
 
-====================  ==================================================================================
-``object``            anything
-``str``, ``bool``     that type; ``None`` is null
-``int``               a whole number of at most 64 bits
-``float``             any number that a float can hold, also NaN and infinity
-``dict``, ``list``    an object or a list, whatever is in it
-``[shape]``           a list of such values
-``{str: shape}``      an object of such values, under any names
-``{"a": s, "b?": t}``  an object that has ``a``, and may have ``b``; other names are allowed
-``(s, t)``            either
-====================  ==================================================================================
+| shape | value |
+|---|---|
+| ``object`` | anything |
+| ``str``, ``bool`` | that type; ``None`` is null |
+| ``int`` | a whole number of at most 64 bits |
+| ``float`` | any number that a float can hold, also NaN and infinity |
+| ``dict``, ``list`` | an object or a list, whatever is in it |
+| ``[shape]`` | a list of such values |
+| ``{str: shape}`` | an object of such values, under any names |
+| ``{"a": s, "b?": t}`` | an object that has ``a``, and may have ``b``; other names are allowed |
+| ``(s, t)`` | either |
 """
 
 import codecs
@@ -68,7 +68,7 @@ def read_json(path: Path | str, shape: Any = dict, *, what_to_do: str = "") -> A
 
 
 def parse_json(text: str | bytes, where: Path | str, shape: Any = dict) -> Any:
-    """Parse JSON that is already in memory, with :func:`read_json`'s checks.
+    """Parse JSON that is already in memory, with `read_json`'s checks.
 
     Args:
         text: The JSON.

@@ -53,7 +53,7 @@ def read_pickles(folder: Path, stem: str, *, allow_pickle: bool) -> dict[str, tu
         Tensors with the files that they are in, by name.
 
     Raises:
-        UsageError: See :func:`read_pickle`; or the index does not fit the files, or there are none.
+        UsageError: See `read_pickle`; or the index does not fit the files, or there are none.
     """
     single, index = folder / f"{stem}.bin", folder / f"{stem}.bin.index.json"
     if single.is_file() or not index.is_file():

@@ -34,7 +34,7 @@ class BoneCheckpointCallback(transformers.TrainerCallback):
 
     Args:
         adapter_name: Which adapter.
-        format: See :func:`weightsmith.adapt.save_bone`; ``"native"`` holds every form.
+        format: See `weightsmith.adapt.save_bone`; ``"native"`` holds every form.
 
     Example:
         >>> model = apply_bone_(model, BoneConfig(r=64, variant="row"))  # doctest: +SKIP
@@ -69,13 +69,13 @@ def merge_bone_checkpoints(
     The average is exact, because every form is linear in its tensors.
 
     Args:
-        checkpoints: A run folder (its last four are taken), or folders of :class:`BoneCheckpointCallback` or
+        checkpoints: A run folder (its last four are taken), or folders of `BoneCheckpointCallback` or
             ``save_bone``.
         out: The folder to make; ``from_pretrained`` loads it.
         base: Folder of the base model; ``None``: the newest checkpoint, where ``Trainer`` has saved it along.
         dtype: What floating-point tensors are written as; ``None``: as in ``base``.
         overwrite: Replace what is at ``out``.
-        **options: How checkpoints weigh, see :func:`weightsmith.average.weigh_checkpoints`.
+        **options: How checkpoints weigh, see `weightsmith.average.weigh_checkpoints`.
 
     Raises:
         UsageError: The checkpoints cannot be merged as asked; nothing has been written.

@@ -63,7 +63,7 @@ class MergeCheckpointsCallback(TrainerCallback):
         last: How many of the newest checkpoints.
         every: Take every n-th of them.
         folder: Name of the new folder in ``output_dir``; replaced if it exists.
-        **options: Further arguments of :func:`weightsmith.average.merge_checkpoints`.
+        **options: Further arguments of `weightsmith.average.merge_checkpoints`.
 
     Attributes:
         report: What was merged; ``None`` before that, and after a merge that failed.

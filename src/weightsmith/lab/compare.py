@@ -1,6 +1,6 @@
 """Any training as an experiment: a function of the user's with techniques put on it, or commands in any language.
 
-A training function takes a :class:`weightsmith.lab.trial.Trial` and returns numbers. A command prints JSON lines, or
+A training function takes a `weightsmith.lab.trial.Trial` and returns numbers. A command prints JSON lines, or
 writes them to the file that ``$WEIGHTSMITH_RESULT`` names; the last value of the metric counts.
 """
 

@@ -155,7 +155,7 @@ class Experiment(Generic[Config]):
             the report.
         steps: ``(config, arm) -> training steps of a job``, from which ``--dry-run`` estimates the time.
         charts: Pictures for the report.
-        check: Called once before any job starts; raises :class:`UsageError` for a configuration that cannot run.
+        check: Called once before any job starts; raises `UsageError` for a configuration that cannot run.
         reading: How to read the result honestly; a paragraph for the report.
         resources: What one job occupies.
         revision: Raise it when results of an earlier version are no longer comparable.

@@ -1,13 +1,11 @@
 """What a job leaves on disk: its metrics, the rows it recorded, its scores per test example; plain files.
 
-::
-
-    <out>/<slug>/<key>/run.json                      what was asked, and all that a report needs beside the jobs
-    <out>/<slug>/<key>/<arm>/seed-<k>/result.json    appears when the job has finished, as a whole folder
-                                      metrics.jsonl
-                                      scores.safetensors
-    <out>/<slug>/<key>/start/seed-<k>.pt             what the arms of a seed share
-    <out>/<slug>/<key>/work/<arm>-seed-<k>/          the job in flight: rows so far, checkpoints
+<out>/<slug>/<key>/run.json                      what was asked, and all that a report needs beside the jobs
+<out>/<slug>/<key>/<arm>/seed-<k>/result.json    appears when the job has finished, as a whole folder
+                                  metrics.jsonl
+                                  scores.safetensors
+<out>/<slug>/<key>/start/seed-<k>.pt             what the arms of a seed share
+<out>/<slug>/<key>/work/<arm>-seed-<k>/          the job in flight: rows so far, checkpoints
 """
 
 import json
@@ -213,7 +211,7 @@ def read_jobs(run_folder: Path) -> Iterator[JobResult | UsageError]:
 
 
 def results_of(jobs: Iterable[JobResult]) -> dict[str, dict[int, Result]]:
-    """Finished jobs as :func:`weightsmith.lab.stats.judge` takes them."""
+    """Finished jobs as `weightsmith.lab.stats.judge` takes them."""
     found: dict[str, dict[int, Result]] = {}
     for job in jobs:
         scores = {name: values.double().numpy() for name, values in job.scores.items()}

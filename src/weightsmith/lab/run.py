@@ -33,7 +33,7 @@ Watch = Callable[["Run", int], contextlib.AbstractContextManager[Callable[[], No
 
 @dataclass(slots=True)
 class Run:
-    """What :func:`run` did.
+    """What `run` did.
 
     Attributes:
         folder: The run folder, ``<out>/<slug>/<key>``.
@@ -187,7 +187,7 @@ def estimate(
     arms: Sequence[str] = (),
     workers: int | None = None,
 ) -> Estimate:
-    """Tell what :func:`run` with these arguments would cost; checks the configuration as it does.
+    """Tell what `run` with these arguments would cost; checks the configuration as it does.
 
     Raises:
         UsageError: The configuration cannot run.

@@ -113,7 +113,7 @@ class Tuned:
         value: That hyperparameter.
         model: The model, trained with it.
         score: On the test split, per example where there is a score for each.
-        at_edge: See :class:`Swept`.
+        at_edge: See `Swept`.
     """
 
     value: float

@@ -1,7 +1,7 @@
 """What is trained and how it is scored, separated from what is compared.
 
 An experiment varies the technique; a task says what is trained. Neither knows the other, so that every technique can be
-tried on every task, the user's own included. Ready-made tasks are in :mod:`weightsmith.lab.tasks`.
+tried on every task, the user's own included. Ready-made tasks are in `weightsmith.lab.tasks`.
 """
 
 from collections.abc import Callable, Mapping

@@ -29,8 +29,8 @@ def track(run: Run, name: str) -> None:
     """Log the jobs that a run has just finished, each as a run of its own named ``<arm>-seed-<k>``.
 
     Args:
-        run: What :func:`weightsmith.lab.run.run` returned.
-        name: The tracker, checked by :func:`check_tracker`.
+        run: What `weightsmith.lab.run.run` returned.
+        name: The tracker, checked by `check_tracker`.
     """
     from accelerate import PartialState, tracking
 

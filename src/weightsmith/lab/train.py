@@ -130,7 +130,7 @@ def fit(
         rows_at: Record a row every n steps, or after these steps; ``None``: after each epoch. The last step always
             has one.
         validate: Evaluate the validation split with every row, with the last one, or not at all.
-        hooks: See :class:`Hook`.
+        hooks: See `Hook`.
         record: Takes each row: step, epoch, lr (of the first group), train_loss since the row before, what the
             validation gave (with the prefix ``validation_``) and what the hooks gave; or the row of a divergence, with
             ``diverged`` 1. Called on the main process only; a resumed run gives it the rows before the kill again.

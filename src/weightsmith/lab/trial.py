@@ -1,7 +1,5 @@
 """What a training function of the user's is given, so that techniques can be put on it from outside.
 
-::
-
     def train(trial):
         model = trial.model(make_network())
         optimizer = trial.optimizer(torch.optim.AdamW, model, lr=trial.lr(1e-3), weight_decay=0.01)
@@ -139,7 +137,7 @@ class Trial:
 
         Args:
             make: A class such as ``torch.optim.AdamW``.
-            model: The model from :meth:`model`, or parameters or parameter groups of it.
+            model: The model from `model`, or parameters or parameter groups of it.
             **options: Of the optimizer.
         """
         self._called.add("optimizer")

@@ -1,10 +1,10 @@
 """How weights move: optimizers.
 
-=================  ====================================================================================
-``AdamP``          Adam(W) that drops the part of the step that only changes a weight's norm
-``SGDP``           the same for SGD with momentum
-``param_groups``   weight decay for matrices and kernels only
-=================  ====================================================================================
+| name | what it is |
+|---|---|
+| ``AdamP`` | Adam(W) that drops the part of the step that only changes a weight's norm |
+| ``SGDP`` | the same for SGD with momentum |
+| ``param_groups`` | weight decay for matrices and kernels only |
 """
 
 from weightsmith.optim.adamp import AdamP

@@ -1,25 +1,25 @@
 """How finely weights are kept: rounding after training, training on a grid, and what is written of it.
 
-=========================================================  ==========================================================
-after training
-``round_to_nearest_``                                      the baseline: every weight to the closest grid value
-``flexround_``, ``adaround_``, ``adaquant_``               learn the rounding from a few hundred unlabelled samples
-``BlockOptions``, ``LearningOptions``                      what these verbs have in common
-``quantize_activations_``, ``Activations``                 dynamic or static activations, after or during that
-``RoundToNearest``, ``FlexRound``, ``LRQ``, ...            the roundings, as parametrizations of one weight
-``Report``, ``BlockReport``, ``LayerReport``, ``LeftOut``  what was done, how large the errors are, what was not done
-during training
-``prepare_ofq_``, ``calibrate_``, ``reparameterize_qk_``   train a transformer at 2 to 4 bits
-``ofq_report``, ``OFQReport``                              what was converted, and what stays in floating point
-``ConfidenceGuidedAnnealing``, ``distillation_loss``       the second stage, and the teacher
-``OscillationTracker``, ``IterativeFreezing``, ...         watch weights oscillate, and other ways to stop them
-``statsq``, ``lsq``                                        the quantisers, as functions
-integers
-``Grid``, ``QuantizedWeight``, ``quantized_weights``       the grid, a weight on it, and those of a model
-``integer_weights``, ``write_``, ``attach_``               from and into a model
-``save_quantized``, ``load_quantized``, ``export_onnx``    folders and files
-``pack_rows``, ``unpack_rows``                             bits
-=========================================================  ==========================================================
+| name | what it is |
+|---|---|
+| **after training** |  |
+| ``round_to_nearest_`` | the baseline: every weight to the closest grid value |
+| ``flexround_``, ``adaround_``, ``adaquant_`` | learn the rounding from a few hundred unlabelled samples |
+| ``BlockOptions``, ``LearningOptions`` | what these verbs have in common |
+| ``quantize_activations_``, ``Activations`` | dynamic or static activations, after or during that |
+| ``RoundToNearest``, ``FlexRound``, ``LRQ``, ... | the roundings, as parametrizations of one weight |
+| ``Report``, ``BlockReport``, ``LayerReport``, ``LeftOut`` | what was done, what was left, and errors |
+| **during training** |  |
+| ``prepare_ofq_``, ``calibrate_``, ``reparameterize_qk_`` | train a transformer at 2 to 4 bits |
+| ``ofq_report``, ``OFQReport`` | what was converted, and what stays in floating point |
+| ``ConfidenceGuidedAnnealing``, ``distillation_loss`` | the second stage, and the teacher |
+| ``OscillationTracker``, ``IterativeFreezing``, ... | watch weights oscillate, and other ways to stop them |
+| ``statsq``, ``lsq`` | the quantizers, as functions |
+| **integers** |  |
+| ``Grid``, ``QuantizedWeight``, ``quantized_weights`` | the grid, a weight on it, and those of a model |
+| ``integer_weights``, ``write_``, ``attach_`` | from and into a model |
+| ``save_quantized``, ``load_quantized``, ``export_onnx`` | folders and files |
+| ``pack_rows``, ``unpack_rows`` | bits |
 
 The model that a function changes, reads or saves is its first argument; ``load_quantized``, which makes a new one,
 takes the folder first.

@@ -64,7 +64,7 @@ class OnDisk:
 
 
 class Split(Dataset[Batch]):
-    """One part of a data set, as :class:`weightsmith.lab.task.Batches`: normalized images with their labels.
+    """One part of a data set, as `weightsmith.lab.task.Batches`: normalized images with their labels.
 
     Args:
         read: Where the bytes come from.

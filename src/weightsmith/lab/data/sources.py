@@ -74,10 +74,10 @@ def load_tables(name: str, *, subset: str = "", data_dir: str | Path | None = No
     """Read every split.
 
     Args:
-        name: See :func:`locate`. A file is one split, ``train``; files in a folder are splits by their names; so are
+        name: See `locate`. A file is one split, ``train``; files in a folder are splits by their names; so are
             sub-folders, whose own sub-folders may be classes of images.
         subset: Configuration of a hub data set; ``""``: its default.
-        data_dir: See :func:`locate`.
+        data_dir: See `locate`.
 
     Returns:
         ``datasets.Dataset`` by split.

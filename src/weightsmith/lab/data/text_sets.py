@@ -71,7 +71,7 @@ def load_texts(name: str, split: str = "train", *, columns: tuple[str, ...] = ()
     """Load running text, row by row: a whole ``.txt`` file, or the column of texts, else all strings of a row.
 
     Args:
-        name: See :func:`weightsmith.lab.data.sources.locate`.
+        name: See `weightsmith.lab.data.sources.locate`.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         columns: Names of the columns whose texts are joined; empty: usual names.
         subset_name: Configuration of a hub data set.
@@ -108,7 +108,7 @@ def load_questions(
     """Load questions and answers.
 
     Args:
-        name: ``"arithmetic"``, which is made here, or see :func:`weightsmith.lab.data.sources.locate`.
+        name: ``"arithmetic"``, which is made here, or see `weightsmith.lab.data.sources.locate`.
         split: ``"train"`` or ``"test"``; data without a test split give up a fifth of their rows.
         count: At most this many rows, chosen by a seed; ``None``: all, of arithmetic 2000 and 200.
         columns: Names of the two columns; empty: usual names.

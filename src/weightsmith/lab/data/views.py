@@ -10,7 +10,7 @@ from weightsmith.lab.task import Batch, Batches
 
 
 class View:
-    """Chosen examples of a split, as :class:`weightsmith.lab.task.Batches`.
+    """Chosen examples of a split, as `weightsmith.lab.task.Batches`.
 
     Args:
         base: The split.

@@ -81,7 +81,7 @@ def resnet(
         depths: Blocks per stage.
         width: Of the first stage.
         expansion: 1: basic blocks; 4: the paper's bottlenecks.
-        project: Kind of shortcut, see :class:`Residual`.
+        project: Kind of shortcut, see `Residual`.
     """
     stem = [*_conv(channels, width, 3), nn.ReLU()]
     if size > SMALL:

@@ -55,7 +55,7 @@ class Block(nn.Module):
     Args:
         width: Of the tokens.
         heads: Of the attention.
-        causal: See :class:`Attention`.
+        causal: See `Attention`.
     """
 
     def __init__(self, width: int, heads: int, causal: bool = False) -> None:

@@ -115,7 +115,7 @@ def claim_figure(report: Report, judgement: Judgement) -> Figure:
         row |= {"least": judgement.threshold - judgement.worth, "most": judgement.threshold + judgement.worth}
         band = base.mark_rect(color="currentColor", opacity=0.08).encode(x=alt.X("least:Q"), x2="most:Q")
         layers.insert(0, band)
-        note += " Shaded: smaller than worth having."
+        note += " Shaded: smaller than the smallest relevant effect."
     text = f"{found['Compared']}: {found['Difference']}, interval {interval}"
     return Figure(found["Compared"], _spec(alt.layer(*layers), 44), note.strip(), text)
 

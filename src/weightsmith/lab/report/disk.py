@@ -70,16 +70,16 @@ def _printable(content: Any) -> Any:
 
 
 def write(run_folder: Path) -> Path:
-    """Load a run and write its report beside it, see :func:`write_report`.
+    """Load a run and write its report beside it, see `write_report`.
 
     Args:
-        run_folder: As for :func:`load`.
+        run_folder: As for `load`.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        UsageError: As for :func:`load`; nothing is written then.
+        UsageError: As for `load`; nothing is written then.
     """
     return write_report(load(run_folder), run_folder)
 
@@ -88,7 +88,7 @@ def write_report(report: Report, run_folder: Path) -> Path:
     """Write ``report.md`` and ``report.html`` into a run folder, each as a whole.
 
     Args:
-        report: From :func:`load`.
+        report: From `load`.
         run_folder: Where they go.
 
     Returns:

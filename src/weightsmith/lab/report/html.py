@@ -16,7 +16,7 @@ def to_html(report: Report) -> str:
     """Lay a report out as a self-contained page, for light and dark, phone, desktop and paper.
 
     Args:
-        report: From :func:`weightsmith.lab.report.load`.
+        report: From `weightsmith.lab.report.load`.
 
     Returns:
         The whole page, about a megabyte, most of it the plotting script.

@@ -11,7 +11,7 @@ def to_markdown(report: Report) -> str:
     """Lay a report out as Markdown: verdicts, table, how to read it, what was run.
 
     Args:
-        report: From :func:`weightsmith.lab.report.load`.
+        report: From `weightsmith.lab.report.load`.
 
     Returns:
         The text, ending in a newline.
@@ -50,7 +50,7 @@ def _claims(report: Report, judgements: Sequence[Judgement]) -> str:
                 _text(judgement.claim.text) + reason,
                 *(_text(found[name]) for name in ("Compared", "Difference")),
                 _text(interval),
-                _text(found.get("Needed", found.get("Worth having", words.NONE))),
+                _text(found.get("Needed", found.get("Smallest relevant effect", words.NONE))),
                 found["Paired seeds"],
                 _text(found.get("In the paper", words.NONE)),
             ]

@@ -65,7 +65,7 @@ def receipt_of(report: Report, command: str) -> dict[str, Any]:
 
 
 def write_receipt(report: Report, command: str, path: Path) -> None:
-    """Write :func:`receipt_of` as JSON."""
+    """Write `receipt_of` as JSON."""
     write_atomically(path, json.dumps(receipt_of(report, command), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -93,7 +93,7 @@ def deviations(receipt: Mapping[str, Any], report: Report, tolerance: float) -> 
     """Compare the jobs of a repeated run with a receipt.
 
     Args:
-        receipt: From :func:`read_receipt`.
+        receipt: From `read_receipt`.
         report: The repeated run.
         tolerance: Largest difference, relative to the value then.
 

@@ -59,7 +59,7 @@ def until_first_end(seeds: Seeds) -> Seeds:
 
 
 def curve(seeds: Seeds, *, log_x: bool) -> list[Row]:
-    """Mean and sample standard deviation over seeds, at each x or in bins of x where there are more than :func:`room`.
+    """Mean and sample standard deviation over seeds, at each x or in bins of x where there are more than `room`.
 
     Returns:
         Rows with ``x``, ``y`` (the mean), ``low`` and ``high`` (one standard deviation away), ``sd``, ``n`` (seeds).

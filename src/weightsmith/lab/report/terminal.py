@@ -28,10 +28,10 @@ def to_terminal(report: Report) -> RenderableType:
     """Lay a report out for a terminal of 80 columns or more.
 
     Args:
-        report: From :func:`weightsmith.lab.report.load`.
+        report: From `weightsmith.lab.report.load`.
 
     Returns:
-        Something that :meth:`rich.console.Console.print` shows.
+        Something that `rich.console.Console.print` shows.
     """
     first, *findings, advice = words.answer(report)
     parts: list[RenderableType] = [Text(report.run["title"], "bold"), Text(first, "dim")]

@@ -82,9 +82,9 @@ def advice(report: Report) -> str:
     """Whether to use it: one part per primary claim, or per claim where none is primary."""
     leading = report.primary or report.judgements
     if not leading:
-        return "Nothing was claimed, so there is nothing to decide."
+        return "This experiment declares no claims."
     said: dict[tuple[str, str], Judgement] = {}
-    for judgement in leading:  # of two open claims about one arm the one that takes more seeds
+    for judgement in leading:  # of two undecided claims about one arm, the one that needs more seeds
         key = (judgement.claim.winner, judgement.verdict)
         if key not in said or (judgement.seeds_needed or 0) > (said[key].seeds_needed or 0):
             said[key] = judgement
@@ -102,9 +102,9 @@ def _advice(name: str, judgement: Judgement) -> str:
     if judgement.verdict == "not run":
         return f"{name} was not compared"
     if judgement.too_few == "examples" and judgement.seeds_needed is None:
-        return f"{name} is not decided, and more seeds would not decide it: the test set is too small"
+        return f"{name} is undecided, and more seeds would not help: the test set is too small"
     more = (judgement.seeds_needed or 0) - judgement.n
-    return f"{name} is not decided: {f'about {more} more seeds' if more > 0 else 'it takes more seeds'}"
+    return f"{name} is undecided: {f'about {more} ' if more > 0 else ''}more seeds are needed"
 
 
 def _on_what(report: Report) -> str:
@@ -130,7 +130,7 @@ def finding(report: Report, judgement: Judgement) -> str:
     if judgement.verdict == "not run":
         return f"{claim.text}: not run."
     if not math.isfinite(judgement.difference):
-        return f"{claim.text}: not decided, {judgement.reason}."
+        return f"{claim.text}: undecided, {judgement.reason}."
     direction = 1 if metric.better == "higher" else -1
     raw = direction * judgement.difference
     size = f"{metric.label}: {winner} {signed(raw, metric.format)} against {loser}"
@@ -141,7 +141,7 @@ def finding(report: Report, judgement: Judgement) -> str:
         "supported": "holds here",
         "refuted": "does not hold here",
         "no relevant effect": "no relevant effect",
-        "undecided": "not decided",
+        "undecided": "undecided",
     }[judgement.verdict]
     return f"{claim.text}: {words} ({size})."
 
@@ -169,20 +169,20 @@ def evidence(report: Report, judgement: Judgement) -> dict[str, str]:
     if claim.margin:
         found["Needed"] = f"more than {signed(needed, spec)}{share}"
     if judgement.worth is not None:
-        found["Worth having"] = f"{signed(judgement.worth, spec)} or more"
+        found["Smallest relevant effect"] = signed(judgement.worth, spec)
     found["Paired seeds"] = str(judgement.n)
     if math.isfinite(judgement.p):
         found["p-value"] = f"{p_value(judgement.p)}, corrected for looks and claims"
     if math.isfinite(judgement.low):
-        found["Covers"] = f"other {judgement.over}"
+        found["Interval covers"] = f"other {judgement.over}"
     if judgement.verdict == "undecided" and math.isfinite(judgement.smallest):
-        found["These runs could show"] = f"{signed(judgement.smallest, spec)} or more"
+        found["Smallest detectable effect"] = signed(judgement.smallest, spec)
         if judgement.too_few is not None:
-            found["Too few"] = {"seeds": "seeds", "examples": "test examples"}[judgement.too_few]
+            found["Limited by"] = {"seeds": "seeds", "examples": "test examples"}[judgement.too_few]
         if judgement.seeds_needed is not None:
-            found["Seeds that would do"] = str(judgement.seeds_needed)
+            found["Seeds needed"] = str(judgement.seeds_needed)
         if judgement.examples_needed is not None:
-            found["Test examples that would do"] = f"{judgement.examples_needed:,}"
+            found["Test examples needed"] = f"{judgement.examples_needed:,}"
     if claim.paper:
         found["In the paper"] = claim.paper
     if judgement.excludes_paper is not None:

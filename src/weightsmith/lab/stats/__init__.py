@@ -1,6 +1,6 @@
 """What paired runs say about claims: summaries, looks, intervals, verdicts, power and noise. Pure functions.
 
-:func:`judge` gives one :class:`Judgement` per claim, :func:`decided` is the stop rule, :class:`Plan` the looks.
+`judge` gives one `Judgement` per claim, `decided` is the stop rule, `Plan` the looks.
 """
 
 from weightsmith.lab.stats.judgement import Judgement, Verdict, decided

@@ -1,12 +1,12 @@
 """How far a mean paired difference can be from what it estimates, over seeds and over test examples.
 
-Differences over seeds alone give Student's t. With scores per example the differences form a table, seeds x examples::
+Differences over seeds alone give Student's t. With scores per example the differences form a table, seeds x examples:
 
     d[s, e] = mean + seed[s] + example[e] + rest[s, e]
     variance of the mean = var(seed) / S + var(rest) / (S E)  +  var(example) / E
                            |------ shrinks with seeds -----|     |-- does not --|
 
-The two parts are estimated by the mean squares of the table. They are combined as in Banerjee (1961)::
+The two parts are estimated by the mean squares of the table. They are combined as in Banerjee (1961):
 
     half width² = t(S - 1)² * seeds  +  t(E - 1)² * examples
 
@@ -99,7 +99,7 @@ def over_seeds_and_examples(table: Array, *, step: ArrayLike = 0.0, weight: floa
     Args:
         table: One value per seed and test example; column ``e`` is the same example for every seed.
         step: Smallest step of one seed's mean of scores.
-        weight: As in :func:`over_seeds`.
+        weight: As in `over_seeds`.
     """
     seeds, examples = table.shape[-2:]
     rows, columns = table.mean(-1), table.mean(-2)

@@ -1,12 +1,12 @@
 """Ready-made tasks, chosen by name, and the settings that every experiment shares.
 
-========================= ============================================================================
-``images``                classify images
-``sentences``             classify texts
-``language``              predict the next token of running text
-``questions``             answer questions, trained on the answers alone
-``module:function``       a task of your own: a function that returns a :class:`weightsmith.lab.task.Task`
-========================= ============================================================================
+| task | what it trains |
+|---|---|
+| ``images`` | classify images |
+| ``sentences`` | classify texts |
+| ``language`` | predict the next token of running text |
+| ``questions`` | answer questions, trained on the answers alone |
+| ``module:function`` | a task of your own: a function that returns a `weightsmith.lab.task.Task` |
 """
 
 from weightsmith.lab.tasks.config import TaskConfig, TrainConfig, make_task, shared_task

@@ -118,7 +118,7 @@ class TaskConfig:
 
 @lru_cache(maxsize=2)
 def shared_task(config: TaskConfig) -> Task:
-    """:func:`make_task`, done once per process and configuration: the jobs of a worker share their data."""
+    """`make_task`, done once per process and configuration: the jobs of a worker share their data."""
     return make_task(config)
 
 
@@ -171,7 +171,7 @@ class TrainConfig(TaskConfig):
         return length(len(task.train), epochs, self.steps, self.batch_size)[0]
 
     def fit(self, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, seed: int, **more: Any) -> Fitted:
-        """Train with these settings; ``more`` goes to :func:`weightsmith.lab.train.fit` and takes precedence."""
+        """Train with these settings; ``more`` goes to `weightsmith.lab.train.fit` and takes precedence."""
         options: dict[str, Any] = {
             "batch_size": self.batch_size,
             "schedule": self.schedule,

@@ -1,6 +1,4 @@
-"""A task of the user's own: a function that returns a :class:`weightsmith.lab.task.Task`, or a model and datasets.
-
-::
+"""A task of the user's own: a function that returns a `weightsmith.lab.task.Task`, or a model and datasets.
 
     def my_task():
         return make_network, train_set, test_set     # or: make_network, train_set, validation_set, test_set
@@ -92,7 +90,7 @@ def _from_parts(config: TaskConfig, build: Any, train: Any, *others: Any) -> Tas
 
 
 class Collated:
-    """Batches of a map-style dataset; see :class:`weightsmith.lab.task.Batches`.
+    """Batches of a map-style dataset; see `weightsmith.lab.task.Batches`.
 
     Args:
         dataset: Its items are ``(input, ..., target)``, lists of those, or mappings with a key such as ``label``.
@@ -142,7 +140,7 @@ def from_datasets(
 
     Args:
         build: Makes the model, from torch's global generator.
-        train: Map-style dataset; see :class:`Collated`.
+        train: Map-style dataset; see `Collated`.
         test: Likewise.
         validation: Likewise; ``None``: a part of ``train``, chosen by a fixed seed.
         loss: ``(output, targets) -> (B,)``.

@@ -22,7 +22,7 @@ IGNORED = -100  # a target that no loss counts
 
 
 class Rows:
-    """Rows of tokens of one split; see :class:`weightsmith.lab.task.Batches`.
+    """Rows of tokens of one split; see `weightsmith.lab.task.Batches`.
 
     Batches are as wide as their longest row.
 
