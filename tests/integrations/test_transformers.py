@@ -6,11 +6,11 @@ import torch
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.fold import fold_
-from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing, trainable
-from weightsmith.quantize.finish import integer_weights
-from weightsmith.quantize.lsq import ActivationQuantizer
-from weightsmith.quantize.prepare import calibrate_, prepare_ofq_
-from weightsmith.quantize.weight_quantizer import WeightQuantizer, sites
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing, trainable
+from weightsmith.quantize.in_training.finish import integer_weights
+from weightsmith.quantize.in_training.lsq import ActivationQuantizer
+from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
+from weightsmith.quantize.in_training.weight_quantizer import WeightQuantizer, sites
 
 transformers = pytest.importorskip("transformers")
 from weightsmith.integrations.transformers import AnnealingCallback  # noqa: E402

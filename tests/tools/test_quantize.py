@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError
 from weightsmith.quantize import Grid, round_to_nearest_
-from weightsmith.quantize.export import load_quantized
+from weightsmith.quantize.formats.export import load_quantized
 from weightsmith.quantize.grid import quantized_weights
-from weightsmith.tools import quantize as tool
-from weightsmith.tools._perplexity import perplexity
-from weightsmith.tools._source import Source
 from weightsmith.tools.quantize import REPORT, quantize
+from weightsmith.tools.quantize import command as tool
+from weightsmith.tools.quantize.perplexity import perplexity
+from weightsmith.tools.quantize.source import Source
 
 WORDS = [f"w{index}" for index in range(40)]
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from weightsmith.core.errors import UsageError, require
-from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing
 
 TrainerCallback: Any = require("transformers", extra="hf", purpose="trainer callbacks").TrainerCallback
 

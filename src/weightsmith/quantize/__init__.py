@@ -25,31 +25,18 @@ The model that a function changes, reads or saves is its first argument; ``load_
 takes the folder first.
 """
 
-from weightsmith.quantize.activations import (
+from weightsmith.quantize.after_training.activations import (
     Activations,
     DynamicActivation,
     StaticActivation,
     quantize_activations_,
 )
-from weightsmith.quantize.adaquant import AdaQuant
-from weightsmith.quantize.adaround import AdaRound
-from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing, trainable
-from weightsmith.quantize.cache import cached_weights
-from weightsmith.quantize.distillation import distillation_loss
-from weightsmith.quantize.export import export_onnx, load_quantized, save_quantized
-from weightsmith.quantize.finish import check_finite, finish_ofq_, integer_weights
-from weightsmith.quantize.flexround import FlexRound
-from weightsmith.quantize.grid import Grid, QuantizedWeight, attach_, quantized_weights, write_
-from weightsmith.quantize.lrq import LRQ
-from weightsmith.quantize.lsq import ActivationQuantizer, LSQWeight, lsq
-from weightsmith.quantize.oscillation import Dampening, IterativeFreezing, OscillationTracker, boundary_occupancy
-from weightsmith.quantize.pack import pack_rows, unpack_rows
-from weightsmith.quantize.preparation import OFQReport, ofq_report
-from weightsmith.quantize.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
-from weightsmith.quantize.report import BlockReport, LayerReport, LeftOut, Report
-from weightsmith.quantize.rtn import RoundToNearest
-from weightsmith.quantize.statsq import StatsQ, statsq, statsq_codes
-from weightsmith.quantize.verbs import (
+from weightsmith.quantize.after_training.adaquant import AdaQuant
+from weightsmith.quantize.after_training.adaround import AdaRound
+from weightsmith.quantize.after_training.flexround import FlexRound
+from weightsmith.quantize.after_training.lrq import LRQ
+from weightsmith.quantize.after_training.rtn import RoundToNearest
+from weightsmith.quantize.after_training.verbs import (
     BlockOptions,
     LearningOptions,
     adaquant_,
@@ -57,6 +44,24 @@ from weightsmith.quantize.verbs import (
     flexround_,
     round_to_nearest_,
 )
+from weightsmith.quantize.formats.export import export_onnx, load_quantized, save_quantized
+from weightsmith.quantize.formats.pack import pack_rows, unpack_rows
+from weightsmith.quantize.grid import Grid, QuantizedWeight, attach_, quantized_weights, write_
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing, trainable
+from weightsmith.quantize.in_training.cache import cached_weights
+from weightsmith.quantize.in_training.distillation import distillation_loss
+from weightsmith.quantize.in_training.finish import check_finite, finish_ofq_, integer_weights
+from weightsmith.quantize.in_training.lsq import ActivationQuantizer, LSQWeight, lsq
+from weightsmith.quantize.in_training.oscillation import (
+    Dampening,
+    IterativeFreezing,
+    OscillationTracker,
+    boundary_occupancy,
+)
+from weightsmith.quantize.in_training.preparation import OFQReport, ofq_report
+from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
+from weightsmith.quantize.in_training.statsq import StatsQ, statsq, statsq_codes
+from weightsmith.quantize.report import BlockReport, LayerReport, LeftOut, Report
 
 __all__ = [
     "LRQ",

@@ -100,6 +100,12 @@ class Grid:
         return rows.reshape(len(rows), -1, self.granularity, 1)
 
 
+def check_bits(bits: int, argument: str = "bits") -> None:
+    """Refuse word lengths outside 1 to 8."""
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise UsageError(f"{argument} must be an integer between 1 and 8, got {bits}")
+
+
 def as_grid(grid: Grid | int) -> Grid:
     """A grid, or the default one of that many bits.
 

@@ -119,7 +119,7 @@ def _tensors(*shapes):
 
 
 FUNCTIONS = {
-    "weightsmith.quantize.statsq": [
+    "weightsmith.quantize.in_training.statsq": [
         Function(statsq, lambda: (*_tensors((4, 6)), 3)),
         Function(statsq, lambda: (*_tensors((4, 6)), 4, 1)),
     ],

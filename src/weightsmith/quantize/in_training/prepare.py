@@ -1,0 +1,437 @@
+"""Make a model ready for quantisation-aware training, and start its activation scales.
+
+    prepare_ofq_(model, weight_bits=2, activation_bits=2)
+    calibrate_(model, first_batch)                     # before the optimiser is built
+    ... train, then anneal with ConfidenceGuidedAnnealing ...
+    finish_ofq_(model)                                 # plain weights on the grid
+
+Source: "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023, arXiv 2302.02210, nbasyl/OFQ.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from weightsmith.core.errors import UsageError, WeightsmithWarning
+from weightsmith.core.modes import evaluating
+from weightsmith.core.select import Where, select
+from weightsmith.core.tied import register_shared_
+from weightsmith.core.weights import CONVOLUTIONS, Slot, check_plain, output_axis, owners
+from weightsmith.quantize.in_training.attention import NotUnderstood, Parts, find_parts, obstacle
+from weightsmith.quantize.in_training.convert import faithful_parts, quantize_attention_
+from weightsmith.quantize.in_training.lsq import ActivationQuantizer
+from weightsmith.quantize.in_training.observe import Observed, observe, run_batch
+from weightsmith.quantize.in_training.plan import (
+    Plan,
+    WeightMethod,
+    activation_quantizer,
+    is_layer,
+    make_plan,
+)
+from weightsmith.quantize.in_training.preparation import overlooked, record_
+from weightsmith.quantize.in_training.weight_quantizer import WeightQuantizer
+from weightsmith.quantize.inputs import quantize_input_
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Softmax, nn.Hardswish, nn.Mish)
+_PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d)
+
+
+class _Attentions(NamedTuple):
+    """Attention modules that are converted, and why others are not."""
+
+    found: dict[str, Parts]
+    refused: dict[str, str]
+
+
+def prepare_ofq_(
+    model: Model,
+    *,
+    weight_bits: int = 2,
+    activation_bits: int | None = 2,
+    qk_reparam: bool | Literal["auto"] = "auto",
+    weight: WeightMethod = "statsq",
+    ends_bits: int | None = 8,
+    granularity: Literal["token", "channel", "tensor"] = "token",
+    keep_query_bias: bool = False,
+    image_shift: bool = False,
+    where: Where = None,
+    attention_names: Mapping[str, str] | None = None,
+    example: Any = None,
+) -> Model:
+    """Quantize weights and activations while training goes on with floating-point latents.
+
+    Weights become parametrizations: parameters keep their identity, and ``fold_`` leaves grid values in plain layers.
+    Inputs of the layers pass an ``input_quantizer``, a sub-module of the layer. In attention, query, key and value,
+    the softmax and (with ``qk_reparam``) the query-key product are quantized as well. Pretrained weights stay; with
+    ``qk_reparam`` the biases of query and key are dropped. Biases, norms and embeddings stay in floating point, and so
+    do inputs of ``nn.MultiheadAttention``. What was done where, and what was left, is in `ofq_report`.
+
+    Args:
+        model: Changed in place, after everything has been checked.
+        weight_bits: Word length of weights, 1 to 8.
+        activation_bits: Word length of activations, 1 to 8; ``None``: they stay in floating point.
+        qk_reparam: Quantize the product of query and key weights instead of each. Attention that does more than the
+            converted module would, quantizers off, keeps its forward: only its linear layers are quantized, with a
+            warning (``"auto"``) or not at all, with an error (``True``). ``False``: no product anywhere.
+        weight: ``"statsq"``, or ``"lsq"`` for the baseline with a learnt scale.
+        ends_bits: Word length of the first layer and the classifiers, weights (LSQ) and inputs; ``None``: as the rest.
+        granularity: Which activations share a step: those of a ``"token"`` (the paper; fixes the sequence length),
+            a ``"channel"`` or the whole ``"tensor"``. Inputs of convolutions count channels as tokens.
+        keep_query_bias: Keep what the query bias contributes, in floating point, instead of dropping it.
+        image_shift: Give the input of a first convolution two learnt shifts per pixel, as the authors' code does.
+        where: Which layers: ``None`` (every linear and convolution layer), glob(s) over module names, or a predicate.
+            Attention is quantised inside when all its projections are chosen.
+        attention_names: Attribute names of an attention that is not recognized, by role: ``qkv``, or ``q``, ``k`` and
+            ``v``; ``out``; ``heads``.
+        example: What the model takes, as for `calibrate_`; a few samples will do. It shows how attention is called and
+            which layers are the first and the last. ``None``: random inputs for a transformers model; else attention is
+            called with hidden states alone, and names and order of modules decide on the ends.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UsageError: An argument is out of range, nothing matches, a weight is not finite, lazy or parametrized already,
+            the example does not fit, attention is refused, or a tied weight has an owner that cannot be quantized.
+    """
+    plan = make_plan(weight_bits, activation_bits, ends_bits, weight, granularity, keep_query_bias)
+    if qk_reparam not in (True, False, "auto"):
+        raise UsageError(f'qk_reparam must be True, False or "auto", got {qk_reparam!r}')
+    adapters = _adapters(model)
+    chosen = select(
+        model,
+        where,
+        default=lambda name, module: _is_chosen(name, module) and name not in adapters,
+        supported=_is_chosen,
+    )
+    layers = {name: module for name, module in chosen.items() if not isinstance(module, nn.MultiheadAttention)}
+    slots = [Slot(name, layer, "weight") for name, layer in layers.items()]
+    for name, module in chosen.items():
+        if isinstance(module, nn.MultiheadAttention):
+            slots += _packed(name, module)
+    _check(slots)
+    converts = bool(qk_reparam) or activation_bits is not None
+    candidates = _candidates(model, layers, attention_names, strict=qk_reparam is True) if converts else {}
+    seen = observe(model, candidates, example)
+    attentions = _attentions(model, candidates, seen, plan, qk_reparam, attention_names)
+    ends = seen.ends if ends_bits is not None else set()
+    held_by = _owners(model, slots)
+    unsigned = {name for name in layers if _follows_activation(model, name)} - seen.signed
+    inside = {f"{name}.{part}".lstrip(".") for name, parts in attentions.found.items() for part in parts.projections}
+    quantizers: dict[int, WeightQuantizer] = {}
+    inputs: dict[str, ActivationQuantizer] = {}
+    for layer, module, attribute in slots:
+        if layer not in inside:
+            held = getattr(module, attribute)
+            if id(held) not in quantizers:
+                quantizers[id(held)] = plan.slot_quantizer(module, held, end=layer in ends)
+            if activation_bits is not None and layer in layers:
+                pixels = image_shift and layer in ends and isinstance(module, CONVOLUTIONS)
+                inputs[layer] = _input_quantizer(layer, module, plan, layer in ends, layer in unsigned, pixels=pixels)
+
+    if qk_reparam and not keep_query_bias:
+        _warn_of_biases(model, attentions.found)
+    for name, parts in attentions.found.items():
+        quantize_attention_(name, model.get_submodule(name), parts, plan, product=bool(qk_reparam))
+    for key, quantizer in quantizers.items():
+        register_shared_([(slot.module, slot.attribute) for slot in held_by[key]], quantizer)
+    for name, input_quantizer in inputs.items():
+        quantize_input_(layers[name], input_quantizer)
+
+    done = dict.fromkeys(attentions.found, "query-key product" if qk_reparam else "inside")
+    record_(model, {**done, **attentions.refused}, ends & {slot.owner for slot in slots}, seen.by)
+    left = {} if where is not None else overlooked(model)
+    left = {name: share for name, share in left.items() if name.removesuffix(".weight") not in adapters}
+    if where is None and adapters:
+        warnings.warn(
+            f"the adapters {_some(adapters)} stay in floating point, and what they add is not on the grid: merge them "
+            "first if it shall be",
+            WeightsmithWarning,
+            stacklevel=2,
+        )
+    if left:
+        warnings.warn(
+            f"{', '.join(f'{name} ({share:.1%} of all matrices)' for name, share in left.items())} stays in floating "
+            "point: it belongs to no plain linear layer or convolution",
+            WeightsmithWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def reparameterize_qk_(
+    model: Model,
+    *,
+    weight_bits: int = 2,
+    activation_bits: int | None = 2,
+    granularity: Literal["token", "channel", "tensor"] = "token",
+    keep_query_bias: bool = False,
+    where: Where = None,
+    attention_names: Mapping[str, str] | None = None,
+    example: Any = None,
+) -> Model:
+    """Quantise attention alone: the query-key product, the value weight, and the tensors between them.
+
+    Args:
+        model: Changed in place, after everything has been checked.
+        weight_bits: Word length of the product and of the value weight.
+        activation_bits: Word length inside attention; ``None``: floating point.
+        granularity: As for `prepare_ofq_`.
+        keep_query_bias: As for `prepare_ofq_`.
+        where: Which attention modules: ``None`` (all), glob(s) over module names, or a predicate.
+        attention_names: As for `prepare_ofq_`.
+        example: As for `prepare_ofq_`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UsageError: As for `prepare_ofq_`; also when there is no attention.
+    """
+    plan = make_plan(weight_bits, activation_bits, None, "statsq", granularity, keep_query_bias)
+    chosen = select(model, where, default=lambda name, module: find_parts(name, module, attention_names) is not None)
+    candidates = {name: cast(Parts, find_parts(name, module, attention_names)) for name, module in chosen.items()}
+    slots = [
+        Slot(f"{name}.{part}".lstrip("."), chosen[name].get_submodule(part), "weight")
+        for name, parts in candidates.items()
+        for part in parts.projections
+    ]
+    _check(slots)
+    seen = observe(model, candidates, example)
+    attentions = _attentions(model, candidates, seen, plan, True, attention_names)
+    if not keep_query_bias:
+        _warn_of_biases(model, attentions.found)
+    for name, parts in attentions.found.items():
+        quantize_attention_(name, model.get_submodule(name), parts, plan, product=True)
+    record_(model, dict.fromkeys(attentions.found, "query-key product"), set(), seen.by)
+    return model
+
+
+@torch.no_grad()
+def calibrate_(model: Model, batch: Any) -> Model:
+    """Give every activation scale its start from one batch, in evaluation mode; build the optimiser afterwards.
+
+    With several processes all take the first one's scales.
+
+    Args:
+        model: What `prepare_ofq_` returned.
+        batch: What the model takes: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UsageError: NaN or infinite values reach a quantiser; the message names the layer.
+    """
+    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+    for quantizer in quantizers:
+        quantizer.reset()
+        quantizer.calibrating = True
+    try:
+        with evaluating(model):
+            run_batch(model, batch)
+    finally:
+        for quantizer in quantizers:
+            quantizer.calibrating = False
+    unreached = [quantizer.name for quantizer in quantizers if not quantizer.calibrated]
+    if unreached:
+        warnings.warn(
+            f"the batch did not reach {', '.join(unreached)}: no scale there yet", WeightsmithWarning, stacklevel=2
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for quantizer in quantizers:
+            torch.distributed.broadcast(quantizer.scale.data, 0)
+            torch.distributed.broadcast(quantizer.unsigned, 0)
+            quantizer.signed = not bool(quantizer.unsigned)
+    return model
+
+
+def _is_chosen(name: str, module: nn.Module) -> bool:
+    return is_layer(name, module) or type(module) is nn.MultiheadAttention
+
+
+def _adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers that PEFT has put beside a layer of the model."""
+    return {
+        f"{name}.{inner}".lstrip("."): part
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+        for inner, part in module.named_modules()
+        if is_layer(inner, part) and inner.partition(".")[0] != "base_layer"
+    }
+
+
+def _check(slots: list[Slot]) -> None:
+    narrow = []
+    for slot in slots:
+        weight = check_plain(slot.name, slot.module, slot.attribute, finite=True)
+        if weight.numel() == weight.shape[output_axis(slot.module)]:
+            narrow.append(slot.name)
+    if narrow:
+        warnings.warn(
+            f"{', '.join(narrow)} has one value per output: it always lies on a rounding threshold, and its size is "
+            "lost. Leave it out of where",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+
+
+def _attentions(
+    model: nn.Module,
+    candidates: Mapping[str, Parts | str],
+    seen: Observed,
+    plan: Plan,
+    qk_reparam: bool | str,
+    names: Mapping[str, str] | None,
+) -> _Attentions:
+    """Compare every candidate with what it would become; refuse, or say what is left in floating point.
+
+    Raises:
+        UsageError: ``qk_reparam=True`` is not possible somewhere.
+    """
+    all_of_it = _Attentions({}, {})
+    for name, parts in candidates.items():
+        module = model.get_submodule(name)
+        outcome = parts if isinstance(parts, str) else obstacle(module) or parts
+        if isinstance(outcome, Parts):
+            if seen.by_run and name not in seen.calls:
+                outcome = f"{seen.by} does not reach it"
+            else:
+                calls = seen.calls.get(name, [])
+                quantized_inputs = plan.activation_bits is not None
+                outcome = faithful_parts(
+                    module, outcome, calls, product=bool(qk_reparam), quantized_inputs=quantized_inputs
+                )
+        if isinstance(outcome, Parts):
+            all_of_it.found[name] = outcome
+        else:
+            all_of_it.refused[name] = outcome
+    if names and not candidates:
+        raise UsageError(f"attention_names={dict(names)} fits no module of the model whose projections are chosen")
+    if not all_of_it.refused:
+        return all_of_it
+    name, reason = next(iter(all_of_it.refused.items()))
+    if qk_reparam is True:
+        raise UsageError(
+            f"qk_reparam=True is not possible in {name or type(model).__name__}: {reason}. Pass "
+            'qk_reparam="auto" or False to quantize the weights of query and key there, or leave it out of where'
+        )
+    if plan.activation_bits is not None or qk_reparam:
+        others = dict.fromkeys(all_of_it.refused.values())
+        warnings.warn(
+            f"the inside of {_some(all_of_it.refused)} stays in floating point ({'; '.join(others)}); only the linear "
+            "layers there are quantized",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+    return all_of_it
+
+
+def _candidates(
+    model: nn.Module, layers: Mapping[str, nn.Module], names: Mapping[str, str] | None, *, strict: bool
+) -> dict[str, Parts | str]:
+    """Modules that look like attention and whose projections are all chosen; a reason in the place of unknown parts."""
+    chosen = {id(layer) for layer in layers.values()}
+    found: dict[str, Parts | str] = {}
+    for name, module in model.named_modules():
+        try:
+            parts = find_parts(name, module, names)
+        except NotUnderstood as error:
+            if strict:
+                raise
+            found[name] = str(error)
+            continue
+        if parts is not None and all(id(getattr(module, part)) in chosen for part in parts.projections):
+            found[name] = parts
+    return found
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    held = [name or "the model" for name in names]
+    return ", ".join(held[:most]) + (f" and {len(held) - most} more" if len(held) > most else "")
+
+
+def _packed(name: str, module: nn.MultiheadAttention) -> Iterator[Slot]:
+    """The weights of torch's attention, which is no composition of layers."""
+    for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        if module._parameters.get(attribute) is not None:
+            yield Slot(name, module, attribute)
+    if "weight" in module.out_proj._parameters:
+        yield Slot(f"{name}.out_proj".lstrip("."), module.out_proj, "weight")
+
+
+def _owners(model: nn.Module, slots: list[Slot]) -> dict[int, list[Slot]]:
+    """Every place of the chosen weights, by the weight's id."""
+    chosen = {id(slot.module._parameters[slot.attribute]): slot.name for slot in reversed(slots)}
+    packed = {(id(slot.module), slot.attribute) for slot in slots}
+    held_by = {key: held for key, held in owners(model).items() if key in chosen}
+    for key, held in held_by.items():
+        for slot in held:
+            usual = slot.attribute == "weight" or (id(slot.module), slot.attribute) in packed
+            if not usual or isinstance(slot.module, parametrize.ParametrizationList):
+                raise UsageError(f"{chosen[key]} is tied to {slot.name}, which cannot be quantized")
+    tied = {chosen[key]: shared for key, shared in held_by.items() if len(shared) > 1}
+    for name, shared in tied.items():
+        warnings.warn(
+            f"{name} is tied: it is quantized once, for all {len(shared)} owners",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+    return held_by
+
+
+def _input_quantizer(
+    name: str, layer: nn.Module, plan: Plan, end: bool, after_activation: bool, *, pixels: bool
+) -> ActivationQuantizer:
+    bits = cast(int, plan.ends_bits if end else plan.activation_bits)
+    if isinstance(layer, nn.Linear):
+        axis = None if end else plan.token_axis
+        shifts: tuple[int, ...] | None = (layer.in_features,)
+    else:
+        spatial = cast(Tensor, layer.weight).dim() - 2
+        axis = None if plan.granularity == "tensor" else -(spatial + 1)
+        shifts = () if pixels else None
+    return activation_quantizer(f"the input of {name}", layer, bits, axis, False if after_activation else None, shifts)
+
+
+def _warn_of_biases(model: nn.Module, attentions: Mapping[str, Parts]) -> None:
+    lost = []
+    for name, parts in attentions.items():
+        layers = [model.get_submodule(name).get_submodule(part) for part in parts.projections]
+        biases = [layer.bias for layer in (layers if parts.qkv else layers[:2]) if isinstance(layer.bias, Tensor)]
+        if any(bias[: 2 * len(bias) // 3].any() if parts.qkv else bias.any() for bias in biases):
+            lost.append(name or "the model")
+    if lost:
+        warnings.warn(
+            f"the biases of query and key of {', '.join(lost)} are dropped; keep_query_bias=True keeps what they "
+            "contribute",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+
+
+def _follows_activation(model: nn.Module, name: str) -> bool:
+    """Whether the input of a layer comes out of a function like GELU, as far as names and order tell."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if leaf == "fc2":
+        return hasattr(parent, "fc1")
+    if leaf == "dense":
+        grandparent = model.get_submodule(parent_name.rpartition(".")[0])
+        return parent_name.rpartition(".")[2] == "output" and hasattr(grandparent, "intermediate")
+    if not isinstance(parent, nn.Sequential):
+        return False
+    return isinstance(next(_before(parent, leaf), None), _ACTIVATIONS)
+
+
+def _before(parent: nn.Sequential, leaf: str) -> Iterator[nn.Module]:
+    earlier = list(parent.named_children())
+    at = [child for child, _ in earlier].index(leaf)
+    return (module for _, module in reversed(earlier[:at]) if not isinstance(module, _PASSING))
