@@ -1,8 +1,8 @@
 """What a step of FlexRound costs on one block of a language model, beside auto-round and beside plain operations.
 
 The block has the shape of SmolLM2's (hidden 576, 9 heads, 3 key-value heads, intermediate 1536), 4 bits per channel. A
-step is rounding all weights, forward, loss, backward, optimiser and schedule. The auto-round arms are put together from
-its own wrapper, quantisation function (also compiled, its default) and SignSGD; its copy of the best parameters is left
+step is rounding all weights, forward, loss, backward, optimizer and schedule. The auto-round arms are put together from
+its own wrapper, quantization function (also compiled, its default) and SignSGD; its copy of the best parameters is left
 out. Peak memory is that of a process that makes steps of one arm only, above the process before its first step.
 
     OMP_NUM_THREADS=1 python benchmarks/flexround.py

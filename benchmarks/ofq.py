@@ -1,8 +1,8 @@
-"""What quantisation-aware training costs: StatsQ beside torchao's fake quantisation, and annealing beside AdamW.
+"""What quantization-aware training costs: StatsQ beside torchao's fake quantization, and annealing beside AdamW.
 
 Run ``OMP_NUM_THREADS=1 python benchmarks/ofq.py`` with torchao installed; all arms of a table are interleaved in one
 process, on one thread. Targets: a StatsQ linear layer takes at most the time of torchao's ``FakeQuantizedLinear`` (int4
-per channel), the quantiser alone at most 0.6 of the same in plain operations, and a training step under annealing at
+per channel), the quantizer alone at most 0.6 of the same in plain operations, and a training step under annealing at
 most 1.10 of one without.
 """
 
@@ -36,7 +36,7 @@ def plain_statsq(w: Tensor, bits: int) -> Tensor:
 
 
 def quantizer(call: Callable[[Tensor], Tensor], rows: int, columns: int) -> Callable[[], None]:
-    """Quantise a weight and go back; whatever is kept between steps is made anew."""
+    """Quantize a weight and go back; whatever is kept between steps is made anew."""
     w = nn.Parameter(torch.randn(rows, columns))
     up = torch.randn(rows, columns)
 
@@ -65,7 +65,7 @@ def linear(layer: nn.Module, batch: int, tokens: int, optimizer: bool = True) ->
 
 
 def with_weight(make: Callable[[nn.Linear], nn.Module], wide_in: int, wide_out: int) -> nn.Linear:
-    """A linear layer under a parametrisation."""
+    """A linear layer under a parametrization."""
     layer = nn.Linear(wide_in, wide_out)
     parametrize.register_parametrization(layer, "weight", make(layer))
     return layer
@@ -85,7 +85,7 @@ def torchao_linear(wide_in: int, wide_out: int, activations: bool = False) -> nn
 
 
 def training(annealed: bool, fused: bool, whole: bool) -> Callable[[], None]:
-    """A step of AdamW on a vision transformer of DeiT-T's width, the whole of it or the optimiser's alone."""
+    """A step of AdamW on a vision transformer of DeiT-T's width, the whole of it or the optimizer's alone."""
     torch.manual_seed(0)
     model = ViT(channels=3, size=32, classes=10, width=192, depth=6, heads=3)
     x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
@@ -129,12 +129,12 @@ def main() -> None:
             "plain operations": quantizer(lambda w: plain_statsq(w, 4), rows, columns),
             "statsq": quantizer(lambda w: statsq(w, 4), rows, columns),
         }
-        show(f"quantiser alone, {rows} x {columns}", interleave(arms, rounds=4 * ROUNDS), baseline="plain operations")
+        show(f"quantizer alone, {rows} x {columns}", interleave(arms, rounds=4 * ROUNDS), baseline="plain operations")
 
     for fused in (False, True):
         for whole in (True, False):
             arms = {"AdamW": training(False, fused, whole), "AdamW under CGA": training(True, fused, whole)}
-            title = f"{'training step' if whole else 'optimiser step alone'}, fused={fused}"
+            title = f"{'training step' if whole else 'optimizer step alone'}, fused={fused}"
             show(title, interleave(arms, rounds=ROUNDS), baseline="AdamW")
 
 

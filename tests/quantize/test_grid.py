@@ -33,7 +33,7 @@ grids = st.builds(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=40, deadline=None)
-def test_codes_are_in_range_and_dequantise_to_the_rounded_weight_bit_for_bit(grid, seed, axis, dtype):
+def test_codes_are_in_range_and_dequantize_to_the_rounded_weight_bit_for_bit(grid, seed, axis, dtype):
     w = weight(8, 12, dtype=dtype, seed=seed)
     rounding = RoundToNearest(w, grid, axis=axis)
     found = rounding.quantized(w)

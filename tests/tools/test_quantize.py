@@ -24,7 +24,7 @@ WORDS = [f"w{index}" for index in range(40)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama with a tokeniser of 43 words, and texts to calibrate and evaluate with."""
+    """A tiny Llama with a tokenizer of 43 words, and texts to calibrate and evaluate with."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

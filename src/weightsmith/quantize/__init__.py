@@ -13,7 +13,7 @@ during training
 ``ofq_report``, ``OFQReport``                              what was converted, and what stays in floating point
 ``ConfidenceGuidedAnnealing``, ``distillation_loss``       the second stage, and the teacher
 ``OscillationTracker``, ``IterativeFreezing``, ...         watch weights oscillate, and other ways to stop them
-``statsq``, ``lsq``                                        the quantisers, as functions
+``statsq``, ``lsq``                                        the quantizers, as functions
 integers
 ``Grid``, ``QuantizedWeight``, ``quantized_weights``       the grid, a weight on it, and those of a model
 ``integer_weights``, ``write_``, ``attach_``               from and into a model

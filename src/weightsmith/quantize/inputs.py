@@ -7,11 +7,11 @@ from torch import nn
 INPUT = "input_quantizer"
 
 
-def quantize_input_(layer: nn.Module, quantiser: nn.Module) -> None:
-    """Let a layer quantise its input; a quantiser that is there already is replaced."""
+def quantize_input_(layer: nn.Module, quantizer: nn.Module) -> None:
+    """Let a layer quantize its input; a quantizer that is there already is replaced."""
     if not hasattr(layer, INPUT):
         layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    layer.add_module(INPUT, quantiser)
+    layer.add_module(INPUT, quantizer)
 
 
 def release_input_(layer: nn.Module) -> None:

@@ -29,9 +29,9 @@ def net():
 
 
 @pytest.mark.parametrize("zero_in_range", [True, False])
-def test_dynamic_quantisation_is_that_of_the_authors(zero_in_range):
-    quantised = DynamicActivation(8, zero_in_range=zero_in_range)(GOLDEN["tok8.x"])
-    assert torch.allclose(quantised, GOLDEN["tok8.y"], rtol=1e-9, atol=1e-12)
+def test_dynamic_quantization_is_that_of_the_authors(zero_in_range):
+    quantized = DynamicActivation(8, zero_in_range=zero_in_range)(GOLDEN["tok8.x"])
+    assert torch.allclose(quantized, GOLDEN["tok8.y"], rtol=1e-9, atol=1e-12)
 
 
 def test_tokens_of_one_sign_saturate_only_in_the_authors_version():
@@ -40,25 +40,25 @@ def test_tokens_of_one_sign_saturate_only_in_the_authors_version():
     assert (DynamicActivation(8, zero_in_range=False)(x) - x).abs().max() > 4
 
 
-def test_static_quantisation_learns_a_step_that_stays_positive():
+def test_static_quantization_learns_a_step_that_stays_positive():
     x = draw(64, 8)
-    quantiser = StaticActivation(x, 4)
-    assert (quantiser(x) - x).square().mean() < 0.02
-    assert quantiser(x).unique().numel() <= 16
-    (quantiser(x) - x).square().sum().backward()
-    assert quantiser.scale.grad.isfinite()
-    quantiser.scale.data.fill_(-0.3)
-    assert quantiser(x).detach().unique().diff().min().item() == pytest.approx(0.3, rel=1e-5)
-    assert quantiser(x.bfloat16()).dtype == torch.bfloat16
+    quantizer = StaticActivation(x, 4)
+    assert (quantizer(x) - x).square().mean() < 0.02
+    assert quantizer(x).unique().numel() <= 16
+    (quantizer(x) - x).square().sum().backward()
+    assert quantizer.scale.grad.isfinite()
+    quantizer.scale.data.fill_(-0.3)
+    assert quantizer(x).detach().unique().diff().min().item() == pytest.approx(0.3, rel=1e-5)
+    assert quantizer(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_dropping_keeps_some_elements_in_training_and_none_afterwards():
     x = draw(100, 8)
-    quantiser = StaticActivation(x, 2, drop=0.5, generator=torch.Generator().manual_seed(0))
-    kept = (quantiser(x) == x).float().mean()
+    quantizer = StaticActivation(x, 2, drop=0.5, generator=torch.Generator().manual_seed(0))
+    kept = (quantizer(x) == x).float().mean()
     assert 0.4 < kept < 0.6
-    assert torch.equal(quantiser.eval()(x), copy.deepcopy(quantiser)(x))
-    assert (quantiser(x) == x).float().mean() < 0.01
+    assert torch.equal(quantizer.eval()(x), copy.deepcopy(quantizer)(x))
+    assert (quantizer(x) == x).float().mean() < 0.01
 
 
 def test_dynamic_activations_need_no_data_and_leave_the_state_dict_alone():
@@ -83,7 +83,7 @@ def test_static_activations_take_their_step_from_the_first_batch_and_are_saved()
     assert len(model[2]._forward_pre_hooks) == 1
 
 
-def test_keys_and_values_can_be_quantised_too():
+def test_keys_and_values_can_be_quantized_too():
     model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "k_proj": nn.Linear(8, 8)})
     x = draw(3, 8)
     before = model["k_proj"](x)
@@ -101,7 +101,7 @@ def test_wrong_arguments_are_refused(options, message):
         quantize_activations_(net(), **options)
 
 
-def test_weights_and_activations_are_learnt_together_with_random_dropping():
+def test_weights_and_activations_are_learned_together_with_random_dropping():
     reports, scales = [], []
     for _ in range(2):
         model = net()

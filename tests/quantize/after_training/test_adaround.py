@@ -17,7 +17,7 @@ def close(left, right):
 
 
 @pytest.mark.parametrize("tag", GRIDS)
-def test_values_gradients_and_regulariser_are_those_of_brecq(tag):
+def test_values_gradients_and_regularizer_are_those_of_brecq(tag):
     truth = {key.removeprefix(f"{tag}."): value for key, value in GOLDEN.items() if key.startswith(f"{tag}.")}
     rounding = AdaRound(truth["W"], GRIDS[tag], penalty=1.0)
     assert close(rounding.alpha, truth["alpha0"])
@@ -32,7 +32,7 @@ def test_values_gradients_and_regulariser_are_those_of_brecq(tag):
     assert close(rounding.quantized(truth["W"]).dequantize(), truth["w_hard"])
     for beta in (20, 8, 2):
         progress = max(0.2, 1 - 0.8 * (beta - 2) / 18)
-        penalty = rounding.regulariser(progress)
+        penalty = rounding.regularizer(progress)
         assert temperature(progress) == pytest.approx(beta)
         assert close(penalty, truth[f"reg_b{beta}"])
         assert close(torch.autograd.grad(penalty, rounding.alpha)[0], truth[f"reg_grad_b{beta}"])
@@ -41,7 +41,7 @@ def test_values_gradients_and_regulariser_are_those_of_brecq(tag):
 def test_the_temperature_stays_and_then_falls_linearly():
     for step, beta in GOLDEN["ada_temp"].tolist():
         assert temperature(step / 20_000) == pytest.approx(beta, rel=1e-12)
-    assert AdaRound(torch.randn(3, 4)).regulariser(0.1) is None
+    assert AdaRound(torch.randn(3, 4)).regularizer(0.1) is None
 
 
 def test_a_run_follows_brecq():
@@ -57,7 +57,7 @@ def test_a_run_follows_brecq():
     optimizer = torch.optim.Adam(rounding.parameters(), lr=1e-3)
     losses = []
     for step in range(1, 121):
-        loss = (x @ rounding(w).T - x @ w.T).square().sum(1).mean() + (rounding.regulariser(step / 120) or 0)
+        loss = (x @ rounding(w).T - x @ w.T).square().sum(1).mean() + (rounding.regularizer(step / 120) or 0)
         losses.append(loss.detach())
         optimizer.zero_grad()
         loss.backward()

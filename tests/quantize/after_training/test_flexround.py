@@ -66,7 +66,7 @@ def test_values_codes_and_gradients_are_those_of_the_authors(tag, parametrizatio
     for name in present:
         grad = getattr(rounding, name if direct else f"log_{name}").grad.flatten()
         wanted = truth[f"grad_{name}" if direct else f"grad_log_{name}"].flatten()
-        # the step is learnt relative to its initial value
+        # the step is learned relative to its initial value
         assert close(grad, wanted * rounding.scale.flatten() if direct and name == "s1" else wanted)
 
 
@@ -149,7 +149,7 @@ def test_it_begins_as_exactly_round_to_nearest(grid, dtype):
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (6, 4, 3, 3)])
-def test_what_it_decides_on_is_what_it_was_optimised_with(shape):
+def test_what_it_decides_on_is_what_it_was_optimized_with(shape):
     w, rounding = noisy(Grid(3), shape)
     assert torch.equal(rounding.quantized(w).dequantize(), rounding(w))
 

@@ -117,7 +117,7 @@ def test_learning_beats_round_to_nearest_and_leaves_plain_weights_on_their_grid(
     assert any(moved.values())
 
 
-def test_the_student_sees_what_the_quantised_blocks_before_it_give():
+def test_the_student_sees_what_the_quantized_blocks_before_it_give():
     x = draw(64, 8)
     model, trained = mlp(), mlp()
     report = round_to_nearest_(model, x, W3, blocks="layers")
@@ -192,7 +192,7 @@ def test_measuring_on_fewer_batches_changes_neither_the_steps_nor_what_they_give
     assert calls[None] - calls[1] == 2 * (24 - 1)
 
 
-def test_options_reach_the_optimisation():
+def test_options_reach_the_optimization():
     x = correlated(64)
     for options in (
         {"lr": "auto"},
@@ -290,7 +290,7 @@ def test_padding_does_not_count():
     assert [b.error for b in masked.blocks] == pytest.approx([b.error for b in plain.blocks], rel=1e-4)
 
 
-def test_a_half_precision_model_is_optimised_in_float32_and_stays_half():
+def test_a_half_precision_model_is_optimized_in_float32_and_stays_half():
     model = llama().bfloat16()
     before = state(model)
     report = flexround_(model, tokens(8, 8, 8, 8), W3, iterations=40, lr=1e-2)
@@ -368,7 +368,7 @@ def test_experts_that_see_nothing_are_rounded_to_nearest_and_reported():
     assert not torch.equal(model[0].experts[1].weight, nearest[0].experts[1].weight)
 
 
-def test_a_layer_used_twice_in_a_block_is_quantised_once():
+def test_a_layer_used_twice_in_a_block_is_quantized_once():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()

@@ -66,7 +66,7 @@ def test_experts_in_one_tensor_are_rounded_as_each_would_be_by_itself(make, gran
 
 @pytest.mark.parametrize("verb", [flexround_, adaround_])
 @pytest.mark.parametrize("make", [mixtral, gpt_oss])
-def test_the_rounding_of_experts_is_learnt(make, verb):
+def test_the_rounding_of_experts_is_learned(make, verb):
     model, nearest = make(), make()
     round_to_nearest_(nearest, None, W3)
     report = verb(model, tokens(), W3, iterations=40, lr=1e-2)
@@ -127,7 +127,7 @@ def encoder(**options):
 
 
 @pytest.mark.parametrize("blocks", ["auto", "layers"])
-def test_packed_projections_of_torchs_attention_are_rounded_and_learnt(tmp_path, blocks):
+def test_packed_projections_of_torchs_attention_are_rounded_and_learned(tmp_path, blocks):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 5, 3, generator=generator) @ torch.randn(3, 16, generator=generator)
     model, trained = encoder(), encoder()

@@ -181,7 +181,7 @@ def test_half_integer_grids_come_back_bit_for_bit(tmp_path, bits):
     assert_same_model(model, load_quantized(tmp_path / "out", Net().eval()))
 
 
-def test_quantised_activations_are_saved_with_the_weights(tmp_path):
+def test_quantized_activations_are_saved_with_the_weights(tmp_path):
     x = torch.randn(4, 3, 8, 8)
     model = Net().eval()
     round_to_nearest_(model, None, Grid(4, search="minmax"))
@@ -191,7 +191,7 @@ def test_quantised_activations_are_saved_with_the_weights(tmp_path):
     assert torch.equal(load_quantized(tmp_path / "out", Net().eval())(x), model(x))
 
 
-def test_a_transformers_model_with_quantised_activations_goes_into_the_own_layout(tmp_path):
+def test_a_transformers_model_with_quantized_activations_goes_into_the_own_layout(tmp_path):
     tokens = torch.arange(12).view(2, 6)
     model = tiny_llama()
     round_to_nearest_(model, None, Grid(4, search="minmax"))
@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path, format, monkeypat
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
-def test_saving_needs_quantised_weights(tmp_path):
+def test_saving_needs_quantized_weights(tmp_path):
     with pytest.raises(UsageError, match="no quantized weights"):
         save_quantized(Net(), tmp_path / "out")
 
@@ -295,7 +295,7 @@ def test_a_weight_that_gave_way_to_a_parametrization_is_not_saved(tmp_path):
 
 
 def test_loading_names_what_is_wrong_with_a_folder(tmp_path):
-    with pytest.raises(UsageError, match="holds no quantised model"):
+    with pytest.raises(UsageError, match="holds no quantized model"):
         load_quantized(tmp_path)
     (tmp_path / native.CONFIG).write_text("{")
     with pytest.raises(UsageError, match="is damaged"):
@@ -447,7 +447,7 @@ def test_onnx_export_takes_several_inputs_and_an_example_of_one_sample(tmp_path)
         export_onnx(model, (torch.randn(1, 4), torch.randn(2, 4)), tmp_path / "net.onnx")
 
 
-def test_onnx_export_needs_quantised_weights_and_leaves_an_old_file(tmp_path, monkeypatch):
+def test_onnx_export_needs_quantized_weights_and_leaves_an_old_file(tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     with pytest.raises(UsageError, match="no quantized weights"):

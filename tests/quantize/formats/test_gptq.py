@@ -222,7 +222,7 @@ REFUSED = {
     "belongs to a Conv1D, not to a Linear": gpt2,
     "on a grid of half integers": half_integers,
     "different kinds of grid": lambda: rounded(grid_of(8), rounded(grid_of(), where="*.0.*"), where="*.1.*"),
-    "activations are quantised": lambda: quantize_activations_(rounded(grid_of())),
+    "activations are quantized": lambda: quantize_activations_(rounded(grid_of())),
     r"q_proj\.weight is on 5 bits, and the format has 2, 3, 4 and 8": lambda: rounded(grid_of(5)),
     r"gate_proj\.weight has 100 outputs, which at 4 bits must be a multiple of 8": lambda: rounded(
         grid_of(), llama(intermediate_size=100)

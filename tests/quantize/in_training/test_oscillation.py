@@ -250,7 +250,7 @@ def test_what_is_out_of_range_is_refused():
         (lambda: IterativeFreezing(model, 10, momentum=0.02), "momentum must be below the last threshold"),
         (lambda: Dampening(model, 10, weight=-1.0), "weight must not be negative"),
         (lambda: Dampening(model, 10, aggregate="mean"), "aggregate 'mean' is not known"),
-        (lambda: OscillationTracker(nn.Linear(2, 2)), "no quantised weight"),
+        (lambda: OscillationTracker(nn.Linear(2, 2)), "no quantized weight"),
         (lambda: boundary_occupancy(model, 0.5), "boundary must be"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -47,7 +47,7 @@ def train(model, x, steps=2):
 
 @MODELS
 @pytest.mark.filterwarnings("ignore:.*is tied", "ignore:.*stays in floating point")
-def test_every_model_trains_saves_and_folds_with_activations_and_products_quantised(name):
+def test_every_model_trains_saves_and_folds_with_activations_and_products_quantized(name):
     model, x = build(name)
     frozen = {key: value.clone() for key, value in model.named_parameters() if not value.requires_grad}
     calibrate_(prepare_ofq_(model, qk_reparam="auto"), x)
@@ -153,7 +153,7 @@ def test_where_chooses_layers_and_attention_with_all_its_projections():
     assert not any("product" in site.name for site in sites(only))
 
 
-def test_attention_alone_can_be_reparameterised():
+def test_attention_alone_can_be_reparameterized():
     model = calibrate_(reparameterize_qk_(vit(), where="blocks.1.*"), torch.randn(4, 1, 8, 8))
     assert {site.name for site in sites(model)} == {"blocks.1.attn.product", "blocks.1.attn.qkv.weight"}
     with pytest.raises(UsageError, match="matches nothing"):
@@ -185,7 +185,7 @@ def test_calibrating_again_starts_anew():
     assert (model[0].input_quantizer.scale > 3 * before).all()
 
 
-def test_a_quantiser_that_the_batch_does_not_reach_is_named():
+def test_a_quantizer_that_the_batch_does_not_reach_is_named():
     class Unused(nn.Module):
         def __init__(self):
             super().__init__()
@@ -339,7 +339,7 @@ def test_without_an_example_no_block_is_taken_for_a_head():
     assert [site.name for site in sites(model) if site.quantizer.bits == 8] == ["embed.weight"]
 
 
-def test_a_tied_weight_is_quantised_once_for_all_owners():
+def test_a_tied_weight_is_quantized_once_for_all_owners():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -359,7 +359,7 @@ def test_a_tied_weight_is_quantised_once_for_all_owners():
     assert fold_(model).head.weight is model.embedding.weight
 
 
-def test_two_layers_that_share_a_weight_share_its_quantiser():
+def test_two_layers_that_share_a_weight_share_its_quantizer():
     model = net()
     model[4] = nn.Linear(12, 12)
     model[4].weight = model[2].weight
@@ -369,7 +369,7 @@ def test_two_layers_that_share_a_weight_share_its_quantiser():
     assert [len(model[i].parametrizations.weight) for i in (2, 4)] == [1, 1]
 
 
-def test_a_weight_tied_to_something_that_cannot_be_quantised_is_refused():
+def test_a_weight_tied_to_something_that_cannot_be_quantized_is_refused():
     model = net()
     model.other = nn.Module()
     model.other.table = model[2].weight

@@ -152,16 +152,16 @@ def test_a_perceptron_is_the_authors_one():
 
 
 @pytest.mark.parametrize("weight", ["statsq", "lsq"])
-def test_attention_without_reparameterisation_is_the_authors_one(weight):
+def test_attention_without_reparameterization_is_the_authors_one(weight):
     model = prepare_ofq_(Attention(8, 2).double(), ends_bits=None, qk_reparam=False, weight=weight)
     assert compare(f"{weight}_attn/w2a2", model) < 1e-9
 
 
-def test_reparameterised_attention_is_the_authors_one():
+def test_reparameterized_attention_is_the_authors_one():
     assert compare("qkr_attn/w2a2", prepare_ofq_(Separate(16, 4).double(), ends_bits=None)) < 1e-9
 
 
-def test_reparameterised_window_attention_is_the_authors_one():
+def test_reparameterized_window_attention_is_the_authors_one():
     model = Shifted(prepare_ofq_(Windowed(12, 3).double(), ends_bits=None))
     assert compare("qkr_swin/w2a2", model, prefix="inner.") < 1e-9
 
@@ -268,7 +268,7 @@ class Rotary(Separate):
         (lambda: Rotary(8, 2), "rotary"),
     ],
 )
-def test_reparameterisation_is_refused_where_something_lies_between(make, reason):
+def test_reparameterization_is_refused_where_something_lies_between(make, reason):
     model = make()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UsageError, match=f'{reason}.*qk_reparam="auto"'):
@@ -319,7 +319,7 @@ def test_heads_must_be_a_number_that_divides_the_width(heads, message):
 
 
 @quiet
-def test_attention_of_older_libraries_returns_its_pair_and_honours_masks():
+def test_attention_of_older_libraries_returns_its_pair_and_honors_masks():
     class SelfAttention(nn.Module):
         def __init__(self):
             super().__init__()

@@ -138,7 +138,7 @@ def test_the_weight_follows_every_kind_of_optimizer_step(how):
         assert torch.equal(linear.weight, statsq(linear.parametrizations.weight.original, 2))
 
 
-def test_a_block_of_cached_weights_quantises_once_and_ends():
+def test_a_block_of_cached_weights_quantizes_once_and_ends():
     linear = layer()
     with cached_weights(linear):
         first, second = linear.weight, linear.weight

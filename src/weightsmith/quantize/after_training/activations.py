@@ -1,6 +1,6 @@
-"""Quantised activations: static per tensor with a learnt step, or dynamic per token.
+"""Quantized activations: static per tensor with a learned step, or dynamic per token.
 
-A quantiser is an ordinary submodule, ``input_quantizer`` (``output_quantizer`` for keys and values), that a hook
+A quantizer is an ordinary submodule, ``input_quantizer`` (``output_quantizer`` for keys and values), that a hook
 applies. Static: LSQ, "Learned Step Size Quantization", Esser et al. 2020, arXiv 1902.08153, asymmetric and with random
 dropping as in QDrop, arXiv 2203.05740. Dynamic: as in the FlexRound authors' code.
 """
@@ -27,12 +27,12 @@ _OUTPUT = "output_quantizer"
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """How activations are quantised while weights are being rounded (QDrop's protocol).
+    """How activations are quantized while weights are being rounded (QDrop's protocol).
 
     Args:
-        bits: Word length of every chosen layer's input, 2 to 8.
+        bits: Bit width of every chosen layer's input, 2 to 8.
         lr: Learning rate of the steps; cosine to 0.
-        drop: How much of each activation is quantised during optimisation; the rest stays as it is.
+        drop: How much of each activation is quantized during optimization; the rest stays as it is.
     """
 
     bits: int = 8
@@ -49,10 +49,10 @@ class StaticActivation(nn.Module):
     """One step and zero-point per tensor: ``x_hat = s * (clamp(round(x / s) + z, 0, 2^bits - 1) - z)``.
 
     Args:
-        x: Activations from which step and zero-point are found; the step can be learnt further.
-        bits: Word length.
-        drop: In training mode, the probability with which an element is quantised.
-        generator: Draws what is quantised in training mode.
+        x: Activations from which step and zero-point are found; the step can be learned further.
+        bits: Bit width.
+        drop: In training mode, the probability with which an element is quantized.
+        generator: Draws what is quantized in training mode.
     """
 
     zero_point: Tensor
@@ -68,16 +68,16 @@ class StaticActivation(nn.Module):
         self.register_buffer("zero_point", zero.flatten()[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantise ``x`` of any shape."""
+        """Quantize ``x`` of any shape."""
         levels = 2**self.bits - 1
         step = self.scale.abs().clamp_min(torch.finfo(torch.float32).eps)
         slower = (x.numel() * levels) ** -0.5
         step = (step * slower + (step * (1 - slower)).detach()).to(x.dtype)
         zero = self.zero_point.to(x.dtype)
-        quantised = step * ((round_ste(x / step) + zero).clamp(0, levels) - zero)
+        quantized = step * ((round_ste(x / step) + zero).clamp(0, levels) - zero)
         if not self.training or self.drop == 1:
-            return quantised
-        return torch.where(mask_like(x, self.drop, self.generator), quantised, x)
+            return quantized
+        return torch.where(mask_like(x, self.drop, self.generator), quantized, x)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "generator": None}  # generators cannot be copied
@@ -87,7 +87,7 @@ class DynamicActivation(nn.Module):
     """Step and zero-point per token, found anew from its smallest and largest entry.
 
     Args:
-        bits: Word length, 2 to 8.
+        bits: Bit width, 2 to 8.
         zero_in_range: Stretch each range to contain 0. ``False`` is the FlexRound authors' code, which saturates tokens
             whose entries all have one sign.
     """
@@ -97,7 +97,7 @@ class DynamicActivation(nn.Module):
         self.bits, self.zero_in_range = Grid(bits).bits, zero_in_range
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantise each row of the last dimension of ``x``, with the straight-through gradient."""
+        """Quantize each row of the last dimension of ``x``, with the straight-through gradient."""
         levels, wide = 2**self.bits - 1, x.to(torch.promote_types(x.dtype, torch.float32))
         low, high = wide.amin(-1, keepdim=True).detach(), wide.amax(-1, keepdim=True).detach()
         if self.zero_in_range:
@@ -121,21 +121,21 @@ def quantize_activations_(
     where: Where = None,
     kv_bits: int | None = None,
 ) -> Model:
-    """Quantise the inputs of layers, and for good: they stay quantised in every later forward pass.
+    """Quantize the inputs of layers, and for good: they stay quantized in every later forward pass.
 
     Args:
         model: Gets a submodule ``input_quantizer`` on every chosen layer.
         calibration: Needed for ``mode="static"``: the step is found on its first batch.
-        bits: Word length, 2 to 8.
+        bits: Bit width, 2 to 8.
         mode: ``"dynamic"`` per token, or ``"static"`` per tensor.
         where: Which layers; ``None``: every linear layer and convolution but the output embedding.
-        kv_bits: Also quantise, per token, what layers named ``k_proj`` and ``v_proj`` give.
+        kv_bits: Also quantize, per token, what layers named ``k_proj`` and ``v_proj`` give.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        UsageError: An argument is out of range, nothing matches, or static quantisation lacks calibration.
+        UsageError: An argument is out of range, nothing matches, or static quantization lacks calibration.
     """
     Grid(bits)
     if mode not in ("dynamic", "static"):
@@ -163,7 +163,7 @@ def quantize_activations_(
     for layer in keys_and_values.values():
         assert kv_bits is not None
         layer.add_module(_OUTPUT, DynamicActivation(kv_bits))
-        layer.register_forward_hook(_quantise_output)
+        layer.register_forward_hook(_quantize_output)
     return model
 
 
@@ -189,7 +189,7 @@ def _refuse_trained(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             )
 
 
-def _quantise_output(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
+def _quantize_output(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
     return layer.output_quantizer(output)  # type: ignore[operator]
 
 

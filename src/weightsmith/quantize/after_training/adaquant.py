@@ -28,7 +28,7 @@ class AdaQuant(RoundToNearest):
 
     @property
     def step(self) -> Tensor:
-        """The learnt step."""
+        """The learned step."""
         return self.scale * self.log_s1.exp()
 
     def soft(self, units: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class AdaQuant(RoundToNearest):
 
     @torch.no_grad()
     def hard(self, units: Tensor) -> Tensor:
-        """Centred codes."""
+        """Centered codes."""
         return self.nearest(self._moved(units))
 
     def _moved(self, units: Tensor) -> Tensor:

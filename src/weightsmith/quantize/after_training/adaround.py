@@ -1,4 +1,4 @@
-"""AdaRound: choose between floor and ceiling for every weight, by a soft choice that a regulariser makes hard.
+"""AdaRound: choose between floor and ceiling for every weight, by a soft choice that a regularizer makes hard.
 
 ``w_hat = s * clamp(floor(w / s) + h(a), low, high)`` with ``h(a) = clamp(1.2 * sigmoid(a) - 0.1, 0, 1)``; the loss gets
 ``weight * sum(1 - |2h - 1|^beta)`` with ``beta`` falling from 20 to 2. "Up or Down? Adaptive Rounding for Post-Training
@@ -21,9 +21,9 @@ class AdaRound(RoundToNearest):
 
     Args:
         weight: The trained weight.
-        grid: Where to; its step is not learnt.
+        grid: Where to; its step is not learned.
         axis: Where its output channels are.
-        penalty: Weight of the regulariser.
+        penalty: Weight of the regularizer.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class AdaRound(RoundToNearest):
 
     @torch.no_grad()
     def hard(self, units: Tensor) -> Tensor:
-        """Centred codes."""
+        """Centered codes."""
         return (units.floor() + (self.alpha >= 0)).clamp(*self.limits)
 
-    def regulariser(self, progress: float) -> Tensor | None:
-        """Push every choice to one side; nothing in the first fifth of the optimisation."""
+    def regularizer(self, progress: float) -> Tensor | None:
+        """Push every choice to one side; nothing in the first fifth of the optimization."""
         if progress < _WARM_UP:
             return None
         return self.penalty * (1 - (2 * self.up() - 1).abs().pow(temperature(progress))).sum()

@@ -83,7 +83,7 @@ class FlexRound(RoundToNearest):
 
     @property
     def step(self) -> Tensor:
-        """The learnt step ``s1``, ``(C or 1, G, 1, 1)``."""
+        """The learned step ``s1``, ``(C or 1, G, 1, 1)``."""
         log_s1 = self._log("s1")
         return self.scale if log_s1 is None else self.scale * log_s1.exp()
 
@@ -99,7 +99,7 @@ class FlexRound(RoundToNearest):
 
     @torch.no_grad()
     def hard(self, units: Tensor) -> Tensor:
-        """Centred codes."""
+        """Centered codes."""
         elements, row, column, _ = self._arguments()
         divisor = _total(elements, row, column).exp_()
         return torch.div(units, divisor, out=divisor).round_().clamp_(*self.limits)

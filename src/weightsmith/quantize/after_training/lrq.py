@@ -1,4 +1,4 @@
-"""LRQ: FlexRound with the factors of a matrix written as a low-rank product, so that far fewer numbers are learnt.
+"""LRQ: FlexRound with the factors of a matrix written as a low-rank product, so that far fewer numbers are learned.
 
 ``log S = log s1 + L U + r + c`` with ``L (C_out, rank)``, ``U (rank, C_in)``, a row and a column vector. "LRQ:
 Optimizing Post-Training Quantization for Large Language Models by Learning Low-Rank Weight-Scaling Matrices", NAACL

@@ -1,6 +1,6 @@
 """The step and zero-point to begin with: from the largest weights, or searched for the smallest rounding error.
 
-The searches minimise the mean of ``|w - w_hat|^2.4`` as in the FlexRound authors' code (arXiv 2306.00317) and in BRECQ
+The searches minimize the mean of ``|w - w_hat|^2.4`` as in the FlexRound authors' code (arXiv 2306.00317) and in BRECQ
 (arXiv 2102.05426). All rows are searched at once, in chunks.
 """
 

@@ -1,7 +1,7 @@
 """Block-by-block reconstruction: learn the rounding of one block at a time so that its output stays what it was.
 
 The objective of a block ``f`` is ``||f(W, x) - f(W_hat, x_q)||^2``, with ``x`` its input in the trained model and
-``x_q`` that behind the blocks quantised so far (FlexRound, arXiv 2306.00317; BRECQ, arXiv 2102.05426). Both streams
+``x_q`` that behind the blocks quantized so far (FlexRound, arXiv 2306.00317; BRECQ, arXiv 2102.05426). Both streams
 advance together, so no block is run again for the sake of a later one, and one block at a time is held in float32.
 """
 
@@ -103,7 +103,7 @@ class Options:
 def reconstruct_(
     model: nn.Module, calibration: Calibration, grid: Grid | int, recipe: Recipe, options: Options
 ) -> Report:
-    """Quantise a model block by block; see `flexround_`.
+    """Quantize a model block by block; see `flexround_`.
 
     Args:
         model: Changed in place, block after block, once everything has been checked.
@@ -179,7 +179,7 @@ def _check_called(targets: Mapping[str, Target]) -> None:
 
 
 class _Run:
-    """One pass over a model: both streams, and what each quantised weight takes."""
+    """One pass over a model: both streams, and what each quantized weight takes."""
 
     def __init__(
         self,
@@ -296,18 +296,18 @@ class _Task:
         self.device = next(iter(self.weights.values())).device
         self.generator = torch.Generator()
         self.steps = 0
-        self.quantisers = self._quantise_inputs()
+        self.quantizers = self._quantize_inputs()
 
     def given(self, done: Mapping[str, QuantizedWeight]) -> "_Found":
         """Take over weights that are finished already."""
         kept = {key: done[target.parameter] for key, target in self.targets.items()}
-        rtn = self._quantized(self._roundings(), learnt=False)
+        rtn = self._quantized(self._roundings(), learned=False)
         return _Found(rtn, kept, self._error(rtn), self._error(kept), 0, "done")
 
     def fit(self) -> "_Found":
         """Learn, and keep what is best."""
         options, roundings = self.options, self._roundings()
-        rtn = self._quantized(roundings, learnt=False)
+        rtn = self._quantized(roundings, learned=False)
         error_rtn = self._error(rtn)
         found = _Found(rtn, rtn, error_rtn, error_rtn, 0, "rtn")
         if not options.iterations or not any(True for rounding in roundings.values() for _ in rounding.parameters()):
@@ -316,7 +316,7 @@ class _Task:
             self.run.lr = self._choose_lr()
         marks = {options.iterations // 2, 3 * options.iterations // 4} if options.keep_best else set()
         scales = self._scales()
-        for step in self._optimise(roundings, float(self.run.lr), options.iterations):
+        for step in self._optimize(roundings, float(self.run.lr), options.iterations):
             if step not in marks and step < options.iterations:
                 continue
             candidate = self._quantized(roundings)
@@ -332,35 +332,35 @@ class _Task:
         tried, scales = {}, self._scales()
         for lr in _AUTO_LRS:
             roundings = self._roundings()
-            for _ in self._optimise(roundings, lr, min(_AUTO_ITERATIONS, self.options.iterations)):
+            for _ in self._optimize(roundings, lr, min(_AUTO_ITERATIONS, self.options.iterations)):
                 pass
             error = self._error(self._quantized(roundings))
             tried[lr] = error if math.isfinite(error) else math.inf
             self._restore(scales)
         return min(tried, key=tried.__getitem__)
 
-    def _optimise(self, roundings: dict[str, RoundToNearest], lr: float, iterations: int) -> Iterator[int]:
+    def _optimize(self, roundings: dict[str, RoundToNearest], lr: float, iterations: int) -> Iterator[int]:
         """Make steps, and stop after each; the end comes early when the loss is not finite."""
         units = {key: rounding.units(self.weights[key]) for key, rounding in roundings.items()}
-        learnt = [parameter for rounding in roundings.values() for parameter in rounding.parameters()]
-        groups: list[dict[str, Any]] = [{"params": learnt, "lr": lr, "cosine": self.run.recipe.cosine}]
+        learned = [parameter for rounding in roundings.values() for parameter in rounding.parameters()]
+        groups: list[dict[str, Any]] = [{"params": learned, "lr": lr, "cosine": self.run.recipe.cosine}]
         if self.options.activations is not None:
-            scales = [quantiser.scale for quantiser in self.quantisers]
+            scales = [quantizer.scale for quantizer in self.quantizers]
             groups.append({"params": scales, "lr": self.options.activations.lr, "cosine": True})
         optimizer = torch.optim.Adam(groups, fused=True)
         base = [group["lr"] for group in groups]
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.autocast == torch.float16)
         order: list[int] = []
         for self.steps in range(1, iterations + 1):
-            for quantiser in self.quantisers:
-                quantiser.train()
+            for quantizer in self.quantizers:
+                quantizer.train()
             order = order or torch.randperm(len(self.inputs), generator=self.generator).tolist()
             values = {
                 key: self.targets[key].restore(rounding.join(rounding.soft(units[key]), self.weights[key]))
                 for key, rounding in roundings.items()
             }
             loss = self._loss(order.pop(), values)
-            extras = [rounding.regulariser(self.steps / iterations) for rounding in roundings.values()]
+            extras = [rounding.regularizer(self.steps / iterations) for rounding in roundings.values()]
             loss = sum((extra for extra in extras if extra is not None), loss)
             if not math.isfinite(loss.item()):
                 _warn_of_divergence(self.name, self.steps)
@@ -397,8 +397,8 @@ class _Task:
     @torch.no_grad()
     def _error(self, quantized: Mapping[str, QuantizedWeight]) -> float:
         """Error with hard-rounded weights, over batches that are spread evenly over the calibration set."""
-        for quantiser in self.quantisers:
-            quantiser.eval()
+        for quantizer in self.quantizers:
+            quantizer.eval()
         values = {key: found.dequantize(self.weights[key].dtype) for key, found in quantized.items()}
         total, size = 0.0, 0.0
         with written(self.targets, values):
@@ -435,7 +435,7 @@ class _Task:
         return (each * mask).sum() / mask.sum()
 
     def _mixed(self, rounded: Arguments, trained: Arguments) -> Arguments:
-        """QDrop: element by element, the input from the quantised or from the trained stream (arXiv 2203.05740)."""
+        """QDrop: element by element, the input from the quantized or from the trained stream (arXiv 2203.05740)."""
         leaves, structure = pytree.tree_flatten(rounded)
         others = pytree.tree_leaves(trained)
         first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
@@ -451,15 +451,17 @@ class _Task:
             for key, target in self.targets.items()
         }
 
-    def _quantized(self, roundings: Mapping[str, RoundToNearest], *, learnt: bool = True) -> dict[str, QuantizedWeight]:
+    def _quantized(
+        self, roundings: Mapping[str, RoundToNearest], *, learned: bool = True
+    ) -> dict[str, QuantizedWeight]:
         return {
-            key: self.targets[key].quantized(rounding, self.grids[key], learnt=learnt)
+            key: self.targets[key].quantized(rounding, self.grids[key], learned=learned)
             for key, rounding in roundings.items()
         }
 
     @torch.no_grad()
-    def _quantise_inputs(self) -> list[StaticActivation]:
-        """Put a quantiser before each layer, begun from what the layer sees of the first batch."""
+    def _quantize_inputs(self) -> list[StaticActivation]:
+        """Put a quantizer before each layer, begun from what the layer sees of the first batch."""
         wanted = self.options.activations
         if wanted is None:
             return []
@@ -480,17 +482,17 @@ class _Task:
             key: StaticActivation(x, wanted.bits, drop=wanted.drop, generator=self.generator).eval()
             for key, x in seen.items()
         }
-        for key, quantiser in made.items():
-            quantize_input_(self.targets[key].module, quantiser)
+        for key, quantizer in made.items():
+            quantize_input_(self.targets[key].module, quantizer)
         return list(made.values())
 
     def _scales(self) -> list[Tensor]:
-        return [quantiser.scale.detach().clone() for quantiser in self.quantisers]
+        return [quantizer.scale.detach().clone() for quantizer in self.quantizers]
 
     @torch.no_grad()
     def _restore(self, scales: list[Tensor]) -> None:
-        for quantiser, scale in zip(self.quantisers, scales, strict=True):
-            quantiser.eval().scale.copy_(scale)
+        for quantizer, scale in zip(self.quantizers, scales, strict=True):
+            quantizer.eval().scale.copy_(scale)
 
 
 def _convert(tree: Any, dtype: torch.dtype, device: torch.device) -> Any:

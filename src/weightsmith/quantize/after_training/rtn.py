@@ -1,7 +1,7 @@
 """Round to nearest: every weight becomes the grid value closest to it.
 
 ``w_hat = s * clamp(round(w / s), low, high)`` with the step ``s`` and the range fixed. It is the baseline of every
-learnt rounding and what each of them begins with, so it is also the class that they derive from.
+learned rounding and what each of them begins with, so it is also the class that they derive from.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ class RoundToNearest(nn.Module):
 
     @property
     def limits(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest centred code (zero-point taken off), as `scale`."""
+        """Smallest and largest centered code (zero-point taken off), as `scale`."""
         low, high = self.grid.code_range
         return low - self.zero_point, high - self.zero_point
 
@@ -64,16 +64,16 @@ class RoundToNearest(nn.Module):
         return self.grid.split(weight.detach().to(_precision(weight)), self.axis) / self.scale
 
     def nearest(self, units: Tensor) -> Tensor:
-        """Centred codes of round-to-nearest, whatever has been learnt."""
+        """Centered codes of round-to-nearest, whatever has been learned."""
         return units.round().clamp(*self.limits)
 
     @torch.no_grad()
     def hard(self, units: Tensor) -> Tensor:
-        """Centred codes that this rounding decides on."""
+        """Centered codes that this rounding decides on."""
         return self.nearest(units)
 
     def soft(self, units: Tensor) -> Tensor:
-        """The weight to optimise with, split as ``units``; differentiable in this module's parameters."""
+        """The weight to optimize with, split as ``units``; differentiable in this module's parameters."""
         return self.step * round_ste(units).clamp(*self.limits)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -85,23 +85,23 @@ class RoundToNearest(nn.Module):
         return split.reshape(like.movedim(self.axis, 0).shape).movedim(0, self.axis).to(like.dtype)
 
     @torch.no_grad()
-    def quantized(self, weight: Tensor, *, learnt: bool = True) -> QuantizedWeight:
+    def quantized(self, weight: Tensor, *, learned: bool = True) -> QuantizedWeight:
         """Round for good.
 
         Args:
             weight: The trained weight.
-            learnt: ``False``: round to nearest with the initial step instead.
+            learned: ``False``: round to nearest with the initial step instead.
         """
         units = self.units(weight)
-        centred, step = (self.hard(units), self.step) if learnt else (self.nearest(units), self.scale)
+        centered, step = (self.hard(units), self.step) if learned else (self.nearest(units), self.scale)
         dtype = torch.int8 if self.grid.symmetric else torch.uint8
-        codes = self.join(centred + self.zero_point, weight.new_empty(weight.shape, dtype=dtype, device="meta"))
+        codes = self.join(centered + self.zero_point, weight.new_empty(weight.shape, dtype=dtype, device="meta"))
         facts: dict[str, Any] = {name: getattr(self.grid, name) for name in ("bits", "symmetric", "granularity")}
         scale, zero = step.detach().clone().flatten(1), self.zero_point.flatten(1).to(dtype)
         return QuantizedWeight(codes.contiguous(), scale, zero, axis=self.axis, **facts)
 
-    def regulariser(self, progress: float) -> Tensor | None:  # noqa: ARG002
-        """What is added to the loss at a point in [0, 1] of the optimisation, or ``None``."""
+    def regularizer(self, progress: float) -> Tensor | None:  # noqa: ARG002
+        """What is added to the loss at a point in [0, 1] of the optimization, or ``None``."""
         return None
 
     def project_(self) -> None:

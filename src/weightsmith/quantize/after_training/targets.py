@@ -80,9 +80,9 @@ class Target:
             weight, replace(grid, granularity="channel") if grid.granularity == "tensor" else grid, 0, generator
         )
 
-    def quantized(self, rounding: RoundToNearest, grid: Grid, *, learnt: bool = True) -> QuantizedWeight:
+    def quantized(self, rounding: RoundToNearest, grid: Grid, *, learned: bool = True) -> QuantizedWeight:
         """Round for good, in this parameter's own layout."""
-        found = rounding.quantized(self.view(self.weight.detach(), grid), learnt=learnt)
+        found = rounding.quantized(self.view(self.weight.detach(), grid), learned=learned)
         if not self.stacked:
             return found
         codes = self.restore(found.codes).contiguous()

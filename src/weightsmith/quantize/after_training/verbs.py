@@ -38,8 +38,8 @@ class BlockOptions(TypedDict, total=False):
             predicate; modules named outside of the blocks are reconstructed on their own.
         overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``; packed projections and
             experts go by the name of the parameter, such as ``"*.experts.down_proj"``.
-        on_block: Called with name, quantised weights by parameter name, and report of each finished block.
-        done: Quantised weights of blocks that are finished already, by block; these are written, not optimised.
+        on_block: Called with name, quantized weights by parameter name, and report of each finished block.
+        done: Quantized weights of blocks that are finished already, by block; these are written, not optimized.
         device: Where the block at hand is worked on; ``None``: where it is.
         measured_batches: On how many batches of the calibration data, spread evenly, errors of blocks are measured;
             ``None``: all. 8: measuring on everything takes longer than a few hundred steps.
@@ -66,9 +66,9 @@ class LearningOptions(BlockOptions, total=False):
             steps, judged on ``measured_batches``; ``False``: the last. ``True``.
         loss_reduction: ``"sum_dim1"`` sums squared differences over dimension 1 and takes the mean over the others, as
             the authors' code does; ``"mean"``. AdaRound's penalty is relative to it.
-        input_drop: Probability with which an element of a block's input comes from the quantised stream, the rest
+        input_drop: Probability with which an element of a block's input comes from the quantized stream, the rest
             from the trained one; QDrop takes 0.5. 1.
-        activations: Also quantise the inputs of the layers, statically, and learn their steps.
+        activations: Also quantize the inputs of the layers, statically, and learn their steps.
         last_block: ``"output"``, or ``"logits"``: judge the last block by the divergence of the model's predictions.
         autocast: Compute blocks in this dtype; weights are always rounded in float32 at least.
     """
@@ -98,9 +98,9 @@ def flexround_(
     compiled: bool = False,
     **options: Unpack[LearningOptions],
 ) -> Report:
-    """Quantise a trained model, learning by division to which integer each weight goes; in place, block by block.
+    """Quantize a trained model, learning by division to which integer each weight goes; in place, block by block.
 
-    ``w_hat = s1 * clamp(round(w / (s1 * S2 * s3 * s4)), low, high)``, every factor learnt so that block outputs stay
+    ``w_hat = s1 * clamp(round(w / (s1 * S2 * s3 * s4)), low, high)``, every factor learned so that block outputs stay
     what they were. Afterwards weights are plain parameters on their grid; `quantized_weights` gives their codes.
 
     Args:
@@ -155,7 +155,7 @@ def flexround_(
         ]
         if full:
             warnings.warn(
-                f"lrq={lrq} saves nothing for {', '.join(full)}: a factor per weight is learnt there",
+                f"lrq={lrq} saves nothing for {', '.join(full)}: a factor per weight is learned there",
                 WeightsmithWarning,
                 stacklevel=2,
             )
@@ -172,13 +172,13 @@ def adaround_(
     penalty: float = 0.01,
     **options: Unpack[LearningOptions],
 ) -> Report:
-    """Quantise a trained model, learning for each weight whether it is rounded up or down; in place, block by block.
+    """Quantize a trained model, learning for each weight whether it is rounded up or down; in place, block by block.
 
     Args:
         model: As for `flexround_`.
         calibration: As for `flexround_`.
         grid: As for `flexround_`; the paper's search is ``search="shrink"``.
-        penalty: Weight of the regulariser that makes choices hard.
+        penalty: Weight of the regularizer that makes choices hard.
         **options: See `LearningOptions`; the default is the paper's 20 000 steps, at a constant rate.
 
     Returns:
@@ -202,7 +202,7 @@ def adaround_(
 def adaquant_(
     model: nn.Module, calibration: Calibration, grid: Grid | int = _GRID, **options: Unpack[LearningOptions]
 ) -> Report:
-    """Quantise a trained model, learning an additive correction of each weight and the step; in place, block by block.
+    """Quantize a trained model, learning an additive correction of each weight and the step; in place, block by block.
 
     Args:
         model: As for `flexround_`.
@@ -231,7 +231,7 @@ def round_to_nearest_(
     grid: Grid | int = _GRID,
     **options: Unpack[BlockOptions],
 ) -> Report:
-    """Quantise a trained model by rounding every weight to the nearest value of its grid; in place.
+    """Quantize a trained model by rounding every weight to the nearest value of its grid; in place.
 
     Args:
         model: Changed once everything has been checked.

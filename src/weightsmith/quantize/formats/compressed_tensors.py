@@ -1,8 +1,8 @@
 """Folders in compressed-tensors' ``pack-quantized`` form, written and read through the ``compressed-tensors`` library.
 
 ``transformers`` 5 loads them without this package. Scales are stored in the precision in which they were found, and
-``config.json`` asks ``transformers`` to dequantise while it loads, so that the loaded weights equal the saved ones bit
-for bit, also in half precision. Left to dequantise in the first forward pass, it would compute in half precision, and
+``config.json`` asks ``transformers`` to dequantize while it loads, so that the loaded weights equal the saved ones bit
+for bit, also in half precision. Left to dequantize in the first forward pass, it would compute in half precision, and
 it cannot read zero-points per channel or per group (compressed-tensors 0.20 packs them, but expects them unpacked).
 """
 
@@ -38,7 +38,7 @@ def obstacle(model: nn.Module, weights: dict[str, QuantizedWeight]) -> str | Non
     if len({(quantized.bits, quantized.symmetric, quantized.granularity) for quantized in weights.values()}) > 1:
         return "layers are on different kinds of grid"
     if any(isinstance(getattr(module, "input_quantizer", None), nn.Module) for module in model.modules()):
-        return "activations are quantised as well"
+        return "activations are quantized as well"
     return None
 
 
@@ -68,7 +68,7 @@ def write(model: Any, weights: dict[str, QuantizedWeight], folder: Path) -> None
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
-    """Return the tensors that are not quantised, and the quantised weights."""
+    """Return the tensors that are not quantized, and the quantized weights."""
     unpack = _library("compressors.pack_quantized").unpack_from_int32
     settings = read_json(folder / "config.json", {"quantization_config": _CONTENT})["quantization_config"]
     if len(settings["config_groups"]) != 1:
@@ -102,7 +102,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
 
 
 def _library(module: str) -> Any:
-    return require(f"compressed_tensors.{module}", extra="hf", purpose="folders that transformers loads quantised")
+    return require(f"compressed_tensors.{module}", extra="hf", purpose="folders that transformers loads quantized")
 
 
 def _library_scheme(quantized: QuantizedWeight) -> Any:

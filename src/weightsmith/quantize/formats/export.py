@@ -1,4 +1,4 @@
-"""Quantised weights that leave the process: save them packed, load them back, hand them to other libraries.
+"""Quantized weights that leave the process: save them packed, load them back, hand them to other libraries.
 
 ``save_quantized`` writes real integers of 2 to 8 bits. What the ``compressed-tensors`` format can hold is written in it
 and loads with ``transformers`` alone; everything else goes into this package's own safetensors layout (described in
@@ -33,11 +33,11 @@ _FOREIGN: dict[str, Any] = {"compressed-tensors": compressed_tensors, gptq.METHO
 
 
 def save_quantized(model: nn.Module, folder: Path | str, format: Format = "auto") -> Path:
-    """Write a quantised model as a folder that appears whole or not at all; an existing one is replaced as a whole.
+    """Write a quantized model as a folder that appears whole or not at all; an existing one is replaced as a whole.
 
     Args:
-        model: Carries quantised weights, as every verb of this package that quantises leaves it. Weights that are not
-            quantised are saved as they are.
+        model: Carries quantized weights, as every verb of this package that quantizes leaves it. Weights that are not
+            quantized are saved as they are.
         folder: The folder to make or replace.
         format: ``"compressed-tensors"``: transformers models whose linear layers are all on one kind of integer grid;
             ``"gptq"``: those among them of 2, 3, 4 or 8 bits whose sizes fill whole 32-bit words, with scales in the
@@ -97,7 +97,7 @@ def _refuse_half_way(model: nn.Module) -> None:
 
 
 def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
-    """Load what `save_quantized` wrote, in any format, as a plain model that carries its quantised weights.
+    """Load what `save_quantized` wrote, in any format, as a plain model that carries its quantized weights.
 
     Args:
         folder: The folder.
@@ -107,7 +107,7 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
         ``model``, or the transformers model, in evaluation mode. Its weights equal the saved model's bit for bit.
 
     Raises:
-        UsageError: The folder holds no quantised model, or ``model`` does not fit it.
+        UsageError: The folder holds no quantized model, or ``model`` does not fit it.
         MissingExtra: ``transformers`` or ``compressed-tensors`` is needed and not installed.
     """
     if isinstance(folder, nn.Module):
@@ -150,7 +150,7 @@ def _layout(folder: Path) -> Any:
     found = (
         f"its config.json says quant_method {brief(method.get('quant_method'))}" if method else "nothing in it says so"
     )
-    raise UsageError(f"{folder} holds no quantised model that save_quantized has written: {found}")
+    raise UsageError(f"{folder} holds no quantized model that save_quantized has written: {found}")
 
 
 def _from_config(folder: Path, state: dict[str, Tensor], weights: dict[str, QuantizedWeight], layout: Any) -> nn.Module:

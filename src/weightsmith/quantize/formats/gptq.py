@@ -14,7 +14,7 @@ Signed codes are stored with ``2^(b-1)`` added, which is then their zero-point. 
 precision; here they stay in the precision in which they were found, for otherwise the weights would change.
 
 The classic form is not used for asymmetric grids, because readers that add 1 to all zero-points of a word at once
-carry into the neighbour of a ``z = 0``; GPTQModel refuses such files of others.
+carry into the neighbor of a ``z = 0``; GPTQModel refuses such files of others.
 """
 
 import json
@@ -78,7 +78,7 @@ def write(model: Any, weights: dict[str, QuantizedWeight], folder: Path) -> None
         "desc_act": False,
         "sym": first.symmetric,
         "lm_head": any(model.get_submodule(name.removesuffix(".weight")) is head for name in weights),
-        # readers expect every Linear of a block to be quantised unless a rule excludes it
+        # readers expect every Linear of a block to be quantized unless a rule excludes it
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in linear if f"{name}.weight" not in weights},
     }
     settings = read_json(folder / "config.json") | {"quantization_config": facts}
@@ -87,7 +87,7 @@ def write(model: Any, weights: dict[str, QuantizedWeight], folder: Path) -> None
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
-    """Return the tensors that are not quantised, and the quantised weights.
+    """Return the tensors that are not quantized, and the quantized weights.
 
     Raises:
         UsageError: The folder is of another form of GPTQ, or damaged.
@@ -126,7 +126,7 @@ def unpack(parts: Mapping[str, Tensor], form: str, bits: int, group_size: int, *
     Args:
         parts: The four tensors.
         form: ``"gptq"`` or ``"gptq_v2"``.
-        bits: Word length.
+        bits: Bit width.
         group_size: Inputs per scale; -1: all of them.
         symmetric: Make codes signed if the zero-points allow it.
 

@@ -2,9 +2,9 @@
 
 A folder holds
 
-- ``quantization_config.json``: ``quant_method`` and ``version``; per quantised tensor its ``bits``, ``symmetric``,
+- ``quantization_config.json``: ``quant_method`` and ``version``; per quantized tensor its ``bits``, ``symmetric``,
   ``granularity``, ``axis``, ``offset``, ``stacked`` and ``shape``; ``tied``: names that are other names' tensors;
-  ``activations``: the layers whose inputs are quantised, and how; ``ofq``: what `finish_ofq_` has left that is not in
+  ``activations``: the layers whose inputs are quantized, and how; ``ofq``: what `finish_ofq_` has left that is not in
   the model's class (attention, quantizers of activations), or null;
 - ``weights/``: safetensors, for a tensor ``T`` on a grid ``T.codes`` and (asymmetric) ``T.zero_point`` as bytes, and
   ``T.scale``; everything else as it is;
@@ -62,10 +62,10 @@ def write(model: nn.Module, weights: dict[str, QuantizedWeight], folder: Path) -
     """Fill an empty folder.
 
     Raises:
-        UsageError: Outputs of layers are quantised, which the layout does not know.
+        UsageError: Outputs of layers are quantized, which the layout does not know.
     """
     if any(isinstance(getattr(module, "output_quantizer", None), nn.Module) for module in model.modules()):
-        raise UsageError("quantised keys and values cannot be saved: save before quantize_activations_(kv_bits=...)")
+        raise UsageError("quantized keys and values cannot be saved: save before quantize_activations_(kv_bits=...)")
     owners: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
     plain: dict[str, Tensor] = {}
@@ -96,7 +96,7 @@ def write(model: nn.Module, weights: dict[str, QuantizedWeight], folder: Path) -
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
-    """Return the tensors that are not quantised, and the quantised weights; tied ones under their first name."""
+    """Return the tensors that are not quantized, and the quantized weights; tied ones under their first name."""
     facts = _config(folder)["tensors"]
     checkpoint = Checkpoint(folder / _WEIGHTS)
     weights = unpack(facts, checkpoint)
@@ -115,19 +115,19 @@ def changes_modules(folder: Path) -> bool:
 
 
 def quantize_inputs_(model: nn.Module, folder: Path) -> None:
-    """Give layers the activation quantisers that they were saved with; their values come with the state dict."""
+    """Give layers the activation quantizers that they were saved with; their values come with the state dict."""
     if changes_modules(folder):
         restore_(model, _config(folder)["ofq"])
     for name, pair in _config(folder)["activations"].items():
         if len(pair) != 2 or pair[0] not in ("static", "dynamic"):
             raise UsageError(f"{folder / CONFIG} is damaged: activations {brief(name)} must be a kind and bits")
         kind, bits = pair
-        quantiser = DynamicActivation(bits) if kind == "dynamic" else StaticActivation(torch.zeros(1), bits)
-        quantize_input_(model.get_submodule(name), quantiser)
+        quantizer = DynamicActivation(bits) if kind == "dynamic" else StaticActivation(torch.zeros(1), bits)
+        quantize_input_(model.get_submodule(name), quantizer)
 
 
 def pack(weights: Mapping[str, QuantizedWeight]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Turn quantised weights into facts (for JSON) and tensors (for safetensors)."""
+    """Turn quantized weights into facts (for JSON) and tensors (for safetensors)."""
     facts, tensors = {}, {}
     for name, quantized in weights.items():
         facts[name] = {fact: getattr(quantized, fact) for fact in FACTS} | {"shape": list(quantized.shape)}
@@ -164,6 +164,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _activations(model: nn.Module) -> Iterator[tuple[str, tuple[str, int]]]:
     for name, module in model.named_modules():
-        quantiser = getattr(module, "input_quantizer", None)
-        if isinstance(quantiser, StaticActivation | DynamicActivation):
-            yield name, ("static" if isinstance(quantiser, StaticActivation) else "dynamic", quantiser.bits)
+        quantizer = getattr(module, "input_quantizer", None)
+        if isinstance(quantizer, StaticActivation | DynamicActivation):
+            yield name, ("static" if isinstance(quantizer, StaticActivation) else "dynamic", quantizer.bits)

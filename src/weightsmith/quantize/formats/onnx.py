@@ -1,4 +1,4 @@
-"""ONNX export in which quantised weights stay integers: each becomes an initializer behind ``DequantizeLinear``.
+"""ONNX export in which quantized weights stay integers: each becomes an initializer behind ``DequantizeLinear``.
 
 Codes of up to 4 bits are stored as INT4 or UINT4, wider ones as INT8 or UINT8. ``DequantizeLinear`` knows no half
 zero-points, so a half-integer grid is written on odd integers, ``scale (k + 0.5) = (scale / 2) (2k + 1)``, which costs

@@ -24,17 +24,17 @@ from weightsmith.quantize.in_training.weight_quantizer import check_boundary, si
 
 
 class ConfidenceGuidedAnnealing:
-    """Freezes the confident weights of a model around every optimiser step.
+    """Freezes the confident weights of a model around every optimizer step.
 
     Call `pre_step` when gradients are complete and unscaled, before they are clipped, and `post_step` after the step;
-    or `attach` it to the optimiser, which does both. Use the authors' 1e-5 as constant rate for a tenth of the training
+    or `attach` it to the optimizer, which does both. Use the authors' 1e-5 as constant rate for a tenth of the training
     steps; a weight needs about ``boundary * (s / n) / lr`` steps of Adam to leave the range, and a phase that is not
     much longer calms nothing.
 
     Args:
         model: Has StatsQ weights, see ``prepare_ofq_``.
         boundary: How close to a threshold a weight must be to train, in steps between levels, in [0, 0.5).
-        qk: What happens to query and key weights whose product is quantised: ``"free"`` trains them, as the authors'
+        qk: What happens to query and key weights whose product is quantized: ``"free"`` trains them, as the authors'
             code does in effect; ``"mask"`` drops the gradients of confident entries of the product.
 
     Raises:
@@ -79,7 +79,7 @@ class ConfidenceGuidedAnnealing:
         self._taken = []
 
     def attach(self, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
-        """Make an optimiser anneal in each of its steps.
+        """Make an optimizer anneal in each of its steps.
 
         Args:
             optimizer: One that holds the model's parameters; one that Accelerate has wrapped will do.
@@ -124,7 +124,7 @@ def trainable(w: Tensor, bits: int, boundary: float, keep_axis: int = 0) -> Tens
 
     Args:
         w: Latent weight, any shape.
-        bits: Word length.
+        bits: Bit width.
         boundary: In steps between levels, in [0, 0.5).
         keep_axis: The axis whose entries each have a scale.
 

@@ -1,4 +1,4 @@
-"""Attention whose inner tensors are quantised: which modules are attention, and what they compute then.
+"""Attention whose inner tensors are quantized: which modules are attention, and what they compute then.
 
 An attention module keeps its class (by a subclass of it), its sub-modules and its weights; only its ``forward`` is
 ours, because the usual one leaves no room between softmax and the product with the values. Known are modules with a
@@ -80,7 +80,7 @@ class Parts:
 
 
 def find_parts(name: str, module: nn.Module, names: Mapping[str, str] | None = None) -> Parts | None:
-    """Recognise an attention module.
+    """Recognize an attention module.
 
     Args:
         name: Its qualified name, for messages.
@@ -126,7 +126,7 @@ def find_parts(name: str, module: nn.Module, names: Mapping[str, str] | None = N
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why the inside of an attention module cannot be quantised, or ``None``: something acts on query and key."""
+    """Why the inside of an attention module cannot be quantized, or ``None``: something acts on query and key."""
     for reason, attributes in _BETWEEN.items():
         if any(not isinstance(getattr(module, name, None), nn.Identity | None) for name in attributes):
             return reason
@@ -157,8 +157,8 @@ class QuantizedAttention(nn.Module):
         self._check(given)
         x = given[self.parts.arguments[0]]
         x = _apply(self.input_quantizer, x)
-        reparameterised = self.product is not None or self.product_weight is not None
-        logits = self._product_logits(x) if reparameterised else self._plain_logits(x)
+        reparameterized = self.product is not None or self.product_weight is not None
+        logits = self._product_logits(x) if reparameterized else self._plain_logits(x)
         logits = _masked(logits, self._position_bias(), given, causal=self._is_causal(given))
         full = torch.promote_types(logits.dtype, torch.float32)
         weights = _apply(self.softmax_quantizer, logits.softmax(-1, dtype=full).to(x.dtype))
@@ -229,7 +229,7 @@ class QuantizedAttention(nn.Module):
 
     @torch.no_grad()
     def finish_(self) -> None:
-        """Put the quantised product in the place of the weights that it is made from; for inference alone."""
+        """Put the quantized product in the place of the weights that it is made from; for inference alone."""
         if self.product is None:
             return
         wq, wk = self.query_key_weights()
@@ -256,7 +256,7 @@ class QuantizedAttention(nn.Module):
         self.parts = replace(self.parts, qkv="", q="", k="", v=self.parts.qkv or self.parts.v, gone=gone)
 
     def query_key_sites(self, prefix: str) -> list[Site]:
-        """The quantised product, if there is one, as a place that holds codes."""
+        """The quantized product, if there is one, as a place that holds codes."""
         if self.product is None:
             return []
         product = self.product

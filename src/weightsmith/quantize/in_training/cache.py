@@ -1,6 +1,6 @@
-"""Quantise every weight once for several passes, where the caller vouches that no weight changes in between.
+"""Quantize every weight once for several passes, where the caller vouches that no weight changes in between.
 
-There is no safe way to notice a change by itself: fused optimisers and writes through ``.data`` do not raise a tensor's
+There is no safe way to notice a change by itself: fused optimizers and writes through ``.data`` do not raise a tensor's
 version. So values are kept only within a block that says so; a version that has been raised is heeded all the same.
 """
 
@@ -42,9 +42,9 @@ class VersionCache:
 
 @contextlib.contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Quantise each weight once within the block: for the micro-batches of one optimiser step, or an evaluation.
+    """Quantize each weight once within the block: for the micro-batches of one optimizer step, or an evaluation.
 
-    Take no optimiser step inside.
+    Take no optimizer step inside.
 
     Args:
         model: What ``prepare_ofq_`` returned.

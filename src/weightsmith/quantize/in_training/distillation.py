@@ -1,4 +1,4 @@
-"""The loss of quantisation-aware training under a teacher, which is the full-precision model itself.
+"""The loss of quantization-aware training under a teacher, which is the full-precision model itself.
 
     L = CE(student, label) + CE(student, softmax(teacher))
 

@@ -1,4 +1,4 @@
-"""The end of quantisation-aware training: what integers the weights have become, and a model of plain weights.
+"""The end of quantization-aware training: what integers the weights have become, and a model of plain weights.
 
 A grid must come from the latents: measuring the scale of weights that are on a grid already gives another one.
 """
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def integer_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     """Read the integers that the weights have become, with the scales of this moment.
 
-    A fused projection of which only the value rows are quantised gives those rows; the query-key product is
+    A fused projection of which only the value rows are quantized gives those rows; the query-key product is
     ``<attention>.product``, ``(heads * C, C)``. Ask before the model is folded.
 
     Args:
@@ -35,9 +35,9 @@ def integer_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def finish_ofq_(model: Model) -> Model:
-    """End quantisation-aware training: plain weights with grid values, which ``save_quantized`` knows the integers of.
+    """End quantization-aware training: plain weights with grid values, which ``save_quantized`` knows the integers of.
 
-    Query and key weights give way to their quantised product, as ``product_weight`` of the attention; a fused
+    Query and key weights give way to their quantized product, as ``product_weight`` of the attention; a fused
     projection is left with its value rows. Activation quantizers stay. A transformers model with either is no longer
     what its class computes: its ``save_pretrained`` refuses, and ``save_quantized`` writes it.
 
@@ -66,7 +66,7 @@ def finish_ofq_(model: Model) -> Model:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise `UsageError` that names the quantised weights which hold NaN or infinite values."""
+    """Raise `UsageError` that names the quantized weights which hold NaN or infinite values."""
     broken = [site.name for site in sites(model) if not site.latent().isfinite().all()]
     if broken:
         raise UsageError(f"{', '.join(broken)} holds NaN or infinite values: training has diverged")

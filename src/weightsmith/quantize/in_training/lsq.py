@@ -1,6 +1,6 @@
-"""LSQ: quantise with a learnt step, for activations (with two learnt shifts per channel) and for weights.
+"""LSQ: quantize with a learned step, for activations (with two learned shifts per channel) and for weights.
 
-    x1 = x + b                                 b, a: learnt shifts per channel, start at 0
+    x1 = x + b                                 b, a: learned shifts per channel, start at 0
     q  = round(clamp(x1 / s, Qn, Qp))          signed: -2^(bits-1) .. 2^(bits-1) - 1, unsigned: 0 .. 2^bits - 1
     x^ = q * s + a
     dL/dx = g where Qn <= x1 / s <= Qp, else 0
@@ -35,12 +35,12 @@ def lsq(
     before: Tensor | None = None,
     after: Tensor | None = None,
 ) -> Tensor:
-    """Quantise a tensor with a learnt step.
+    """Quantize a tensor with a learned step.
 
     Args:
         x: Any shape, floating point; half precision is computed in float32.
         scale: ``(x.shape[axis],)``, or one entry when ``axis`` is ``None``; below 1e-5 it counts as 1e-5.
-        bits: Word length, 1 to 8.
+        bits: Bit width, 1 to 8.
         signed: Two's-complement codes, else ``0 .. 2^bits - 1``.
         axis: The axis whose entries each have a step; ``None``: one for all.
         before: Added first; broadcasts against the last axes.
@@ -64,11 +64,11 @@ def lsq(
 
 @torch.no_grad()
 def lsq_start(x: Tensor, bits: int, *, signed: bool = True, axis: int | None = None) -> Tensor:
-    """Where a learnt step starts: ``c * mean|x| / sqrt(Qp)``, ``c`` = 4 for unsigned codes per axis, else 2.
+    """Where a learned step starts: ``c * mean|x| / sqrt(Qp)``, ``c`` = 4 for unsigned codes per axis, else 2.
 
     Args:
         x: A typical tensor.
-        bits: Word length.
+        bits: Bit width.
         signed: As for `lsq`.
         axis: As for `lsq`.
 
@@ -82,11 +82,11 @@ def lsq_start(x: Tensor, bits: int, *, signed: bool = True, axis: int | None = N
 
 
 class LSQWeight(WeightQuantizer):
-    """The baseline of StatsQ: weights on integer levels of a learnt step per output row, which starts from the weight.
+    """The baseline of StatsQ: weights on integer levels of a learned step per output row, which starts from the weight.
 
     Args:
         w: The weight that it is put on.
-        bits: Word length, 1 to 8.
+        bits: Bit width, 1 to 8.
         axis: The axis whose entries each have a step.
         first_row: Rows before this one are passed on as they are.
     """
@@ -100,7 +100,7 @@ class LSQWeight(WeightQuantizer):
         return lsq(w, self.scale, self.bits, axis=self.axis)
 
     def step(self, w: Tensor) -> Tensor:
-        """Return the learnt step."""
+        """Return the learned step."""
         return _spread(self.scale.clamp_min(_FLOOR), w, self.axis)
 
 
@@ -108,11 +108,11 @@ class ActivationQuantizer(nn.Module):
     """`lsq` for activations; its steps have their start from the first batch that it sees, see ``calibrate_``.
 
     Args:
-        bits: Word length, 1 to 8.
+        bits: Bit width, 1 to 8.
         axis: The axis whose entries each have a step, counted from the end, where the batch is not; ``None``: one for
             all, as for every two-dimensional input, whose axes are batch and channel.
         signed: Whether codes are signed; ``None``: unsigned if no calibration input is below -1e-5.
-        shifts: Shape of the two learnt shifts; ``()``: that of the calibration images; ``None``: there are none.
+        shifts: Shape of the two learned shifts; ``()``: that of the calibration images; ``None``: there are none.
         dtype: Of the parameters.
         device: Likewise.
     """
@@ -135,7 +135,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.bits, self.axis, self.signed, self.calibrating, self.name = bits, axis, signed, False, ""
         self._decide, self._per_pixel = signed is None, shifts == ()
-        # empty until calibrated; the parameter keeps its identity, so that an optimiser may own it before
+        # empty until calibrated; the parameter keeps its identity, so that an optimizer may own it before
         self.scale = nn.Parameter(torch.empty(0, dtype=dtype, device=device))
         self.register_buffer("unsigned", torch.tensor(signed is False, device=device))
         for name in ("before", "after"):
@@ -148,7 +148,7 @@ class ActivationQuantizer(nn.Module):
         return self.scale.numel() > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the quantised ``x``, of its shape.
+        """Return the quantized ``x``, of its shape.
 
         Raises:
             UsageError: The length differs from the calibrated one, or the calibration batch is not finite.

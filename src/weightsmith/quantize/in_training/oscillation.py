@@ -78,9 +78,9 @@ class Oscillation:
 
 
 class OscillationTracker:
-    """Measures oscillation while a model trains: call `update` after every optimiser step, or `attach` it.
+    """Measures oscillation while a model trains: call `update` after every optimizer step, or `attach` it.
 
-    Weights of the smallest word length are followed; with a query-key product, the product. Nothing is recorded while
+    Weights of the smallest bit width are followed; with a query-key product, the product. Nothing is recorded while
     the model is in evaluation mode.
 
     Args:
@@ -88,7 +88,7 @@ class OscillationTracker:
         momentum: Of the frequency.
 
     Raises:
-        UsageError: The model has no quantised weight, or ``momentum`` is out of range.
+        UsageError: The model has no quantized weight, or ``momentum`` is out of range.
     """
 
     def __init__(self, model: nn.Module, *, momentum: float = 0.01) -> None:
@@ -122,11 +122,11 @@ class OscillationTracker:
         self._jitter += float(torch.stack(jitter).mean())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Update after each step of an optimiser, until the returned handle's ``remove()``."""
+        """Update after each step of an optimizer, until the returned handle's ``remove()``."""
         return getattr(optimizer, "optimizer", optimizer).register_step_post_hook(lambda *_: self.update())
 
     def report(self, threshold: float = 0.005) -> dict[str, float]:
-        """Summarise what has been seen since the last `reset`, over all weights alike.
+        """Summarize what has been seen since the last `reset`, over all weights alike.
 
         Args:
             threshold: The frequency from which a weight counts as oscillating.
@@ -227,18 +227,18 @@ class Freezing(Oscillation):
 class IterativeFreezing:
     """Freezes low-bit weights that oscillate, at a threshold that falls along a cosine.
 
-    Call `step` once per optimiser step, before it. A frozen weight keeps its code, still multiplied by the present
+    Call `step` once per optimizer step, before it. A frozen weight keeps its code, still multiplied by the present
     scale, and its latent gets no gradient.
 
     Args:
         model: What ``prepare_ofq_`` returned.
-        steps: Optimiser steps of the whole training.
+        steps: Optimizer steps of the whole training.
         threshold: Frequencies between which the threshold falls; the paper: 0.1 to 0.011 at 3 bits, 0.01 at 4 bits.
         start: The part of training before which nothing is frozen.
         momentum: Of frequency and average; 2 to 3 times below the threshold at least.
 
     Raises:
-        UsageError: An argument is out of range, or the model has no quantised weight.
+        UsageError: An argument is out of range, or the model has no quantized weight.
     """
 
     def __init__(
@@ -308,13 +308,13 @@ class Dampening:
 
     Args:
         model: What ``prepare_ofq_`` returned.
-        steps: Optimiser steps of the whole training.
+        steps: Optimizer steps of the whole training.
         weight: The largest weight of the penalty.
         start: The part of training before which its weight is 0.
         aggregate: ``"row"``: sum over output rows, average over the rest; ``"sum"``: sum over all.
 
     Raises:
-        UsageError: An argument is out of range, or the model has no quantised weight.
+        UsageError: An argument is out of range, or the model has no quantized weight.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ class Dampening:
         return self.weight * torch.stack([_distance(site, self.aggregate) for site in self._sites]).sum()
 
     def step(self) -> None:
-        """Move the schedule on; call it after the optimiser's step."""
+        """Move the schedule on; call it after the optimizer's step."""
         self.taken += 1
 
     def state_dict(self) -> dict[str, int]:
@@ -359,11 +359,11 @@ class Dampening:
 
 
 def dampening(quantizer: WeightQuantizer, rows: Tensor, aggregate: Literal["row", "sum"] = "row") -> Tensor:
-    """Squared distance between a weight, clipped to the range of its grid, and its quantised value.
+    """Squared distance between a weight, clipped to the range of its grid, and its quantized value.
 
     Args:
         quantizer: Of the weight.
-        rows: The latent rows that it quantises.
+        rows: The latent rows that it quantizes.
         aggregate: As for `Dampening`.
 
     Returns:

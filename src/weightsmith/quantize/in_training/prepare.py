@@ -1,7 +1,7 @@
-"""Make a model ready for quantisation-aware training, and start its activation scales.
+"""Make a model ready for quantization-aware training, and start its activation scales.
 
     prepare_ofq_(model, weight_bits=2, activation_bits=2)
-    calibrate_(model, first_batch)                     # before the optimiser is built
+    calibrate_(model, first_batch)                     # before the optimizer is built
     ... train, then anneal with ConfidenceGuidedAnnealing ...
     finish_ofq_(model)                                 # plain weights on the grid
 
@@ -74,19 +74,19 @@ def prepare_ofq_(
 
     Args:
         model: Changed in place, after everything has been checked.
-        weight_bits: Word length of weights, 1 to 8.
-        activation_bits: Word length of activations, 1 to 8; ``None``: they stay in floating point.
+        weight_bits: Bit width of weights, 1 to 8.
+        activation_bits: Bit width of activations, 1 to 8; ``None``: they stay in floating point.
         qk_reparam: Quantize the product of query and key weights instead of each. Attention that does more than the
             converted module would, quantizers off, keeps its forward: only its linear layers are quantized, with a
             warning (``"auto"``) or not at all, with an error (``True``). ``False``: no product anywhere.
-        weight: ``"statsq"``, or ``"lsq"`` for the baseline with a learnt scale.
-        ends_bits: Word length of the first layer and the classifiers, weights (LSQ) and inputs; ``None``: as the rest.
+        weight: ``"statsq"``, or ``"lsq"`` for the baseline with a learned scale.
+        ends_bits: Bit width of the first layer and the classifiers, weights (LSQ) and inputs; ``None``: as the rest.
         granularity: Which activations share a step: those of a ``"token"`` (the paper; fixes the sequence length),
             a ``"channel"`` or the whole ``"tensor"``. Inputs of convolutions count channels as tokens.
         keep_query_bias: Keep what the query bias contributes, in floating point, instead of dropping it.
-        image_shift: Give the input of a first convolution two learnt shifts per pixel, as the authors' code does.
+        image_shift: Give the input of a first convolution two learned shifts per pixel, as the authors' code does.
         where: Which layers: ``None`` (every linear and convolution layer), glob(s) over module names, or a predicate.
-            Attention is quantised inside when all its projections are chosen.
+            Attention is quantized inside when all its projections are chosen.
         attention_names: Attribute names of an attention that is not recognized, by role: ``qkv``, or ``q``, ``k`` and
             ``v``; ``out``; ``heads``.
         example: What the model takes, as for `calibrate_`; a few samples will do. It shows how attention is called and
@@ -176,12 +176,12 @@ def reparameterize_qk_(
     attention_names: Mapping[str, str] | None = None,
     example: Any = None,
 ) -> Model:
-    """Quantise attention alone: the query-key product, the value weight, and the tensors between them.
+    """Quantize attention alone: the query-key product, the value weight, and the tensors between them.
 
     Args:
         model: Changed in place, after everything has been checked.
-        weight_bits: Word length of the product and of the value weight.
-        activation_bits: Word length inside attention; ``None``: floating point.
+        weight_bits: Bit width of the product and of the value weight.
+        activation_bits: Bit width inside attention; ``None``: floating point.
         granularity: As for `prepare_ofq_`.
         keep_query_bias: As for `prepare_ofq_`.
         where: Which attention modules: ``None`` (all), glob(s) over module names, or a predicate.
@@ -215,7 +215,7 @@ def reparameterize_qk_(
 
 @torch.no_grad()
 def calibrate_(model: Model, batch: Any) -> Model:
-    """Give every activation scale its start from one batch, in evaluation mode; build the optimiser afterwards.
+    """Give every activation scale its start from one batch, in evaluation mode; build the optimizer afterwards.
 
     With several processes all take the first one's scales.
 
@@ -227,7 +227,7 @@ def calibrate_(model: Model, batch: Any) -> Model:
         ``model`` itself.
 
     Raises:
-        UsageError: NaN or infinite values reach a quantiser; the message names the layer.
+        UsageError: NaN or infinite values reach a quantizer; the message names the layer.
     """
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
     for quantizer in quantizers:

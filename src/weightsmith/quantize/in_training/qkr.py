@@ -1,11 +1,11 @@
-"""QKR, query-key reparameterisation: train ``Wq`` and ``Wk``, quantise their product.
+"""QKR, query-key reparameterization: train ``Wq`` and ``Wk``, quantize their product.
 
-A logit of head ``h`` is ``x_i (Wq_h^T Wk_h) x_j``. Quantising both matrices lets each see the other's rounding noise;
-QKR quantises the product, which is all that the logit depends on. Its price is a matrix per head where there were two
+A logit of head ``h`` is ``x_i (Wq_h^T Wk_h) x_j``. Quantizing both matrices lets each see the other's rounding noise;
+QKR quantizes the product, which is all that the logit depends on. Its price is a matrix per head where there were two
 slices of one: ``heads * C * C`` codes instead of ``2 * C * C``.
 
     M_h     = Wq_h^T Wk_h                     (C, C), from the latent weights
-    t[j, h] = StatsQ(M_h) x_j                 quantised in its turn, one step per token and head
+    t[j, h] = StatsQ(M_h) x_j                 quantized in its turn, one step per token and head
     logit   = x_i . t[j, h] / sqrt(d)
 
 Source: "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023, arXiv 2302.02210.
@@ -54,7 +54,7 @@ def query_key_bias(bias: Tensor, wk: Tensor, heads: int) -> Tensor:
 
 
 class QueryKeyProduct(nn.Module):
-    """Makes and quantises the product; within ``cached_weights`` once.
+    """Makes and quantizes the product; within ``cached_weights`` once.
 
     Args:
         heads: Number of query heads.
@@ -67,13 +67,13 @@ class QueryKeyProduct(nn.Module):
         self._cache = VersionCache()
 
     def forward(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """Return the quantised product ``(heads * C, C)`` of the latent weights, in float32 at least."""
+        """Return the quantized product ``(heads * C, C)`` of the latent weights, in float32 at least."""
         with torch.autocast(wq.device.type, enabled=False):
             kept = self._cache(lambda: self.latent(wq.detach(), wk.detach()), wq, wk)
             return self.quantizer(_Product.apply(wq, wk, self.heads, kept))
 
     def latent(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """Return the product before it is quantised, in float32 at least."""
+        """Return the product before it is quantized, in float32 at least."""
         return query_key_product(_full(wq), _full(wk), self.heads)
 
 

@@ -1,6 +1,6 @@
-"""StatsQ: quantise weights with a scale that is measured from them, not learnt.
+"""StatsQ: quantize weights with a scale that is measured from them, not learned.
 
-A learnt scale moves at every step and carries weights over rounding thresholds with it. StatsQ recomputes the scale
+A learned scale moves at every step and carries weights over rounding thresholds with it. StatsQ recomputes the scale
 from the weights themselves, and puts the levels on half-integers, so that no weight becomes zero.
 
     s  = 2 * mean |W|                                per output row, no gradient
@@ -25,11 +25,11 @@ _TINY = 1e-30  # scale of a row of zeros
 
 
 def statsq(w: Tensor, bits: int, keep_axis: int = 0) -> Tensor:
-    """Quantise a tensor to ``2^bits`` half-integer levels; the gradient passes unchanged.
+    """Quantize a tensor to ``2^bits`` half-integer levels; the gradient passes unchanged.
 
     Args:
         w: Any shape, floating point; half precision is computed in float32.
-        bits: Word length, 1 to 8 (the paper: 2 to 4). With 1 bit the levels are ``-mean|w|`` and ``mean|w|``.
+        bits: Bit width, 1 to 8 (the paper: 2 to 4). With 1 bit the levels are ``-mean|w|`` and ``mean|w|``.
         keep_axis: The axis whose entries each have a scale of their own.
 
     Returns:
@@ -52,7 +52,7 @@ def statsq_codes(w: Tensor, bits: int, keep_axis: int = 0) -> tuple[Tensor, Tens
 
     Args:
         w: Any shape, floating point.
-        bits: Word length, 1 to 8.
+        bits: Bit width, 1 to 8.
         keep_axis: The axis whose entries each have a step of their own.
 
     Returns:
@@ -64,10 +64,10 @@ def statsq_codes(w: Tensor, bits: int, keep_axis: int = 0) -> tuple[Tensor, Tens
 
 
 class StatsQ(WeightQuantizer):
-    """The parametrisation ``W -> statsq(W)``: stateless, the same in training and evaluation.
+    """The parametrization ``W -> statsq(W)``: stateless, the same in training and evaluation.
 
     Args:
-        bits: Word length, 1 to 8.
+        bits: Bit width, 1 to 8.
         axis: The axis whose entries each have a scale.
         first_row: Rows before this one are passed on as they are.
 

@@ -1,7 +1,7 @@
-"""What the weight quantisers of quantisation-aware training have in common, and how to find them in a model.
+"""What the weight quantizers of quantization-aware training have in common, and how to find them in a model.
 
 Training moves a latent weight ``W``; the network sees ``W^ = step * (code + offset)`` with one step per output row. The
-quantiser is a ``torch.nn.utils.parametrize`` parametrisation: optimisers, DDP and ``fold_`` need to know nothing of it.
+quantizer is a ``torch.nn.utils.parametrize`` parametrization: optimizers, DDP and ``fold_`` need to know nothing of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from weightsmith.quantize.grid import check_bits
 
 
 class WeightQuantizer(nn.Module):
-    """The parametrisation ``W -> step * (code + offset)``; subclasses say how the step comes about.
+    """The parametrization ``W -> step * (code + offset)``; subclasses say how the step comes about.
 
     Args:
-        bits: Word length of the codes, 1 to 8: they run from ``-2^(bits-1)`` to ``2^(bits-1) - 1``.
+        bits: Bit width of the codes, 1 to 8: they run from ``-2^(bits-1)`` to ``2^(bits-1) - 1``.
         axis: The axis whose entries each have a step: 0, but 1 for transposed convolutions.
         first_row: Rows of axis 0 before this one are passed on as they are (query and key of a fused projection).
 
@@ -53,7 +53,7 @@ class WeightQuantizer(nn.Module):
         return 1 << (self.bits - 1)
 
     def quantize(self, w: Tensor) -> Tensor:
-        """Return the quantised rows, differentiable, shaped like ``w``."""
+        """Return the quantized rows, differentiable, shaped like ``w``."""
         raise NotImplementedError
 
     def step(self, w: Tensor) -> Tensor:
@@ -70,12 +70,12 @@ class WeightQuantizer(nn.Module):
         return torch.cat([w[: self.first_row], out]) if self.first_row else out
 
     def rows(self, w: Tensor) -> Tensor:
-        """The part of a weight that is quantised."""
+        """The part of a weight that is quantized."""
         return w[self.first_row :] if self.first_row else w
 
     @torch.no_grad()
     def codes(self, rows: Tensor, *, frozen: bool = True) -> Tensor:
-        """Integer codes of the quantised rows, int8; with ``frozen=False`` those of the latent alone."""
+        """Integer codes of the quantized rows, int8; with ``frozen=False`` those of the latent alone."""
         units = rows.to(torch.promote_types(rows.dtype, torch.float32)) / self.step(rows)
         codes = units.sub_(self.offset).round_().clamp_(-self.half_range, self.half_range - 1).to(torch.int8)
         if self.frozen is None or not frozen:
@@ -101,12 +101,12 @@ class WeightQuantizer(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One quantised weight.
+    """One quantized weight.
 
     Attributes:
         name: Qualified: module and attribute.
         quantizer: Holds the grid.
-        rows: Gives the rows that it quantises, differentiable.
+        rows: Gives the rows that it quantizes, differentiable.
         parameter: What trains; ``None`` for the query-key product, which is made from two weights.
     """
 
@@ -117,12 +117,12 @@ class Site:
 
     @torch.no_grad()
     def latent(self) -> Tensor:
-        """The rows that are quantised, detached."""
+        """The rows that are quantized, detached."""
         return self.rows().detach()
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """Find every quantised weight of a model; a tied one comes once.
+    """Find every quantized weight of a model; a tied one comes once.
 
     Args:
         model: What ``prepare_ofq_`` returned, or anything that holds it.
@@ -150,14 +150,14 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
 
 def low_bit_sites(model: nn.Module) -> list[Site]:
-    """The quantised weights of the smallest word length: all but the first layer and the classifiers, as a rule.
+    """The quantized weights of the smallest bit width: all but the first layer and the classifiers, as a rule.
 
     Raises:
         UsageError: There are none.
     """
     found = list(sites(model))
     if not found:
-        raise UsageError("model has no quantised weight: call prepare_ofq_ first")
+        raise UsageError("model has no quantized weight: call prepare_ofq_ first")
     bits = min(site.quantizer.bits for site in found)
     return [site for site in found if site.quantizer.bits == bits]
 
@@ -177,7 +177,7 @@ def threshold_distance(w: Tensor, step: Tensor, bits: int, *, offset: float) -> 
     Args:
         w: Any shape.
         step: Distance between levels, broadcastable to ``w``.
-        bits: Word length.
+        bits: Bit width.
         offset: 0.5 for levels at half-integers, else 0.
 
     Returns:

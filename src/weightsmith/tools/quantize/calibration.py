@@ -36,8 +36,8 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def tokenise(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Join texts by an empty line and tokenise them once, adding nothing: ``(T,)``."""
+def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Join texts by an empty line and tokenize them once, adding nothing: ``(T,)``."""
     return torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -47,7 +47,7 @@ def token_windows(tokenizer: Any, texts: list[str], *, samples: int, length: int
     Raises:
         UsageError: There are fewer than two.
     """
-    tokens = tokenise(tokenizer, texts)
+    tokens = tokenize(tokenizer, texts)
     windows = list(tokens[: len(tokens) // length * length].split(length))[:samples] if len(tokens) >= length else []
     if len(windows) < 2:
         raise UsageError(

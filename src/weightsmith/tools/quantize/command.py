@@ -32,7 +32,7 @@ from weightsmith.quantize.formats import gptq
 from weightsmith.quantize.formats.export import Format, load_quantized, save_quantized
 from weightsmith.quantize.grid import Grid, QuantizedWeight
 from weightsmith.quantize.report import BlockReport, Report
-from weightsmith.tools.quantize.calibration import read_texts, tokenise
+from weightsmith.tools.quantize.calibration import read_texts, tokenize
 from weightsmith.tools.quantize.check import Check, Examples
 from weightsmith.tools.quantize.partial import Partial
 from weightsmith.tools.quantize.perplexity import Perplexity, perplexity
@@ -81,14 +81,14 @@ def quantize(
     Memory: the block at hand in float32 with what its method learns (FlexRound: about 20 bytes per weight of the
     block), and two streams of activations (samples x length x width); at the end the packed weights; with --evaluate,
     the logits of one window. Everything else is read from files: what is finished is kept in OUT.partial until the end
-    (the size of the model and a byte per quantised weight), and the same command goes on there after a kill.
+    (the size of the model and a byte per quantized weight), and the same command goes on there after a kill.
 
     Args:
         model_dir: Folder with config.json and weights of a causal language model, a text encoder or an image model.
         out: Folder to write; it appears whole. A folder that this command has written is replaced, any other refused.
         method: How weights are rounded.
         bits: Bits per weight, 2 to 8.
-        granularity: One scale per tensor, channel, or group:N (N neighbouring inputs).
+        granularity: One scale per tensor, channel, or group:N (N neighboring inputs).
         symmetric: Signed codes without a zero-point.
         search: How steps begin: minmax covers the largest weights; shrink (80 tries) and search (100 times 2^bits
             tries, minutes to hours) clip them where that lowers the error of the weights.
@@ -133,7 +133,7 @@ def quantize(
         raise UsageError("check compares outputs on calibration data: pass calibration as well")
     if calibration is None and method != "rtn":
         raise UsageError(f"calibration is needed for method={method!r}: pass a .jsonl file, or a folder of images")
-    require("transformers", extra="hf", purpose="quantising a Hugging Face model")
+    require("transformers", extra="hf", purpose="quantizing a Hugging Face model")
     if format in ("auto", "compressed-tensors"):
         require(
             "compressed_tensors", extra="hf", purpose="the format that transformers loads (or --format weightsmith)"
@@ -259,8 +259,8 @@ class _Judge:
             raise UsageError(f"window must be at least 2, got {window}")
         self.tokenizer = source.tokenizer()
         if bos and self.tokenizer.bos_token_id is None:
-            raise UsageError("bos=True, but the tokeniser has no BOS token")
-        self.tokens = tokenise(self.tokenizer, read_texts(path))
+            raise UsageError("bos=True, but the tokenizer has no BOS token")
+        self.tokens = tokenize(self.tokenizer, read_texts(path))
         self.window, self.bos, self.device = min(window, source.longest), bos, device
         if len(self.tokens) < 2:
             raise UsageError(f"evaluate={path} holds fewer than 2 tokens")

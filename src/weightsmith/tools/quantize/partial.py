@@ -1,4 +1,4 @@
-"""Finished blocks on disk: a quantisation that was killed goes on there, and memory is left to the next block."""
+"""Finished blocks on disk: a quantization that was killed goes on there, and memory is left to the next block."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ class Partial:
         Args:
             model: Holds the block's values already.
             name: Of the block.
-            weights: Its quantised weights by parameter name.
+            weights: Its quantized weights by parameter name.
             report: What became of it.
         """
         path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"

@@ -20,8 +20,8 @@ class Perplexity:
         value: ``exp`` of the mean negative log-likelihood of a token, every predicted token counted alike.
         tokens: How many were predicted.
         window: Tokens per window; windows do not overlap and the last may be shorter.
-        bos: Whether every window began with the tokeniser's BOS token, which is not counted.
-        tokenizer: Folder or id that the tokeniser was read from, without its parents.
+        bos: Whether every window began with the tokenizer's BOS token, which is not counted.
+        tokenizer: Folder or id that the tokenizer was read from, without its parents.
     """
 
     value: float

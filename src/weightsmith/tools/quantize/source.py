@@ -118,7 +118,7 @@ class Source:
         return model
 
     def copy_others(self, target: Path) -> None:
-        """Copy what is neither weights nor in ``target`` yet: tokeniser, processor, licence."""
+        """Copy what is neither weights nor in ``target`` yet: tokenizer, processor, licence."""
         for path in self.folder.iterdir():
             skip = path.suffix in _WEIGHT_FILES or path.name.endswith(".index.json") or (target / path.name).exists()
             if path.is_file() and not skip:
