@@ -4,7 +4,7 @@
 after training
 ``round_to_nearest_``                                      the baseline: every weight to the closest grid value
 ``flexround_``, ``adaround_``, ``adaquant_``               learn the rounding from a few hundred unlabelled samples
-``BlockOptions``, ``LearningOptions``                      what these verbs have in common
+``LearningOptions``                                        details of learning a rounding
 ``quantize_activations_``, ``Activations``                 dynamic or static activations, after or during that
 ``RoundToNearest``, ``FlexRound``, ``LRQ``, ...            the roundings, as parametrizations of one weight
 ``Report``, ``BlockReport``, ``LayerReport``, ``LeftOut``  what was done, how large the errors are, what was not done
@@ -35,10 +35,9 @@ from weightsmith.quantize.after_training.adaquant import AdaQuant
 from weightsmith.quantize.after_training.adaround import AdaRound
 from weightsmith.quantize.after_training.flexround import FlexRound
 from weightsmith.quantize.after_training.lrq import LRQ
+from weightsmith.quantize.after_training.reconstruct import LearningOptions
 from weightsmith.quantize.after_training.rtn import RoundToNearest
 from weightsmith.quantize.after_training.verbs import (
-    BlockOptions,
-    LearningOptions,
     adaquant_,
     adaround_,
     flexround_,
@@ -69,7 +68,6 @@ __all__ = [
     "Activations",
     "AdaQuant",
     "AdaRound",
-    "BlockOptions",
     "BlockReport",
     "ConfidenceGuidedAnnealing",
     "Dampening",

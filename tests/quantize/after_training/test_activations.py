@@ -11,6 +11,7 @@ from weightsmith.quantize import (
     Activations,
     DynamicActivation,
     Grid,
+    LearningOptions,
     StaticActivation,
     flexround_,
     quantize_activations_,
@@ -111,8 +112,7 @@ def test_weights_and_activations_are_learned_together_with_random_dropping():
             Grid(4),
             blocks="layers",
             iterations=30,
-            activations=Activations(bits=4, lr=1e-2),
-            input_drop=0.5,
+            options=LearningOptions(activations=Activations(bits=4, lr=1e-2), input_drop=0.5),
         )
         reports.append([block.error for block in report.blocks])
         scales.append(model[2].input_quantizer.scale.item())

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from weightsmith.quantize import AdaQuant, AdaRound, Grid, RoundToNearest, adaround_
+from weightsmith.quantize import AdaQuant, AdaRound, Grid, LearningOptions, RoundToNearest, adaround_
 from weightsmith.quantize.after_training.adaround import temperature
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "flexround.safetensors")
+LAST = LearningOptions(keep_best=False)
 GRIDS = {"ada4_pc": Grid(4, search="minmax"), "ada3_pt_mse": Grid(3, granularity="tensor", search="shrink")}
 
 
@@ -49,7 +50,14 @@ def test_a_run_follows_brecq():
     layer = nn.Linear(12, 10, bias=False).double()
     layer.weight.data.copy_(w)
     adaround_(
-        layer, x, Grid(3, search="minmax"), blocks="whole", batch_size=48, iterations=120, lr=1e-3, keep_best=False
+        layer,
+        x,
+        Grid(3, search="minmax"),
+        blocks="whole",
+        batch_size=48,
+        iterations=120,
+        lr=1e-3,
+        options=LAST,
     )
     assert close(layer.weight, GOLDEN["ada_trace3.w_hard"])
 

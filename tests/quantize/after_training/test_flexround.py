@@ -11,9 +11,10 @@ from torch.nn.utils import parametrize
 import weightsmith as ws
 from weightsmith.core.errors import UsageError
 from weightsmith.core.rounding import round_ste
-from weightsmith.quantize import LRQ, FlexRound, Grid, RoundToNearest, flexround_
+from weightsmith.quantize import LRQ, FlexRound, Grid, LearningOptions, RoundToNearest, flexround_
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "flexround.safetensors")
+LAST = LearningOptions(keep_best=False)
 GRIDS = {
     "asym4_pc": Grid(4, search="minmax"),
     "asym4_pc_clip": Grid(4),
@@ -97,7 +98,16 @@ def test_the_verb_makes_the_same_run():
     layer = nn.Linear(16, 12).double()
     layer.load_state_dict({"weight": truth["W"], "bias": truth["bias"]})
     grid = Grid(3, search="minmax")
-    report = flexround_(layer, truth["X"], grid, blocks="whole", batch_size=4, iterations=60, lr=3e-3, keep_best=False)
+    report = flexround_(
+        layer,
+        truth["X"],
+        grid,
+        blocks="whole",
+        batch_size=4,
+        iterations=60,
+        lr=3e-3,
+        options=LAST,
+    )
     assert torch.allclose(layer.weight, truth["w_hat"], rtol=1e-6)
     assert report.blocks[0].kept == "iteration 60"
 

@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.lab.models import build_model
 from weightsmith.quantize import (
     Grid,
+    LearningOptions,
     adaquant_,
     adaround_,
     flexround_,
@@ -19,6 +21,7 @@ from weightsmith.quantize import (
 
 LEARN = [flexround_, adaround_, adaquant_]
 W3 = Grid(3, search="minmax")
+LAST = LearningOptions(keep_best=False)
 
 
 def draw(*shape, seed=0):
@@ -134,7 +137,17 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(verb):
     finals = []
     for seed in (0, 0, 1):
         model = mlp()
-        verb(model, draw(64, 8), W3, blocks="layers", batch_size=8, iterations=40, lr=1e-2, seed=seed, keep_best=False)
+        verb(
+            model,
+            draw(64, 8),
+            W3,
+            blocks="layers",
+            batch_size=8,
+            iterations=40,
+            lr=1e-2,
+            seed=seed,
+            options=LAST,
+        )
         finals.append(state(model))
     assert same(finals[0], finals[1])
     assert not same(finals[0], finals[2])
@@ -176,8 +189,10 @@ def test_measuring_on_fewer_batches_changes_neither_the_steps_nor_what_they_give
     for measured in (None, 8, 1):
         model = finals[measured] = mlp()
         hook = model[4].register_forward_hook(lambda *_, key=measured: calls.update({key: calls.get(key, 0) + 1}))
-        options = {"blocks": "layers", "batch_size": 4, "iterations": 40, "lr": 1e-2, "keep_best": False}
-        report = flexround_(model, x, W3, **options, measured_batches=measured)
+        options = {"blocks": "layers", "batch_size": 4, "iterations": 40, "lr": 1e-2}
+        report = flexround_(
+            model, x, W3, **options, options=LearningOptions(keep_best=False, measured_batches=measured)
+        )
         hook.remove()
         if measured is None:
             wanted, got = mlp()(x), model(x)
@@ -196,10 +211,10 @@ def test_options_reach_the_optimization():
     x = correlated(64)
     for options in (
         {"lr": "auto"},
-        {"loss_reduction": "mean"},
-        {"input_drop": 0.5},
-        {"last_block": "logits"},
-        {"autocast": torch.bfloat16},
+        {"options": LearningOptions(loss_reduction="mean")},
+        {"options": LearningOptions(input_drop=0.5)},
+        {"options": LearningOptions(last_block="logits")},
+        {"options": LearningOptions(autocast=torch.bfloat16)},
         {"device": "cpu"},
         {"safe": True},
         {"parametrization": "direct"},
@@ -447,10 +462,6 @@ def test_weights_that_are_computed_or_not_there_yet_are_refused():
         ({"lr": 0}, "lr must be positive or 'auto', got 0"),
         ({"lr": "fast"}, "got 'fast'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"measured_batches": 0}, "measured_batches must be at least 1"),
-        ({"loss_reduction": "sum"}, "loss_reduction 'sum'"),
-        ({"last_block": "loss"}, "last_block 'loss'"),
-        ({"input_drop": 0.0}, "input_drop must be above 0"),
         ({"lrq": 0}, "lrq must be a rank"),
         ({"grid": Grid(granularity=3)}, "0: granularity=3 does not divide the 8 inputs"),
         ({"calibration": draw(1, 8)}, "at least 2 samples, got 1"),
@@ -459,6 +470,26 @@ def test_weights_that_are_computed_or_not_there_yet_are_refused():
 def test_arguments_out_of_range_are_refused(options, message):
     calibration = options.pop("calibration", draw(8, 8))
     refused(mlp(), calibration, message, **{"blocks": "layers", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measured_batches": 0}, "measured_batches must be at least 1"),
+        ({"loss_reduction": "sum"}, "loss_reduction 'sum'"),
+        ({"last_block": "loss"}, "last_block 'loss'"),
+        ({"input_drop": 0.0}, "input_drop must be above 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        LearningOptions(**options)
+
+
+def test_help_shows_what_a_run_costs_with_its_defaults():
+    shown = {name: parameter.default for name, parameter in inspect.signature(flexround_).parameters.items()}
+    assert (shown["iterations"], shown["lr"], shown["seed"]) == (5000, 1e-3, 0)
+    assert inspect.signature(adaround_).parameters["iterations"].default == 20_000
 
 
 def test_a_loss_that_diverges_is_stopped_and_the_best_rounding_restored(monkeypatch):

@@ -8,6 +8,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.quantize import (
     Activations,
     Grid,
+    LearningOptions,
     RoundToNearest,
     adaround_,
     export_onnx,
@@ -151,7 +152,7 @@ def test_attention_whose_keys_have_another_width_has_three_projections():
 def test_activations_are_refused_where_no_layer_is_called_with_them():
     model = encoder()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    options = {"iterations": 2, "activations": Activations()}
+    options = {"iterations": 2, "options": LearningOptions(activations=Activations())}
     with pytest.raises(UsageError, match=r"cannot be quantized for layers\.0\.self_attn\.in_proj_weight"):
         flexround_(model, torch.randn(4, 5, 16), W3, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

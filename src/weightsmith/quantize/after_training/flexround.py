@@ -127,6 +127,10 @@ class FlexRound(RoundToNearest):
         elements, row, column = self.log_factors()
         return _total(elements, row, column).abs_().max().item()
 
+    def doubt(self) -> str | None:
+        """Report factors that are implausibly far from 1."""
+        return f"factors lie beyond exp(±{FAR:g}): lower lr, or pass safe=True" if self.strain() > FAR else None
+
 
 class _Divide(torch.autograd.Function):
     """The forward pass of FlexRound and its gradient as a few passes over the weight, or one each when compiled.

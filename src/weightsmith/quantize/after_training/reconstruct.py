@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -31,7 +31,6 @@ from weightsmith.quantize.after_training.blocks import (
     targets_of,
 )
 from weightsmith.quantize.after_training.calibration import Batch, Calibration, make_batches
-from weightsmith.quantize.after_training.flexround import FAR, FlexRound
 from weightsmith.quantize.after_training.rtn import RoundToNearest
 from weightsmith.quantize.after_training.states import at_rest, moved, single_precision
 from weightsmith.quantize.after_training.targets import Make, Target, choose_targets, left_out, plain_attention, written
@@ -47,47 +46,35 @@ _TRACED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """A rounding method as the reconstruction sees it.
+class LearningOptions:
+    """Details of learning a rounding; the defaults suit most models.
 
     Attributes:
-        name: For the report.
-        make: ``(weight, grid, axis, generator) -> rounding`` of one weight.
-        cosine: Let the learning rate fall to 0 along a cosine; else it is constant.
+        keep_best: Keep the best of round-to-nearest and the rounding after one half, three quarters and all of the
+            steps, measured on ``measured_batches``. ``False``: keep the last one.
+        loss_reduction: ``"sum_dim1"`` sums squared differences over dimension 1 and averages over the others, as the
+            authors' code does. ``"mean"`` averages over all. AdaRound's penalty is relative to it.
+        input_drop: Probability in (0, 1] with which an element of a block's input is taken from the quantized model
+            rather than the trained one. QDrop takes 0.5.
+        activations: Also quantize the inputs of the layers, statically, and learn their steps. ``None``: weights only.
+        last_block: ``"output"``, or ``"logits"``: compare the last block by the divergence of the model's predictions.
+        autocast: Compute blocks in this dtype. Weights are always rounded in float32 or float64. ``None``: no autocast.
+        measured_batches: Number of calibration batches, evenly spaced, on which block errors are measured. ``None``:
+            all of them, which takes longer than a few hundred steps.
+
+    Raises:
+        UsageError: A value is out of range.
     """
 
-    name: str
-    make: Make
-    cosine: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Everything that does not depend on the rounding method; see `flexround_` for what each means."""
-
-    blocks: Blocks = "auto"
-    iterations: int = 5000
-    batch_size: int | None = None
-    lr: float | Literal["auto"] = 1e-3
-    seed: int = 0
     keep_best: bool = True
-    where: Where = None
-    overrides: Mapping[str, Grid | int] = field(default_factory=dict)
     loss_reduction: Literal["sum_dim1", "mean"] = "sum_dim1"
     input_drop: float = 1.0
     activations: Activations | None = None
     last_block: Literal["output", "logits"] = "output"
     autocast: torch.dtype | None = None
-    device: torch.device | str | None = None
-    on_block: OnBlock | None = None
-    done: Done = field(default_factory=dict)
     measured_batches: int | None = 8
 
     def __post_init__(self) -> None:
-        if self.iterations < 0:
-            raise UsageError(f"iterations must not be negative, got {self.iterations}")
-        if self.lr != "auto" and not (isinstance(self.lr, int | float) and self.lr > 0):
-            raise UsageError(f"lr must be positive or 'auto', got {self.lr!r}")
         if self.loss_reduction not in ("sum_dim1", "mean"):
             raise unknown("loss_reduction", self.loss_reduction, ["sum_dim1", "mean"])
         if self.last_block not in ("output", "logits"):
@@ -96,43 +83,95 @@ class Options:
             raise UsageError(f"input_drop must be above 0 and at most 1, got {self.input_drop}")
         if self.measured_batches is not None and self.measured_batches < 1:
             raise UsageError(f"measured_batches must be at least 1, or None for all, got {self.measured_batches}")
-        if self.done and self.activations:
-            raise UsageError("done holds weights only: it cannot be combined with activations")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A rounding method as the reconstruction sees it.
+
+    Attributes:
+        name: For the report.
+        make: ``(weight, grid, axis, generator) -> rounding`` of one weight.
+        iterations: Steps per block.
+        lr: Learning rate, or ``"auto"``.
+        seed: Seed of everything random.
+        cosine: Decay the learning rate to 0 along a cosine; else it is constant.
+    """
+
+    name: str
+    make: Make
+    iterations: int = 0
+    lr: float | Literal["auto"] = 1e-3
+    seed: int = 0
+    cosine: bool = True
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise UsageError(f"iterations must not be negative, got {self.iterations}")
+        if self.lr != "auto" and not (isinstance(self.lr, int | float) and self.lr > 0):
+            raise UsageError(f"lr must be positive or 'auto', got {self.lr!r}")
 
 
 def reconstruct_(
-    model: nn.Module, calibration: Calibration, grid: Grid | int, recipe: Recipe, options: Options
+    model: nn.Module,
+    calibration: Calibration,
+    grid: Grid | int,
+    recipe: Recipe,
+    options: LearningOptions,
+    *,
+    blocks: Blocks,
+    batch_size: int | None,
+    where: Where,
+    overrides: Mapping[str, Grid | int] | None,
+    device: torch.device | str | None,
+    on_block: OnBlock | None,
+    done: Done | None,
 ) -> Report:
-    """Quantize a model block by block; see `flexround_`.
+    """Quantize a model block by block; the caller's arguments are those of `flexround_`.
 
     Args:
         model: Changed in place, block after block, once everything has been checked.
         calibration: See `make_batches`.
-        grid: Of every chosen layer that ``options.overrides`` does not name.
+        grid: Grid of every chosen layer that ``overrides`` does not name.
         recipe: The rounding method.
-        options: The rest.
+        options: How it is learned.
+        blocks: As for `flexround_`.
+        batch_size: As for `flexround_`.
+        where: As for `flexround_`.
+        overrides: As for `flexround_`.
+        device: As for `flexround_`.
+        on_block: As for `flexround_`.
+        done: As for `flexround_`.
     """
     start = time.perf_counter()
     grid = as_grid(grid)
-    chosen = choose_targets(model, options.where)
-    blocks = find_blocks(model, options.blocks, chosen, keep_others=options.where is not None)
-    targets = {name: target for block in blocks for name, target in targets_of(block, chosen).items()}
-    grids = choose_grids(targets, grid, options.overrides)
-    _check_done(options.done, blocks, targets)
+    done = done or {}
+    if done and options.activations:
+        raise UsageError("done holds weights only: it cannot be combined with activations")
+    chosen = choose_targets(model, where)
+    found = find_blocks(model, blocks, chosen, keep_others=where is not None)
+    targets = {name: target for block in found for name, target in targets_of(block, chosen).items()}
+    grids = choose_grids(targets, grid, overrides or {})
+    _check_done(done, found, targets)
     if options.activations is not None:
         _check_called(targets)
     first = next(iter(targets.values())).weight
-    batches = make_batches(calibration, options.batch_size, next(model.parameters()).device, first.dtype)
+    batches = make_batches(calibration, batch_size, next(model.parameters()).device, first.dtype)
     with at_rest(model), plain_attention():
-        walk = Walk(model, blocks, _example(model, batches[0]))
+        walk = Walk(model, found, _example(model, batches[0]))
         unseen = _survey(model, walk, targets, batches)
-        run = _Run(targets, grids, batches, walk, recipe, options)
-        reports = tuple(run.block(index, name) for index, name in enumerate(walk.blocks))
+        run = _Run(targets, grids, batches, walk, recipe, options, device)
+        reports = []
+        for index, name in enumerate(walk.blocks):
+            report, kept = run.block(index, name, done.get(name))
+            reports.append(report)
+            if on_block is not None:
+                on_block(name, kept, report)
     # a module may read the weight of another without calling it, as Mamba does: what has moved has been seen
     still = {layer.name for block in reports for layer in block.layers if not layer.moved}
     unseen = tuple(name for name in unseen if name not in targets or targets[name].parameter in still)
     seconds, left = time.perf_counter() - start, left_out(model, run.nbytes)
-    return Report(recipe.name, grid, reports, seconds, *count_bytes(model, run.nbytes), unseen, left)
+    return Report(recipe.name, grid, tuple(reports), seconds, *count_bytes(model, run.nbytes), unseen, left)
 
 
 def choose_grids(targets: Mapping[str, Target], grid: Grid, overrides: Mapping[str, Grid | int]) -> dict[str, Grid]:
@@ -188,24 +227,27 @@ class _Run:
         batches: list[Batch],
         walk: Walk,
         recipe: Recipe,
-        options: Options,
+        options: LearningOptions,
+        device: torch.device | str | None,
     ) -> None:
-        self.grids, self.walk = grids, walk
+        self.grids, self.walk, self.device = grids, walk, device
         self.parts = {name: targets_of(name, targets) for name in walk.blocks}
         self.batches, self.recipe, self.options = batches, recipe, options
         self.full: list[dict[str, Any]] = [{} for _ in batches]  # outputs of the trained blocks, by batch and block
         self.rounded: list[dict[str, Any]] = [{} for _ in batches]
-        self.lr = options.lr
+        self.lr = recipe.lr
         self.nbytes: dict[str, int] = {}
 
-    def block(self, index: int, name: str) -> BlockReport:
+    def block(
+        self, index: int, name: str, done: Mapping[str, QuantizedWeight] | None
+    ) -> tuple[BlockReport, dict[str, QuantizedWeight]]:
+        """Quantize one block, and return its report and its weights by parameter name."""
         start = time.perf_counter()
         module = self.walk.blocks[name]
         targets = self.parts[name]
-        with moved(module, self.options.device):
+        with moved(module, self.device):
             with single_precision(module):
                 task = self._task(index, name, targets)
-                done = self.options.done.get(name)
                 found = task.given(done) if done is not None else task.fit()
                 parts = tuple(
                     report_layer(target.parameter, target.weight, found.rtn[key], found.kept[key])
@@ -218,10 +260,7 @@ class _Run:
         kept = {target.parameter: found.kept[key] for key, target in targets.items()}
         self.nbytes |= {key: quantized.nbytes for key, quantized in kept.items()}
         seconds = time.perf_counter() - start
-        report = BlockReport(name, found.error_rtn, found.error, found.iterations, found.name, seconds, parts)
-        if self.options.on_block is not None:
-            self.options.on_block(name, kept, report)
-        return report
+        return BlockReport(name, found.error_rtn, found.error, found.iterations, found.name, seconds, parts), kept
 
     def call(self, name: str, arguments: Arguments) -> Any:
         """Run a block in its own precision and on its own device, and give the result in those of its input."""
@@ -287,7 +326,7 @@ class _Task:
     ) -> None:
         self.run, self.name, self.targets, self.options = run, name, targets, run.options
         self.inputs, self.trained_inputs = inputs, trained_inputs
-        self.seed = self.options.seed + 1_000_003 * index  # of its own, so that a resumed run repeats an unbroken one
+        self.seed = run.recipe.seed + 1_000_003 * index  # of its own, so that a resumed run repeats an unbroken one
         self.by_logits = self.options.last_block == "logits" and index == len(run.walk.blocks) - 1
         self.grids = {key: run.grids[key] for key in targets}
         self.weights = {key: target.view(target.weight, self.grids[key]) for key, target in targets.items()}
@@ -306,22 +345,22 @@ class _Task:
 
     def fit(self) -> "_Found":
         """Learn, and keep what is best."""
-        options, roundings = self.options, self._roundings()
+        recipe, roundings = self.run.recipe, self._roundings()
         rtn = self._quantized(roundings, learned=False)
         error_rtn = self._error(rtn)
         found = _Found(rtn, rtn, error_rtn, error_rtn, 0, "rtn")
-        if not options.iterations or not any(True for rounding in roundings.values() for _ in rounding.parameters()):
+        if not recipe.iterations or not any(True for rounding in roundings.values() for _ in rounding.parameters()):
             return found
         if self.run.lr == "auto":
             self.run.lr = self._choose_lr()
-        marks = {options.iterations // 2, 3 * options.iterations // 4} if options.keep_best else set()
+        marks = {recipe.iterations // 2, 3 * recipe.iterations // 4} if self.options.keep_best else set()
         scales = self._scales()
-        for step in self._optimize(roundings, float(self.run.lr), options.iterations):
-            if step not in marks and step < options.iterations:
+        for step in self._optimize(roundings, float(self.run.lr), recipe.iterations):
+            if step not in marks and step < recipe.iterations:
                 continue
             candidate = self._quantized(roundings)
             error = self._error(candidate)
-            if error < found.error or not options.keep_best:
+            if error < found.error or not self.options.keep_best:
                 found = replace(found, kept=candidate, error=error, iterations=step, name=f"iteration {step}")
                 scales = self._scales()
         self._restore(scales)
@@ -332,7 +371,7 @@ class _Task:
         tried, scales = {}, self._scales()
         for lr in _AUTO_LRS:
             roundings = self._roundings()
-            for _ in self._optimize(roundings, lr, min(_AUTO_ITERATIONS, self.options.iterations)):
+            for _ in self._optimize(roundings, lr, min(_AUTO_ITERATIONS, self.run.recipe.iterations)):
                 pass
             error = self._error(self._quantized(roundings))
             tried[lr] = error if math.isfinite(error) else math.inf
@@ -566,13 +605,11 @@ def _survey(model: nn.Module, walk: Walk, targets: Mapping[str, Target], batches
 
 
 def _warn(block: str, roundings: Mapping[str, RoundToNearest]) -> None:
-    far = [key for key, rounding in roundings.items() if isinstance(rounding, FlexRound) and rounding.strain() > FAR]
-    if far:
-        warnings.warn(
-            f"factors of {far[0]} in block {block!r} lie beyond exp(±{FAR:g}): lower lr, or pass safe=True",
-            WeightsmithWarning,
-            stacklevel=2,
-        )
+    """Pass on the first doubt that a rounding has about its result."""
+    doubts = ((key, rounding.doubt()) for key, rounding in roundings.items())
+    found = next(((key, doubt) for key, doubt in doubts if doubt), None)
+    if found is not None:
+        warnings.warn(f"{found[0]} in block {block!r}: {found[1]}", WeightsmithWarning, stacklevel=2)
 
 
 def _warn_of_divergence(block: str, step: int) -> None:

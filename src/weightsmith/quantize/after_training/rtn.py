@@ -104,6 +104,10 @@ class RoundToNearest(nn.Module):
         """What is added to the loss at a point in [0, 1] of the optimization, or ``None``."""
         return None
 
+    def doubt(self) -> str | None:
+        """Describe what is suspicious about the learned values and how to fix it, or return ``None``."""
+        return None
+
     def project_(self) -> None:
         """Bring parameters back to where they are defined; called after every step."""
 

@@ -3,85 +3,34 @@
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Literal, TypedDict, Unpack
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.core.select import Where
-from weightsmith.quantize.after_training.activations import Activations
 from weightsmith.quantize.after_training.adaquant import AdaQuant
 from weightsmith.quantize.after_training.adaround import AdaRound
 from weightsmith.quantize.after_training.blocks import Blocks
 from weightsmith.quantize.after_training.calibration import Calibration
 from weightsmith.quantize.after_training.flexround import FlexRound
 from weightsmith.quantize.after_training.lrq import LRQ, saves
-from weightsmith.quantize.after_training.reconstruct import Done, OnBlock, Options, Recipe, choose_grids, reconstruct_
+from weightsmith.quantize.after_training.reconstruct import (
+    Done,
+    LearningOptions,
+    OnBlock,
+    Recipe,
+    choose_grids,
+    reconstruct_,
+)
 from weightsmith.quantize.after_training.rtn import RoundToNearest
 from weightsmith.quantize.after_training.targets import choose_targets, left_out
 from weightsmith.quantize.grid import Grid, as_grid
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
 
 _GRID = Grid()
-
-
-class BlockOptions(TypedDict, total=False):
-    """Options of every verb.
-
-    Attributes:
-        blocks: What is reconstructed as one: ``"auto"``, the single longest list of alike blocks (``model.layers``);
-            ``"layers"``, every chosen layer; ``"whole"``, the model; or module names.
-        batch_size: Samples per step; ``None``: 2 for token sequences, 32 otherwise.
-        where: Which modules: ``None`` (every linear layer, convolution, ``nn.MultiheadAttention`` and module of experts
-            inside the blocks, but neither the output embedding, nor tied weights, nor adapters), glob(s), or a
-            predicate; modules named outside of the blocks are reconstructed on their own.
-        overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``; packed projections and
-            experts go by the name of the parameter, such as ``"*.experts.down_proj"``.
-        on_block: Called with name, quantized weights by parameter name, and report of each finished block.
-        done: Quantized weights of blocks that are finished already, by block; these are written, not optimized.
-        device: Where the block at hand is worked on; ``None``: where it is.
-        measured_batches: On how many batches of the calibration data, spread evenly, errors of blocks are measured;
-            ``None``: all. 8: measuring on everything takes longer than a few hundred steps.
-    """
-
-    blocks: Blocks
-    batch_size: int | None
-    where: Where
-    overrides: Mapping[str, Grid | int]
-    on_block: OnBlock | None
-    done: Done
-    device: torch.device | str | None
-    measured_batches: int | None
-
-
-class LearningOptions(BlockOptions, total=False):
-    """Options of the verbs that learn.
-
-    Attributes:
-        iterations: Steps per block; 5000, for AdaRound 20000.
-        lr: Learning rate of Adam; ``"auto"`` tries 3e-3, 1e-3 and 3e-4 for 100 steps of the first block. 1e-3.
-        seed: Of the order of batches and everything else that is drawn; 0.
-        keep_best: Keep the best of round-to-nearest and the rounding after one half, three quarters and all of the
-            steps, judged on ``measured_batches``; ``False``: the last. ``True``.
-        loss_reduction: ``"sum_dim1"`` sums squared differences over dimension 1 and takes the mean over the others, as
-            the authors' code does; ``"mean"``. AdaRound's penalty is relative to it.
-        input_drop: Probability with which an element of a block's input comes from the quantized stream, the rest
-            from the trained one; QDrop takes 0.5. 1.
-        activations: Also quantize the inputs of the layers, statically, and learn their steps.
-        last_block: ``"output"``, or ``"logits"``: judge the last block by the divergence of the model's predictions.
-        autocast: Compute blocks in this dtype; weights are always rounded in float32 at least.
-    """
-
-    iterations: int
-    lr: float | Literal["auto"]
-    seed: int
-    keep_best: bool
-    loss_reduction: Literal["sum_dim1", "mean"]
-    input_drop: float
-    activations: Activations | None
-    last_block: Literal["output", "logits"]
-    autocast: torch.dtype | None
+_OPTIONS = LearningOptions()
 
 
 def flexround_(
@@ -89,6 +38,17 @@ def flexround_(
     calibration: Calibration,
     grid: Grid | int = _GRID,
     *,
+    iterations: int = 5000,
+    lr: float | Literal["auto"] = 1e-3,
+    seed: int = 0,
+    blocks: Blocks = "auto",
+    batch_size: int | None = None,
+    where: Where = None,
+    overrides: Mapping[str, Grid | int] | None = None,
+    device: torch.device | str | None = None,
+    on_block: OnBlock | None = None,
+    done: Done | None = None,
+    options: LearningOptions = _OPTIONS,
     lrq: int | None = None,
     parametrization: Literal["log", "direct"] = "log",
     learn_s1: bool = True,
@@ -96,7 +56,6 @@ def flexround_(
     use_s4: bool = True,
     safe: bool = False,
     compiled: bool = False,
-    **options: Unpack[LearningOptions],
 ) -> Report:
     """Quantize a trained model, learning by division to which integer each weight goes; in place, block by block.
 
@@ -109,6 +68,21 @@ def flexround_(
             ``DataLoader`` (tensors, dicts, tuples or lists whose first item is taken); a one-dimensional integer tensor
             is one token sequence. Unequal lengths are padded, and the padding is left out of the loss.
         grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
+        iterations: Steps per block.
+        lr: Learning rate of Adam. ``"auto"`` tries 3e-3, 1e-3 and 3e-4 for 100 steps of the first block.
+        seed: Seed of the order of batches and everything else that is random.
+        blocks: What is quantized together. ``"auto"``: each module of the longest list of equal blocks, such as
+            ``model.layers``. ``"layers"``: each layer. ``"whole"``: the model. Or a list of module names.
+        batch_size: Samples per step; ``None``: 2 for token sequences, 32 otherwise.
+        where: Which modules: glob(s) over module names, or a predicate. ``None``: every linear layer, convolution,
+            ``nn.MultiheadAttention`` and module of experts inside the blocks, except the output head, tied weights and
+            adapters. A module that is named outside of the blocks is a block of its own.
+        overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``. Packed projections and
+            experts go by the name of the parameter, such as ``"*.experts.down_proj"``.
+        device: Device for the current block; ``None``: where the block is.
+        on_block: Called after each block with its name, its quantized weights by parameter name, and its report.
+        done: Quantized weights by block, as ``on_block`` got them. These blocks are written instead of learned.
+        options: Details of learning, see `LearningOptions`.
         lrq: Rank of the factors of matrices, which saves memory; ``None``: a factor per weight. Matrices for which the
             rank would save nothing, and convolutions, keep a factor per weight.
         parametrization: ``"log"`` or ``"direct"``; see `FlexRound`.
@@ -117,7 +91,6 @@ def flexround_(
         use_s4: Learn a factor per input channel of convolutions.
         safe: Keep factors within ``exp(-4)`` and ``exp(4)``.
         compiled: Let torch.compile fuse the passes over the weights: faster steps after some seconds of compilation.
-        **options: See `LearningOptions`.
 
     Returns:
         Errors before and after, by layer and block.
@@ -150,7 +123,7 @@ def flexround_(
     if lrq is not None:
         full = [
             name
-            for name, target in choose_targets(model, options.get("where")).items()
+            for name, target in choose_targets(model, where).items()
             if not saves(target.view(target.weight, grid), lrq)
         ]
         if full:
@@ -160,7 +133,18 @@ def flexround_(
                 stacklevel=2,
             )
     return reconstruct_(
-        model, calibration, grid, Recipe("flexround" if lrq is None else "lrq", make), Options(**options)
+        model,
+        calibration,
+        grid,
+        Recipe("flexround" if lrq is None else "lrq", make, iterations, lr, seed),
+        options,
+        blocks=blocks,
+        batch_size=batch_size,
+        where=where,
+        overrides=overrides,
+        device=device,
+        on_block=on_block,
+        done=done,
     )
 
 
@@ -169,8 +153,18 @@ def adaround_(
     calibration: Calibration,
     grid: Grid | int = _GRID,
     *,
+    iterations: int = 20_000,
+    lr: float | Literal["auto"] = 1e-3,
+    seed: int = 0,
+    blocks: Blocks = "auto",
+    batch_size: int | None = None,
+    where: Where = None,
+    overrides: Mapping[str, Grid | int] | None = None,
+    device: torch.device | str | None = None,
+    on_block: OnBlock | None = None,
+    done: Done | None = None,
+    options: LearningOptions = _OPTIONS,
     penalty: float = 0.01,
-    **options: Unpack[LearningOptions],
 ) -> Report:
     """Quantize a trained model, learning for each weight whether it is rounded up or down; in place, block by block.
 
@@ -179,7 +173,17 @@ def adaround_(
         calibration: As for `flexround_`.
         grid: As for `flexround_`; the paper's search is ``search="shrink"``.
         penalty: Weight of the regularizer that makes choices hard.
-        **options: See `LearningOptions`; the default is the paper's 20 000 steps, at a constant rate.
+        iterations: Steps per block; the default is the paper's, at a constant learning rate.
+        lr: As for `flexround_`.
+        seed: As for `flexround_`.
+        blocks: As for `flexround_`.
+        batch_size: As for `flexround_`.
+        where: As for `flexround_`.
+        overrides: As for `flexround_`.
+        device: As for `flexround_`.
+        on_block: As for `flexround_`.
+        done: As for `flexround_`.
+        options: As for `flexround_`.
 
     Returns:
         Errors before and after, by layer and block.
@@ -195,12 +199,38 @@ def adaround_(
     def make(weight: Tensor, on: Grid, axis: int, _: torch.Generator) -> RoundToNearest:
         return AdaRound(weight, on, axis=axis, penalty=penalty)
 
-    options.setdefault("iterations", 20_000)
-    return reconstruct_(model, calibration, grid, Recipe("adaround", make, cosine=False), Options(**options))
+    return reconstruct_(
+        model,
+        calibration,
+        grid,
+        Recipe("adaround", make, iterations, lr, seed, cosine=False),
+        options,
+        blocks=blocks,
+        batch_size=batch_size,
+        where=where,
+        overrides=overrides,
+        device=device,
+        on_block=on_block,
+        done=done,
+    )
 
 
 def adaquant_(
-    model: nn.Module, calibration: Calibration, grid: Grid | int = _GRID, **options: Unpack[LearningOptions]
+    model: nn.Module,
+    calibration: Calibration,
+    grid: Grid | int = _GRID,
+    *,
+    iterations: int = 5000,
+    lr: float | Literal["auto"] = 1e-3,
+    seed: int = 0,
+    blocks: Blocks = "auto",
+    batch_size: int | None = None,
+    where: Where = None,
+    overrides: Mapping[str, Grid | int] | None = None,
+    device: torch.device | str | None = None,
+    on_block: OnBlock | None = None,
+    done: Done | None = None,
+    options: LearningOptions = _OPTIONS,
 ) -> Report:
     """Quantize a trained model, learning an additive correction of each weight and the step; in place, block by block.
 
@@ -208,7 +238,17 @@ def adaquant_(
         model: As for `flexround_`.
         calibration: As for `flexround_`.
         grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
-        **options: See `LearningOptions`.
+        iterations: Steps per block.
+        lr: As for `flexround_`.
+        seed: As for `flexround_`.
+        blocks: As for `flexround_`.
+        batch_size: As for `flexround_`.
+        where: As for `flexround_`.
+        overrides: As for `flexround_`.
+        device: As for `flexround_`.
+        on_block: As for `flexround_`.
+        done: As for `flexround_`.
+        options: As for `flexround_`.
 
     Returns:
         Errors before and after, by layer and block.
@@ -222,14 +262,35 @@ def adaquant_(
     def make(weight: Tensor, on: Grid, axis: int, _: torch.Generator) -> RoundToNearest:
         return AdaQuant(weight, on, axis=axis)
 
-    return reconstruct_(model, calibration, grid, Recipe("adaquant", make), Options(**options))
+    return reconstruct_(
+        model,
+        calibration,
+        grid,
+        Recipe("adaquant", make, iterations, lr, seed),
+        options,
+        blocks=blocks,
+        batch_size=batch_size,
+        where=where,
+        overrides=overrides,
+        device=device,
+        on_block=on_block,
+        done=done,
+    )
 
 
 def round_to_nearest_(
     model: nn.Module,
     calibration: Calibration | None = None,
     grid: Grid | int = _GRID,
-    **options: Unpack[BlockOptions],
+    *,
+    blocks: Blocks = "auto",
+    batch_size: int | None = None,
+    where: Where = None,
+    overrides: Mapping[str, Grid | int] | None = None,
+    device: torch.device | str | None = None,
+    on_block: OnBlock | None = None,
+    done: Done | None = None,
+    measured_batches: int | None = 8,
 ) -> Report:
     """Quantize a trained model by rounding every weight to the nearest value of its grid; in place.
 
@@ -238,7 +299,18 @@ def round_to_nearest_(
         calibration: Only to measure the error of block outputs, as for `flexround_`; ``None``: neither data nor blocks
             are needed, and every layer is reported on its own.
         grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
-        **options: See `BlockOptions`.
+        blocks: What is quantized together. ``"auto"``: each module of the longest list of equal blocks, such as
+            ``model.layers``. ``"layers"``: each layer. ``"whole"``: the model. Or a list of module names.
+        batch_size: Samples per step; ``None``: 2 for token sequences, 32 otherwise.
+        where: Which modules: glob(s) over module names, or a predicate. ``None``: every linear layer, convolution,
+            ``nn.MultiheadAttention`` and module of experts inside the blocks, except the output head, tied weights and
+            adapters. A module that is named outside of the blocks is a block of its own.
+        overrides: Other grids by glob over layer names, for example ``{"head": Grid(8)}``. Packed projections and
+            experts go by the name of the parameter, such as ``"*.experts.down_proj"``.
+        device: Device for the current block; ``None``: where the block is.
+        on_block: Called after each block with its name, its quantized weights by parameter name, and its report.
+        done: Quantized weights by block, as ``on_block`` got them. These blocks are written instead of learned.
+        measured_batches: As for `LearningOptions`.
 
     Returns:
         Errors by layer and, with calibration data, by block.
@@ -247,22 +319,36 @@ def round_to_nearest_(
         UsageError: A weight is not finite or tied, or an argument does not fit the model; the model is unchanged.
     """
     if calibration is not None:
-        return reconstruct_(model, calibration, grid, Recipe("rtn", _nearest), Options(**options))
+        return reconstruct_(
+            model,
+            calibration,
+            grid,
+            Recipe("rtn", _nearest),
+            LearningOptions(measured_batches=measured_batches),
+            blocks=blocks,
+            batch_size=batch_size,
+            where=where,
+            overrides=overrides,
+            device=device,
+            on_block=on_block,
+            done=done,
+        )
     start, grid = time.perf_counter(), as_grid(grid)
-    targets = choose_targets(model, options.get("where"))
-    grids = choose_grids(targets, grid, options.get("overrides", {}))
-    nbytes, blocks = {}, []
+    targets = choose_targets(model, where)
+    grids = choose_grids(targets, grid, overrides or {})
+    nbytes: dict[str, int] = {}
+    reports: list[BlockReport] = []
     for name, target in targets.items():
         begun, key = time.perf_counter(), target.parameter
         found = target.quantized(target.rounding(_nearest, grids[name], torch.Generator()), grids[name])
         part = report_layer(key, target.weight.detach().to(found.scale.dtype), found, found)
         target.write_(found)
         nbytes[key] = found.nbytes
-        blocks.append(BlockReport(name, None, None, 0, "rtn", time.perf_counter() - begun, (part,)))
-        if (on_block := options.get("on_block")) is not None:
-            on_block(name, {key: found}, blocks[-1])
+        reports.append(BlockReport(name, None, None, 0, "rtn", time.perf_counter() - begun, (part,)))
+        if on_block is not None:
+            on_block(name, {key: found}, reports[-1])
     seconds = time.perf_counter() - start
-    return Report("rtn", grid, tuple(blocks), seconds, *count_bytes(model, nbytes), left=left_out(model, nbytes))
+    return Report("rtn", grid, tuple(reports), seconds, *count_bytes(model, nbytes), left=left_out(model, nbytes))
 
 
 def _nearest(weight: Tensor, grid: Grid, axis: int, _: torch.Generator) -> RoundToNearest:
