@@ -22,7 +22,14 @@ from weightsmith.lab.sweep import sweep
 from weightsmith.lab.task import Batch, Task, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
-from weightsmith.quantize import Grid, LearningOptions, adaquant_, adaround_, flexround_, round_to_nearest_
+from weightsmith.quantize import (
+    Grid,
+    LearningOptions,
+    adaquant_,
+    adaround_,
+    flexround_,
+    round_to_nearest_,
+)
 from weightsmith.quantize.report import Report
 
 _ALL_BITS = (4, 3, 2)

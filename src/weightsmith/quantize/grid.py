@@ -192,7 +192,7 @@ class QuantizedWeight:
 
 
 @torch.no_grad()
-def write_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
+def write_quantized_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
     """Put a quantized weight into a module: its values into the parameter, itself beside it.
 
     Args:
@@ -202,10 +202,10 @@ def write_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight"
     """
     weight = module.get_parameter(tensor)
     weight.copy_(quantized.dequantize(weight.dtype))
-    attach_(module, quantized, tensor)
+    attach_quantized_(module, quantized, tensor)
 
 
-def attach_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
+def attach_quantized_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
     """Remember of which codes a module's parameter consists; not part of its ``state_dict()``.
 
     Args:

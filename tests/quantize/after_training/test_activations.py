@@ -7,15 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.quantize import (
-    Activations,
-    DynamicActivation,
-    Grid,
-    LearningOptions,
-    StaticActivation,
-    flexround_,
-    quantize_activations_,
-)
+from weightsmith.quantize import Activations, Grid, LearningOptions, flexround_, quantize_activations_
+from weightsmith.quantize.after_training.activations import DynamicActivation, StaticActivation
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "flexround.safetensors")
 

@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from weightsmith.quantize import AdaQuant, AdaRound, Grid, LearningOptions, RoundToNearest, adaround_
-from weightsmith.quantize.after_training.adaround import temperature
+from weightsmith.quantize import Grid, LearningOptions, adaround_
+from weightsmith.quantize.after_training.adaquant import AdaQuant
+from weightsmith.quantize.after_training.adaround import AdaRound, temperature
+from weightsmith.quantize.after_training.rtn import RoundToNearest
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "flexround.safetensors")
 LAST = LearningOptions(keep_best=False)

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 import weightsmith as ws
 from weightsmith.core.errors import UsageError
 from weightsmith.core.rounding import round_ste
-from weightsmith.quantize import LRQ, FlexRound, Grid, LearningOptions, RoundToNearest, flexround_
+from weightsmith.quantize import LRQ, FlexRound, Grid, LearningOptions, flexround_
+from weightsmith.quantize.after_training.rtn import RoundToNearest
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "flexround.safetensors")
 LAST = LearningOptions(keep_best=False)

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from weightsmith.quantize import Grid, RoundToNearest, quantized_weights, round_to_nearest_
+from weightsmith.quantize import Grid, quantized_weights, round_to_nearest_
+from weightsmith.quantize.after_training.rtn import RoundToNearest
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "flexround.safetensors")
 GRIDS = {

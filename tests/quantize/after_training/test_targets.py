@@ -9,7 +9,6 @@ from weightsmith.quantize import (
     Activations,
     Grid,
     LearningOptions,
-    RoundToNearest,
     adaround_,
     export_onnx,
     flexround_,
@@ -18,6 +17,7 @@ from weightsmith.quantize import (
     round_to_nearest_,
     save_quantized,
 )
+from weightsmith.quantize.after_training.rtn import RoundToNearest
 from weightsmith.quantize.after_training.targets import choose_targets
 
 W3 = Grid(3, search="minmax")

@@ -12,7 +12,7 @@ from weightsmith.quantize.after_training.activations import quantize_activations
 from weightsmith.quantize.after_training.verbs import round_to_nearest_
 from weightsmith.quantize.formats import export, native
 from weightsmith.quantize.formats.export import export_onnx, load_quantized, save_quantized
-from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights, write_
+from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights, write_quantized_
 
 GRIDS = [
     Grid(bits, symmetric=symmetric, granularity=granularity, search="minmax")
@@ -63,7 +63,7 @@ def half_integer(layer, bits):
     step = 2 * weight.abs().flatten(1).mean(1, keepdim=True) / half
     codes = (weight / step.view(-1, *(1,) * (weight.ndim - 1)) - 0.5).round().clamp(-half, half - 1).to(torch.int8)
     zero = torch.zeros_like(step, dtype=torch.int8)
-    write_(layer, QuantizedWeight(codes, step, zero, bits, True, "channel", 0, 0.5))
+    write_quantized_(layer, QuantizedWeight(codes, step, zero, bits, True, "channel", 0, 0.5))
 
 
 def assert_same_codes(left, right):

@@ -14,7 +14,7 @@ from weightsmith.quantize.after_training.activations import quantize_activations
 from weightsmith.quantize.after_training.verbs import round_to_nearest_
 from weightsmith.quantize.formats import gptq
 from weightsmith.quantize.formats.export import load_quantized, save_quantized
-from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights, write_
+from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights, write_quantized_
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "flexround.safetensors")
 PROJECTION = "model.layers.0.mlp.up_proj"
@@ -205,7 +205,7 @@ def half_integers():
     model = llama()
     layer = model.get_submodule(PROJECTION)
     parts = torch.zeros(layer.weight.shape, dtype=torch.int8), torch.ones(96, 1), torch.zeros(96, 1, dtype=torch.int8)
-    write_(layer, QuantizedWeight(*parts, 4, True, "channel", 0, 0.5))
+    write_quantized_(layer, QuantizedWeight(*parts, 4, True, "channel", 0, 0.5))
     return model
 
 

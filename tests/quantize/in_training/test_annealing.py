@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.models import build_model
-from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing, trainable
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing, near_threshold
 from weightsmith.quantize.in_training.lsq import LSQWeight
 from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
 from weightsmith.quantize.in_training.statsq import StatsQ
@@ -42,7 +42,7 @@ def train(linear, optimizer, steps, seed=0):
 @pytest.mark.parametrize("boundary", [0.005, 0.05])
 def test_who_may_train_is_who_may_in_the_authors_code(bits, boundary):
     case = f"cga/mask_b{bits}_br{boundary}"
-    assert torch.equal(trainable(GOLDEN[f"{case}/w"], bits, boundary), GOLDEN[f"{case}/frozen"] == 0)
+    assert torch.equal(near_threshold(GOLDEN[f"{case}/w"], bits, boundary), GOLDEN[f"{case}/frozen"] == 0)
 
 
 def test_six_steps_are_those_of_the_authors_code():
@@ -71,18 +71,18 @@ def test_a_weight_trains_just_when_it_is_near_an_inner_threshold(bits, boundary,
     inner = torch.arange(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1))
     distance = (units[..., None] - inner).abs().amin(-1)
     clear = (distance - boundary).abs() > 1e-9
-    assert torch.equal(trainable(w, bits, boundary)[clear], (distance <= boundary)[clear])
+    assert torch.equal(near_threshold(w, bits, boundary)[clear], (distance <= boundary)[clear])
 
 
 def test_clipped_weights_are_frozen_although_their_code_is_at_a_half_integer():
     w = torch.cat([torch.full((1, 99), 0.1), torch.full((1, 1), 50.0)], 1)
-    assert not trainable(w, 2, 0.4)[0, -1]
+    assert not near_threshold(w, 2, 0.4)[0, -1]
 
 
 @pytest.mark.parametrize("boundary", [-0.1, 0.5, math.nan])
 def test_a_boundary_that_frees_nothing_or_everything_is_refused(boundary):
     for call in (
-        lambda: trainable(torch.ones(2, 2), 2, boundary),
+        lambda: near_threshold(torch.ones(2, 2), 2, boundary),
         lambda: ConfidenceGuidedAnnealing(layer(), boundary),
     ):
         with pytest.raises(UsageError, match="boundary must be at least 0 and below"):
@@ -104,7 +104,7 @@ def test_frozen_weights_hold_still_against_momentum_and_decay_to_the_last_bit(ma
     handles = ConfidenceGuidedAnnealing(linear, 0.05).attach(optimizer)
     for seed in range(4):
         before, bias = latent(linear).detach().clone(), linear.bias.detach().clone()
-        may = trainable(before, 2, 0.05)
+        may = near_threshold(before, 2, 0.05)
         train(linear, optimizer, 1, seed)
         assert torch.equal(latent(linear)[~may], before[~may])
         assert not torch.equal(latent(linear)[may], before[may])
@@ -232,7 +232,7 @@ def test_the_gradient_of_the_product_can_be_masked():
     product = attention.product.latent(wq, wk).detach().requires_grad_()
     annealing = ConfidenceGuidedAnnealing(model, 0.05, qk="mask")
     attention.product.quantizer(product).sum().backward()
-    assert torch.equal(product.grad != 0, trainable(product.detach(), 2, 0.05))
+    assert torch.equal(product.grad != 0, near_threshold(product.detach(), 2, 0.05))
     model(x).sum().backward()
     annealing.close()
     assert attention.product.quantizer.boundary is None

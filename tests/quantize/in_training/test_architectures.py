@@ -13,8 +13,9 @@ from torch import nn
 pytest.importorskip("transformers")
 from weightsmith.adapt import BoneConfig, apply_bone_
 from weightsmith.core.errors import UsageError, WeightsmithWarning
-from weightsmith.quantize import ActivationQuantizer, calibrate_, finish_ofq_, load_quantized, ofq_report
+from weightsmith.quantize import calibrate_, finish_ofq_, load_quantized, ofq_report
 from weightsmith.quantize.formats.export import save_quantized
+from weightsmith.quantize.in_training.lsq import ActivationQuantizer
 from weightsmith.quantize.in_training.prepare import prepare_ofq_
 from weightsmith.quantize.in_training.weight_quantizer import WeightQuantizer, sites
 

@@ -18,7 +18,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.select import Where, select
 from weightsmith.core.weights import Slot, check_plain, layouts, output_head, owners
 from weightsmith.quantize.after_training.rtn import RoundToNearest
-from weightsmith.quantize.grid import Grid, QuantizedWeight, write_
+from weightsmith.quantize.grid import Grid, QuantizedWeight, write_quantized_
 from weightsmith.quantize.report import LeftOut
 
 Make = Callable[[Tensor, Grid, int, torch.Generator], RoundToNearest]
@@ -90,7 +90,7 @@ class Target:
 
     def write_(self, quantized: QuantizedWeight) -> None:
         """Put a quantized weight into the model."""
-        write_(self.module, quantized, self.tensor)
+        write_quantized_(self.module, quantized, self.tensor)
 
 
 def choose_targets(model: nn.Module, where: Where) -> dict[str, Target]:

@@ -64,7 +64,7 @@ def flexround_(
 
     Args:
         model: Changed block after block, once everything has been checked. Its modes and flags are restored.
-        calibration: A few hundred unlabelled samples: a tensor or array; or an iterable of batches such as a
+        calibration: A few hundred unlabeled samples: a tensor or array; or an iterable of batches such as a
             ``DataLoader`` (tensors, dicts, tuples or lists whose first item is taken); a one-dimensional integer tensor
             is one token sequence. Unequal lengths are padded, and the padding is left out of the loss.
         grid: Where weights are put; a number of bits stands for ``Grid(bits)``.

@@ -20,7 +20,7 @@ from weightsmith.core.pretrained import load_pretrained, model_class
 from weightsmith.quantize.after_training.targets import adapted_layers
 from weightsmith.quantize.formats import compressed_tensors, gptq, native
 from weightsmith.quantize.formats.onnx import export_onnx
-from weightsmith.quantize.grid import QuantizedWeight, attach_, quantized_weights
+from weightsmith.quantize.grid import QuantizedWeight, attach_quantized_, quantized_weights
 from weightsmith.quantize.in_training.weight_quantizer import sites
 
 __all__ = ["Format", "export_onnx", "load_quantized", "save_quantized"]
@@ -120,7 +120,7 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
         _fill(model, state, weights, layout, source)
     for name, quantized in weights.items():
         owner, _, tensor = name.rpartition(".")
-        attach_(model.get_submodule(owner), quantized, tensor)
+        attach_quantized_(model.get_submodule(owner), quantized, tensor)
     return model
 
 

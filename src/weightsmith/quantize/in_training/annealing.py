@@ -119,7 +119,7 @@ class ConfidenceGuidedAnnealing:
                 quantizer.boundary = boundary
 
 
-def trainable(w: Tensor, bits: int, boundary: float, keep_axis: int = 0) -> Tensor:
+def near_threshold(w: Tensor, bits: int, boundary: float, keep_axis: int = 0) -> Tensor:
     """Which entries of a StatsQ weight may train: those within ``boundary`` steps of an inner threshold.
 
     Args:

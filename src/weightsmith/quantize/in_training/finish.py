@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.fold import fold_
-from weightsmith.quantize.grid import QuantizedWeight, attach_
+from weightsmith.quantize.grid import QuantizedWeight, attach_quantized_
 from weightsmith.quantize.in_training.attention import QuantizedAttention
 from weightsmith.quantize.in_training.preparation import describe, refuse_to_save
 from weightsmith.quantize.in_training.weight_quantizer import WeightQuantizer, sites
@@ -50,7 +50,7 @@ def finish_ofq_(model: Model) -> Model:
     Raises:
         UsageError: A weight is not finite.
     """
-    check_finite(model)
+    _check_finite(model)
     weights = integer_weights(model)
     for module in model.modules():
         if isinstance(module, QuantizedAttention):
@@ -58,14 +58,16 @@ def finish_ofq_(model: Model) -> Model:
     fold_(model)
     for name, quantized in weights.items():
         owner, _, attribute = name.rpartition(".")
-        attach_(model.get_submodule(owner), quantized, "product_weight" if attribute == "product" else attribute)
+        attach_quantized_(
+            model.get_submodule(owner), quantized, "product_weight" if attribute == "product" else attribute
+        )
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and describe(module) is not None:
             cast(Any, module).save_pretrained = refuse_to_save
     return model
 
 
-def check_finite(model: nn.Module) -> None:
+def _check_finite(model: nn.Module) -> None:
     """Raise `UsageError` that names the quantized weights which hold NaN or infinite values."""
     broken = [site.name for site in sites(model) if not site.latent().isfinite().all()]
     if broken:

@@ -16,7 +16,7 @@ from weightsmith.core.errors import UsageError, reason
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import parse_json
 from weightsmith.quantize.formats.native import FACTS
-from weightsmith.quantize.grid import QuantizedWeight, attach_
+from weightsmith.quantize.grid import QuantizedWeight, attach_quantized_
 from weightsmith.quantize.report import BlockReport, LayerReport
 
 _REPORT = {"name": str, "layers": [dict]}
@@ -69,7 +69,7 @@ class Partial:
                 owner, _, tensor = weight.rpartition(".")
                 model.get_parameter(weight).data = file.get_tensor(weight)
                 parts = {part: file.get_tensor(f"{weight}.{part}") for part in _PARTS}
-                attach_(model.get_submodule(owner), replace(of, **parts), tensor)
+                attach_quantized_(model.get_submodule(owner), replace(of, **parts), tensor)
 
     def remove(self) -> None:
         """Forget everything that was kept for this output folder."""
