@@ -213,7 +213,7 @@ TECHNIQUES = (
             "weightsmith.quantize.OscillationTracker",
             "weightsmith.quantize.IterativeFreezing",
             "weightsmith.quantize.Dampening",
-            "weightsmith.quantize.in_training.statsq",
+            "weightsmith.quantize.statsq",
             "weightsmith.quantize.distillation_loss",
         ),
         experiment="weightsmith.experiments.ofq",

@@ -178,7 +178,7 @@ def test_the_command_writes_gptq_folders_with_the_same_weights(folder, tmp_path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_killed_run_goes_on_from_its_last_finished_block_and_ends_alike(folder, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_from_its_last_finished_block_and_ends_equal(folder, tmp_path, monkeypatch):
     out, arguments = tmp_path / "out", {"method": "flexround", "calibration": folder / "text.jsonl", **SMALL}
     quantize(folder / "llama", out=tmp_path / "unbroken", **arguments)
     keep = tool.Partial.keep_
@@ -410,7 +410,7 @@ def test_an_image_model_is_calibrated_with_a_folder_of_images(folder, tmp_path):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_perplexity_counts_every_predicted_token_alike(folder, bos):
+def test_perplexity_counts_every_predicted_token_equally(folder, bos):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (kind.from_pretrained(folder / "llama") for kind in (AutoModelForCausalLM, AutoTokenizer))

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,6 @@ def write_checkpoint(
     folder: Path | str,
     *,
     max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
-    files_from: Path | str | None = None,
 ) -> Path:
     """Write a checkpoint folder that appears whole or not at all; an existing one is replaced as a whole.
 
@@ -154,7 +152,6 @@ def write_checkpoint(
             Tensors that share memory (tied weights) are written under every name.
         folder: The folder to make or replace.
         max_shard_bytes: Largest shard, in bytes of tensor data; a larger tensor gets a shard of its own.
-        files_from: A folder whose other files (configuration, tokeniser) are copied along.
 
     Returns:
         ``folder``.
@@ -168,8 +165,6 @@ def write_checkpoint(
     target = Path(folder)
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     with folder_atomically(target) as fresh:
-        if files_from is not None:
-            _copy_others(Path(files_from), fresh)
         shards = [
             _save(fresh / f"{index}.part", shard) for index, shard in enumerate(_in_shards(pairs, max_shard_bytes))
         ]
@@ -311,9 +306,3 @@ def _name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> Non
     total = sum(sum(sizes.values()) for _, sizes in shards)
     index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomically(folder / f"{_NAME}.safetensors.index.json", json.dumps(index_file, indent=2) + "\n")
-
-
-def _copy_others(source: Path, target: Path) -> None:
-    for path in source.iterdir():
-        if path.is_file() and path.suffix not in {".safetensors", ".bin"} and not path.name.endswith(".index.json"):
-            shutil.copy2(say_where_link_leads(path), target / path.name)

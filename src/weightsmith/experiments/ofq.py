@@ -257,7 +257,7 @@ def _train(config: Config, job: Job, task: Task, model: nn.Module, teacher: nn.M
 
 
 def _looking(tracker: OscillationTracker, optimizer: torch.optim.Optimizer, half: int) -> Any:
-    """Report what oscillates with every row, and start counting anew at half of the steps."""
+    """Report what oscillates with every row, and restart counting at half of the steps."""
 
     def look(model: nn.Module) -> dict[str, float]:
         seen = tracker.report()

@@ -27,7 +27,7 @@ class Grid:
     Args:
         bits: Bit width, 2 to 8.
         symmetric: ``True``: signed codes around 0, no zero-point; ``False``: codes from 0 and an integer zero-point.
-        granularity: One scale per output ``"channel"``, per ``"tensor"``, or per group of so many inputs (matrices).
+        granularity: One scale per output ``"channel"``, per ``"tensor"``, or per group of n inputs (matrices).
         search: How the step is found. ``"minmax"`` covers the largest weights; ``"shrink"`` also tries to shorten both
             ends together, ``"search"`` each on its own; both minimize the mean of ``|w - w_hat|^2.4``. ``None``:
             ``"search"`` below 8 bits, ``"minmax"`` at 8.

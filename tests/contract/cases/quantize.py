@@ -120,7 +120,7 @@ def _tensors(*shapes):
 
 
 FUNCTIONS = {
-    "weightsmith.quantize.in_training.statsq": [
+    "weightsmith.quantize.statsq": [
         Function(statsq, lambda: (*_tensors((4, 6)), 3)),
         Function(statsq, lambda: (*_tensors((4, 6)), 4, 1)),
     ],

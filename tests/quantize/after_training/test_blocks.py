@@ -52,7 +52,7 @@ def listed(*numbers):
     return nn.ModuleDict({f"part{n}": nn.Sequential(*(Block() for _ in range(n))) for n in numbers})
 
 
-def test_auto_finds_the_single_longest_list_of_alike_blocks():
+def test_auto_finds_the_single_longest_list_of_blocks_of_one_class():
     assert names(listed(2, 3)) == ["part3.0", "part3.1", "part3.2"]
 
 

@@ -69,7 +69,7 @@ def compare(case, model, prefix="", width=8):
 
     def each(kind):
         for key, value in GOLDEN.items():
-            # the shift behind the query-key product cannot matter: it moves every logit of a row alike
+            # the shift behind the query-key product cannot matter: it moves every logit of a row by the same amount
             if key.startswith(f"{case}/{kind}/") and "move_qkx_aft" not in key:
                 for name, part in ours(key.rpartition("/")[2], thirds):
                     yield name, value[part]

@@ -84,7 +84,7 @@ class StaticActivation(nn.Module):
 
 
 class DynamicActivation(nn.Module):
-    """Step and zero-point per token, found anew from its smallest and largest entry.
+    """Step and zero-point per token, computed in every forward pass from its smallest and largest entry.
 
     Args:
         bits: Bit width, 2 to 8.

@@ -86,7 +86,7 @@ def _auto(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
         return [f"{longest[0]}.{index}".lstrip(".") for index, _ in modules[longest[0]].named_children()]
     candidates = lists or [name for name, _ in model.named_children() if _any_inside(name, layers)]
     raise UsageError(
-        f"blocks='auto' finds {'no' if not lists else 'more than one'} longest list of alike blocks in "
+        f"blocks='auto' finds {'no' if not lists else 'more than one'} longest list of blocks of one class in "
         f"{type(model).__name__}: pass their names, or 'layers' (each layer on its own) or 'whole'. Candidates: "
         f"{', '.join(map(repr, candidates)) or 'none'}"
     )
@@ -94,8 +94,10 @@ def _auto(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _is_list(module: nn.Module) -> bool:
     children = list(module.children())
-    alike = len({type(child) for child in children}) == 1
-    return isinstance(module, nn.ModuleList | nn.Sequential) and alike and any(True for _ in children[0].children())
+    same_class = len({type(child) for child in children}) == 1
+    return (
+        isinstance(module, nn.ModuleList | nn.Sequential) and same_class and any(True for _ in children[0].children())
+    )
 
 
 class _Reached(BaseException):

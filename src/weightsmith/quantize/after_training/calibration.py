@@ -35,7 +35,7 @@ class Batch:
         return model(**self.inputs, **options)
 
     def head(self, rows: int, tokens: int | None = None) -> "Batch":
-        """The first so many rows, and of matrices of integers the first so many columns."""
+        """The first ``rows`` rows, and the first ``tokens`` columns of integer matrices."""
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[:rows] if tensor.is_floating_point() or tensor.ndim != 2 else tensor[:rows, :tokens]

@@ -483,7 +483,7 @@ class _Task:
         return pytree.tree_unflatten(leaves, structure)
 
     def _roundings(self) -> dict[str, RoundToNearest]:
-        """Begin anew, with the random numbers that a first begin would draw."""
+        """Start the roundings again, with the same random numbers."""
         self.generator.manual_seed(self.seed)
         return {
             key: target.rounding(self.run.recipe.make, self.grids[key], self.generator)

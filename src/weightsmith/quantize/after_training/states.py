@@ -1,4 +1,4 @@
-"""States that a model is put into for a while, and comes back from whatever happens."""
+"""Context managers that restore model state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -85,7 +85,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], free_batch: bool) -> An
             raise
         raise UsageError(f"{type(model).__name__} cannot be traced with a free batch: {_FIXED} ({error})") from error
     assert program is not None
-    proto: Any = program.model_proto  # made anew by every access
+    proto: Any = program.model_proto  # every access makes a new one
     if not free_batch:
         return proto
     graph = proto.graph

@@ -1,7 +1,7 @@
-"""Quantize every weight once for several passes, where the caller vouches that no weight changes in between.
+"""Quantize every weight once for several passes, where the caller guarantees that no weight changes in between.
 
 There is no safe way to notice a change by itself: fused optimizers and writes through ``.data`` do not raise a tensor's
-version. So values are kept only within a block that says so; a version that has been raised is heeded all the same.
+version. So values are kept only within a block that says so; a version that has increased still invalidates the value.
 """
 
 import contextlib

@@ -165,7 +165,7 @@ class ActivationQuantizer(nn.Module):
         return lsq(x, self.scale, self.bits, signed=bool(self.signed), axis=axis, before=self.before, after=self.after)
 
     def reset(self) -> None:
-        """Forget the steps, so that the next batch gives them anew."""
+        """Discard the steps; the next batch sets them again."""
         for parameter in self.parameters() if self._per_pixel else [self.scale]:
             parameter.data = parameter.data.new_empty(0)
         if self._decide:

@@ -97,7 +97,7 @@ class OscillationTracker:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew with the present codes."""
+        """Restart from the current codes."""
         self.steps, self._jitter = 0, 0.0
         self._states: dict[str, Oscillation] = {}
         self._scales: dict[str, Tensor] = {}
@@ -126,7 +126,7 @@ class OscillationTracker:
         return getattr(optimizer, "optimizer", optimizer).register_step_post_hook(lambda *_: self.update())
 
     def report(self, threshold: float = 0.005) -> dict[str, float]:
-        """Summarize what has been seen since the last `reset`, over all weights alike.
+        """Summarize what has been seen since the last `reset`, over all weights, each counted equally.
 
         Args:
             threshold: The frequency from which a weight counts as oscillating.

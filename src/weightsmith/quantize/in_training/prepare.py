@@ -9,8 +9,8 @@ Source: "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 20
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from weightsmith.core.modes import evaluating
 from weightsmith.core.select import Where, select
 from weightsmith.core.tied import register_shared_
 from weightsmith.core.weights import CONVOLUTIONS, Slot, check_plain, output_axis, owners
-from weightsmith.quantize.in_training.attention import NotUnderstood, Parts, find_parts, obstacle
-from weightsmith.quantize.in_training.convert import faithful_parts, quantize_attention_
+from weightsmith.quantize.in_training.attention import Parts, find_parts
+from weightsmith.quantize.in_training.attention_plan import find_candidates, plan_attentions, some, warn_of_biases
+from weightsmith.quantize.in_training.convert import quantize_attention_
 from weightsmith.quantize.in_training.lsq import ActivationQuantizer
-from weightsmith.quantize.in_training.observe import Observed, observe, run_batch
+from weightsmith.quantize.in_training.observe import observe, run_batch
 from weightsmith.quantize.in_training.plan import (
     Plan,
     WeightMethod,
@@ -40,13 +41,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _ACTIVATIONS = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Softmax, nn.Hardswish, nn.Mish)
 _PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d)
-
-
-class _Attentions(NamedTuple):
-    """Attention modules that are converted, and why others are not."""
-
-    found: dict[str, Parts]
-    refused: dict[str, str]
 
 
 def prepare_ofq_(
@@ -117,9 +111,9 @@ def prepare_ofq_(
             slots += _packed(name, module)
     _check(slots)
     converts = bool(qk_reparam) or activation_bits is not None
-    candidates = _candidates(model, layers, attention_names, strict=qk_reparam is True) if converts else {}
+    candidates = find_candidates(model, layers, attention_names, strict=qk_reparam is True) if converts else {}
     seen = observe(model, candidates, example)
-    attentions = _attentions(model, candidates, seen, plan, qk_reparam, attention_names)
+    attentions = plan_attentions(model, candidates, seen, plan, qk_reparam, attention_names)
     ends = seen.ends if ends_bits is not None else set()
     held_by = _owners(model, slots)
     unsigned = {name for name in layers if _follows_activation(model, name)} - seen.signed
@@ -136,7 +130,7 @@ def prepare_ofq_(
                 inputs[layer] = _input_quantizer(layer, module, plan, layer in ends, layer in unsigned, pixels=pixels)
 
     if qk_reparam and not keep_query_bias:
-        _warn_of_biases(model, attentions.found)
+        warn_of_biases(model, attentions.found)
     for name, parts in attentions.found.items():
         quantize_attention_(name, model.get_submodule(name), parts, plan, product=bool(qk_reparam))
     for key, quantizer in quantizers.items():
@@ -150,7 +144,7 @@ def prepare_ofq_(
     left = {name: share for name, share in left.items() if name.removesuffix(".weight") not in adapters}
     if where is None and adapters:
         warnings.warn(
-            f"the adapters {_some(adapters)} stay in floating point, and what they add is not on the grid: merge them "
+            f"the adapters {some(adapters)} stay in floating point, and what they add is not on the grid: merge them "
             "first if it shall be",
             WeightsmithWarning,
             stacklevel=2,
@@ -204,9 +198,9 @@ def reparameterize_qk_(
     ]
     _check(slots)
     seen = observe(model, candidates, example)
-    attentions = _attentions(model, candidates, seen, plan, True, attention_names)
+    attentions = plan_attentions(model, candidates, seen, plan, True, attention_names)
     if not keep_query_bias:
-        _warn_of_biases(model, attentions.found)
+        warn_of_biases(model, attentions.found)
     for name, parts in attentions.found.items():
         quantize_attention_(name, model.get_submodule(name), parts, plan, product=True)
     record_(model, dict.fromkeys(attentions.found, "query-key product"), set(), seen.by)
@@ -282,82 +276,6 @@ def _check(slots: list[Slot]) -> None:
         )
 
 
-def _attentions(
-    model: nn.Module,
-    candidates: Mapping[str, Parts | str],
-    seen: Observed,
-    plan: Plan,
-    qk_reparam: bool | str,
-    names: Mapping[str, str] | None,
-) -> _Attentions:
-    """Compare every candidate with what it would become; refuse, or say what is left in floating point.
-
-    Raises:
-        UsageError: ``qk_reparam=True`` is not possible somewhere.
-    """
-    all_of_it = _Attentions({}, {})
-    for name, parts in candidates.items():
-        module = model.get_submodule(name)
-        outcome = parts if isinstance(parts, str) else obstacle(module) or parts
-        if isinstance(outcome, Parts):
-            if seen.by_run and name not in seen.calls:
-                outcome = f"{seen.by} does not reach it"
-            else:
-                calls = seen.calls.get(name, [])
-                quantized_inputs = plan.activation_bits is not None
-                outcome = faithful_parts(
-                    module, outcome, calls, product=bool(qk_reparam), quantized_inputs=quantized_inputs
-                )
-        if isinstance(outcome, Parts):
-            all_of_it.found[name] = outcome
-        else:
-            all_of_it.refused[name] = outcome
-    if names and not candidates:
-        raise UsageError(f"attention_names={dict(names)} fits no module of the model whose projections are chosen")
-    if not all_of_it.refused:
-        return all_of_it
-    name, reason = next(iter(all_of_it.refused.items()))
-    if qk_reparam is True:
-        raise UsageError(
-            f"qk_reparam=True is not possible in {name or type(model).__name__}: {reason}. Pass "
-            'qk_reparam="auto" or False to quantize the weights of query and key there, or leave it out of where'
-        )
-    if plan.activation_bits is not None or qk_reparam:
-        others = dict.fromkeys(all_of_it.refused.values())
-        warnings.warn(
-            f"the inside of {_some(all_of_it.refused)} stays in floating point ({'; '.join(others)}); only the linear "
-            "layers there are quantized",
-            WeightsmithWarning,
-            stacklevel=3,
-        )
-    return all_of_it
-
-
-def _candidates(
-    model: nn.Module, layers: Mapping[str, nn.Module], names: Mapping[str, str] | None, *, strict: bool
-) -> dict[str, Parts | str]:
-    """Modules that look like attention and whose projections are all chosen; a reason in the place of unknown parts."""
-    chosen = {id(layer) for layer in layers.values()}
-    found: dict[str, Parts | str] = {}
-    for name, module in model.named_modules():
-        try:
-            parts = find_parts(name, module, names)
-        except NotUnderstood as error:
-            if strict:
-                raise
-            found[name] = str(error)
-            continue
-        if parts is not None and all(id(getattr(module, part)) in chosen for part in parts.projections):
-            found[name] = parts
-    return found
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    held = [name or "the model" for name in names]
-    return ", ".join(held[:most]) + (f" and {len(held) - most} more" if len(held) > most else "")
-
-
 def _packed(name: str, module: nn.MultiheadAttention) -> Iterator[Slot]:
     """The weights of torch's attention, which is no composition of layers."""
     for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -399,22 +317,6 @@ def _input_quantizer(
         axis = None if plan.granularity == "tensor" else -(spatial + 1)
         shifts = () if pixels else None
     return activation_quantizer(f"the input of {name}", layer, bits, axis, False if after_activation else None, shifts)
-
-
-def _warn_of_biases(model: nn.Module, attentions: Mapping[str, Parts]) -> None:
-    lost = []
-    for name, parts in attentions.items():
-        layers = [model.get_submodule(name).get_submodule(part) for part in parts.projections]
-        biases = [layer.bias for layer in (layers if parts.qkv else layers[:2]) if isinstance(layer.bias, Tensor)]
-        if any(bias[: 2 * len(bias) // 3].any() if parts.qkv else bias.any() for bias in biases):
-            lost.append(name or "the model")
-    if lost:
-        warnings.warn(
-            f"the biases of query and key of {', '.join(lost)} are dropped; keep_query_bias=True keeps what they "
-            "contribute",
-            WeightsmithWarning,
-            stacklevel=3,
-        )
 
 
 def _follows_activation(model: nn.Module, name: str) -> bool:

@@ -169,7 +169,7 @@ def quantize(
     with _quiet(console), bars_on(console) as bars:
         before = judge and judge(source.load(), bars, "perplexity before")
         trained = None if examples is None else examples.run(source.load())
-        model = source.load()  # anew: what is above may have copied the former from its files to a device and back
+        model = source.load()  # again: what is above may have copied the former from its files to a device and back
         done, finished = partial.load()
         chosen = choose_targets(model, None)
         total = len(chosen) if inputs is None else len(find_blocks(model, options["blocks"], chosen, keep_others=False))

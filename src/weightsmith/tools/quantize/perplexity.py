@@ -17,7 +17,7 @@ class Perplexity:
     """A perplexity and what it means.
 
     Attributes:
-        value: ``exp`` of the mean negative log-likelihood of a token, every predicted token counted alike.
+        value: ``exp`` of the mean negative log-likelihood of a token, every predicted token counted equally.
         tokens: How many were predicted.
         window: Tokens per window; windows do not overlap and the last may be shorter.
         bos: Whether every window began with the tokenizer's BOS token, which is not counted.

@@ -86,7 +86,7 @@ class Source:
 
         Args:
             path: A file of texts, or a folder of images.
-            samples: At most so many.
+            samples: Maximum number of samples.
             length: Tokens per sequence.
 
         Raises:
