@@ -39,8 +39,9 @@ from weightsmith.experiments._texts import load_tokens, predict
 
 from _timing import interleave, show
 from weightsmith.core.rounding import round_ste
-from weightsmith.quantize import FlexRound, Grid, RoundToNearest, flexround_, round_to_nearest_
-from weightsmith.quantize.targets import choose_targets, written
+from weightsmith.quantize import FlexRound, Grid, flexround_, round_to_nearest_
+from weightsmith.quantize.after_training.rtn import RoundToNearest
+from weightsmith.quantize.after_training.targets import choose_targets, written
 
 SHAPES = ((2, 256), (2, 1024))
 ROUNDS = 10

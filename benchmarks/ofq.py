@@ -17,10 +17,10 @@ from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
 from _timing import interleave, show
 from weightsmith.lab.models.vit import ViT
-from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing
-from weightsmith.quantize.lsq import LSQWeight
-from weightsmith.quantize.prepare import calibrate_, prepare_ofq_
-from weightsmith.quantize.statsq import StatsQ, statsq
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing
+from weightsmith.quantize.in_training.lsq import LSQWeight
+from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
+from weightsmith.quantize.in_training.statsq import StatsQ, statsq
 
 ROWS = ((8, 198, 384, 384), (8, 198, 384, 1536), (1, 198, 384, 1536), (8, 198, 192, 768))
 ROUNDS = 25

@@ -111,8 +111,8 @@ def test_an_adapter_learns_a_sentence_and_its_folder_loads(language_model, tmp_p
         optimizer.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
-    learnt = loss_of(model, tokens)
-    assert learnt < before - 0.5
+    learned = loss_of(model, tokens)
+    assert learned < before - 0.5
     save_bone(model, tmp_path, format=saved)
     if saved == "peft":
         peft = pytest.importorskip("peft")
@@ -121,4 +121,4 @@ def test_an_adapter_learns_a_sentence_and_its_folder_loads(language_model, tmp_p
         from weightsmith.adapt import load_bone
 
         fresh = load_bone(copy.deepcopy(language_model[0]), tmp_path)
-    assert loss_of(fresh, tokens) == pytest.approx(learnt, abs=1e-4)
+    assert loss_of(fresh, tokens) == pytest.approx(learned, abs=1e-4)

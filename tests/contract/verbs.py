@@ -24,7 +24,7 @@ from weightsmith.quantize import (
     quantized_weights,
     round_to_nearest_,
 )
-from weightsmith.quantize.weight_quantizer import sites as quantizers
+from weightsmith.quantize.in_training.weight_quantizer import sites as quantizers
 from weightsmith.reparam import InWeightSpace, compand_
 from weightsmith.reparam.apply import sites as companders
 

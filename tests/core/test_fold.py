@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import weightsmith as ws
 from weightsmith.core.errors import UsageError
 from weightsmith.quantize import prepare_ofq_
-from weightsmith.quantize.rtn import RoundToNearest
+from weightsmith.quantize.after_training.rtn import RoundToNearest
 from weightsmith.reparam import compand_
 
 

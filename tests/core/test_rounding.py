@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsmith.core.rounding import clamp_ste, integer_range, round_ste
+from weightsmith.core.rounding import integer_range, round_ste
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
@@ -13,15 +13,6 @@ def test_rounding_is_exact_and_its_gradient_that_of_the_identity(values):
     x = torch.tensor(values, requires_grad=True)
     y = round_ste(x)
     assert torch.equal(y, x.round())
-    y.sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(x))
-
-
-@given(st.lists(floats, min_size=1, max_size=20))
-def test_clamping_is_exact_also_for_huge_values(values):
-    x = torch.tensor(values, requires_grad=True)
-    y = clamp_ste(x, -1.0, torch.tensor(2.0))
-    assert torch.equal(y, x.clamp(-1.0, 2.0))
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
 

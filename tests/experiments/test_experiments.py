@@ -191,7 +191,7 @@ def test_merging_leaves_the_model_as_it_was(tmp_path):
 
 
 def test_a_taught_student_has_the_gradients_of_the_distillation_loss():
-    from weightsmith.quantize.distillation import distillation_loss
+    from weightsmith.quantize.in_training.distillation import distillation_loss
 
     _, config = small("ofq")
     task = make_task(config)

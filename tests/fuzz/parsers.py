@@ -34,9 +34,9 @@ from weightsmith.lab.report.receipt import read_receipt, write_receipt
 from weightsmith.quantize import Grid, load_quantized, round_to_nearest_, save_quantized
 from weightsmith.quantize.grid import quantized_weights
 from weightsmith.quantize.report import BlockReport
-from weightsmith.tools import _calibration
-from weightsmith.tools._partial import Partial
-from weightsmith.tools._source import Source
+from weightsmith.tools.quantize import calibration
+from weightsmith.tools.quantize.partial import Partial
+from weightsmith.tools.quantize.source import Source
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _llama() -> nn.Module:
 
 
 def _foreign(folder: Path, name: str, kind: str, format: str) -> Entry:
-    from weightsmith.quantize import export
+    from weightsmith.quantize.formats import export
 
     save_quantized(_rounded(_llama(), Grid(4, granularity=32)), folder / "q", format)
 
@@ -305,7 +305,7 @@ def model_config(folder: Path) -> Entry:
 def calibration_texts(folder: Path) -> Entry:
     file = folder / "texts.jsonl"
     file.write_text('{"text": "one"}\n{"question": "a", "answer": "b", "n": 1}\n')
-    return Entry(file, "jsonl", lambda: _calibration.read_texts(file))
+    return Entry(file, "jsonl", lambda: calibration.read_texts(file))
 
 
 def _images(folder: Path, suffix: str) -> Entry:
@@ -318,7 +318,7 @@ def _images(folder: Path, suffix: str) -> Entry:
     def processor(images: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.tensor(images.resize((2, 2)).getpixel((0, 0))).float()[None]}
 
-    return Entry(folder / f"1.{suffix}", "bytes", lambda: _calibration.images(processor, folder, samples=2), 0.3)
+    return Entry(folder / f"1.{suffix}", "bytes", lambda: calibration.images(processor, folder, samples=2), 0.3)
 
 
 def png_images(folder: Path) -> Entry:

@@ -6,11 +6,11 @@ import torch
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.fold import fold_
-from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing, trainable
-from weightsmith.quantize.finish import integer_weights
-from weightsmith.quantize.lsq import ActivationQuantizer
-from weightsmith.quantize.prepare import calibrate_, prepare_ofq_
-from weightsmith.quantize.weight_quantizer import WeightQuantizer, sites
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing, near_threshold
+from weightsmith.quantize.in_training.finish import integer_weights
+from weightsmith.quantize.in_training.lsq import ActivationQuantizer
+from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
+from weightsmith.quantize.in_training.weight_quantizer import WeightQuantizer, sites
 
 transformers = pytest.importorskip("transformers")
 from weightsmith.integrations.transformers import AnnealingCallback  # noqa: E402
@@ -127,7 +127,7 @@ def test_a_trainer_anneals_at_the_end(tmp_path):
     trainer = transformers.Trainer(model, arguments, train_dataset=Pixels(), callbacks=[callback, Watch()])
     trainer.train()
     for step in range(6):
-        may = trainable(seen[step], 2, 0.02)
+        may = near_threshold(seen[step], 2, 0.02)
         moved = seen[step] != seen[step + 1]
         assert moved[~may].any() == (step < 3)
         assert moved[may].any()

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from weightsmith import adapt, quantize
-from weightsmith.quantize import Grid, export_onnx, flexround_, load_quantized, round_to_nearest_, save_quantized
+from weightsmith.quantize import (
+    Grid,
+    export_onnx,
+    flexround_,
+    load_quantized,
+    round_to_nearest_,
+    save_quantized,
+)
 
 FUNCTIONS = {
     f"{package.__name__}.{name}": list(inspect.signature(getattr(package, name)).parameters.values())

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.quantize import Grid, QuantizedWeight, RoundToNearest, quantized_weights, write_
+from weightsmith.quantize import Grid, QuantizedWeight, quantized_weights
+from weightsmith.quantize.after_training.rtn import RoundToNearest
+from weightsmith.quantize.grid import write_quantized_
 
 
 def weight(*shape, dtype=torch.float32, seed=0):
@@ -33,7 +35,7 @@ grids = st.builds(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=40, deadline=None)
-def test_codes_are_in_range_and_dequantise_to_the_rounded_weight_bit_for_bit(grid, seed, axis, dtype):
+def test_codes_are_in_range_and_dequantize_to_the_rounded_weight_bit_for_bit(grid, seed, axis, dtype):
     w = weight(8, 12, dtype=dtype, seed=seed)
     rounding = RoundToNearest(w, grid, axis=axis)
     found = rounding.quantized(w)
@@ -63,7 +65,7 @@ def test_size_counts_packed_codes_scales_and_zero_points():
 
 def test_a_model_remembers_its_codes_through_copies_pickles_and_half_precision():
     layer = nn.Sequential(nn.Linear(12, 8))
-    write_(layer[0], RoundToNearest(layer[0].weight, Grid(3)).quantized(layer[0].weight))
+    write_quantized_(layer[0], RoundToNearest(layer[0].weight, Grid(3)).quantized(layer[0].weight))
     codes = quantized_weights(layer)["0.weight"].codes
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).bfloat16()):
         assert torch.equal(quantized_weights(other)["0.weight"].codes, codes)
@@ -72,7 +74,7 @@ def test_a_model_remembers_its_codes_through_copies_pickles_and_half_precision()
 
 def test_a_weight_changed_since_is_named():
     layer = nn.Linear(12, 8)
-    write_(layer, RoundToNearest(layer.weight, Grid(3)).quantized(layer.weight))
+    write_quantized_(layer, RoundToNearest(layer.weight, Grid(3)).quantized(layer.weight))
     layer.weight.data[2, 3] += 1
     with pytest.raises(UsageError, match="weight has been changed"):
         quantized_weights(layer)

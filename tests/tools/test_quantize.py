@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError
 from weightsmith.quantize import Grid, round_to_nearest_
-from weightsmith.quantize.export import load_quantized
+from weightsmith.quantize.formats.export import load_quantized
 from weightsmith.quantize.grid import quantized_weights
-from weightsmith.tools import quantize as tool
-from weightsmith.tools._perplexity import perplexity
-from weightsmith.tools._source import Source
 from weightsmith.tools.quantize import REPORT, quantize
+from weightsmith.tools.quantize import command as tool
+from weightsmith.tools.quantize.perplexity import perplexity
+from weightsmith.tools.quantize.source import Source
 
 WORDS = [f"w{index}" for index in range(40)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama with a tokeniser of 43 words, and texts to calibrate and evaluate with."""
+    """A tiny Llama with a tokenizer of 43 words, and texts to calibrate and evaluate with."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -178,7 +178,7 @@ def test_the_command_writes_gptq_folders_with_the_same_weights(folder, tmp_path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_killed_run_goes_on_from_its_last_finished_block_and_ends_alike(folder, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_from_its_last_finished_block_and_ends_equal(folder, tmp_path, monkeypatch):
     out, arguments = tmp_path / "out", {"method": "flexround", "calibration": folder / "text.jsonl", **SMALL}
     quantize(folder / "llama", out=tmp_path / "unbroken", **arguments)
     keep = tool.Partial.keep_
@@ -410,7 +410,7 @@ def test_an_image_model_is_calibrated_with_a_folder_of_images(folder, tmp_path):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_perplexity_counts_every_predicted_token_alike(folder, bos):
+def test_perplexity_counts_every_predicted_token_equally(folder, bos):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (kind.from_pretrained(folder / "llama") for kind in (AutoModelForCausalLM, AutoTokenizer))

@@ -137,7 +137,7 @@ def test_damaged_finished_blocks_say_what_to_remove(llama, tmp_path, monkeypatch
         raise OSError("No space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("weightsmith.tools.quantize.save_quantized", full)
+        patch.setattr("weightsmith.tools.quantize.command.save_quantized", full)
         with pytest.raises(OSError, match="No space"):
             quantize(llama, out=tmp_path / "out", **RTN)
     for file in (tmp_path / "out.partial").rglob("*.safetensors"):

@@ -30,7 +30,6 @@ from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.select import Where
 
 Variant = Literal["row", "col", "free", "miss", "mini"]
-GUIDED = ("row", "col", "free")
 SHARED = ("miss", "mini")
 
 

@@ -37,23 +37,6 @@ def round_ste(x: Tensor) -> Tensor:
     return straight_through(x, x.round())
 
 
-def clamp_ste(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Clamp to ``[low, high]``, ``d out / d x = 1`` also outside the interval.
-
-    Args:
-        x: Any shape, floating point.
-        low: Lower end; a tensor broadcasts.
-        high: Upper end; a tensor broadcasts.
-    """
-    return straight_through(
-        x,
-        torch.maximum(
-            torch.minimum(x, torch.as_tensor(high, dtype=x.dtype, device=x.device)),
-            torch.as_tensor(low, dtype=x.dtype, device=x.device),
-        ),
-    )
-
-
 def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
     """Smallest and largest code of a two's-complement (signed) or plain binary integer.
 

@@ -22,7 +22,14 @@ from weightsmith.lab.sweep import sweep
 from weightsmith.lab.task import Batch, Task, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
-from weightsmith.quantize import Grid, adaquant_, adaround_, flexround_, round_to_nearest_
+from weightsmith.quantize import (
+    Grid,
+    LearningOptions,
+    adaquant_,
+    adaround_,
+    flexround_,
+    round_to_nearest_,
+)
 from weightsmith.quantize.report import Report
 
 _ALL_BITS = (4, 3, 2)
@@ -220,13 +227,20 @@ def _fresh(config: Config, job: Job, task: Task) -> nn.Module:
 
 def _settings(config: Config, arm: str) -> list[Rounding]:
     """Every setting that an arm is tried with, as ``(model, calibration, grid, seed) -> report``."""
-    shared: dict[str, Any] = {"blocks": config.blocks, "batch_size": config.round_batch, "measured_batches": None}
+    shared: dict[str, Any] = {"blocks": config.blocks, "batch_size": config.round_batch}
+    everything = LearningOptions(measured_batches=None)
 
     def with_options(verb: Callable[..., Report], **options: Any) -> Rounding:
-        return lambda model, calibration, grid, seed: verb(model, calibration, grid, seed=seed, **shared, **options)
+        return lambda model, calibration, grid, seed: verb(
+            model, calibration, grid, seed=seed, **shared, **options, options=everything
+        )
 
     if arm == "rtn":
-        return [lambda model, calibration, grid, _: round_to_nearest_(model, calibration, grid, **shared)]
+        return [
+            lambda model, calibration, grid, _: round_to_nearest_(
+                model, calibration, grid, **shared, measured_batches=None
+            )
+        ]
     if arm.startswith("adaround"):
         iterations = config.iterations * (config.long if arm == "adaround-long" else 1)
         return [

@@ -25,10 +25,15 @@ from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import Hook
 from weightsmith.optim import param_groups
-from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing
-from weightsmith.quantize.distillation import teacher_loss
-from weightsmith.quantize.oscillation import Dampening, IterativeFreezing, OscillationTracker, boundary_occupancy
-from weightsmith.quantize.prepare import calibrate_, prepare_ofq_
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing
+from weightsmith.quantize.in_training.distillation import teacher_loss
+from weightsmith.quantize.in_training.oscillation import (
+    Dampening,
+    IterativeFreezing,
+    OscillationTracker,
+    boundary_occupancy,
+)
+from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +257,7 @@ def _train(config: Config, job: Job, task: Task, model: nn.Module, teacher: nn.M
 
 
 def _looking(tracker: OscillationTracker, optimizer: torch.optim.Optimizer, half: int) -> Any:
-    """Report what oscillates with every row, and start counting anew at half of the steps."""
+    """Report what oscillates with every row, and restart counting at half of the steps."""
 
     def look(model: nn.Module) -> dict[str, float]:
         seen = tracker.report()

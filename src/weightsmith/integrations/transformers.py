@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from weightsmith.average import MergeReport, find_checkpoints, merge_checkpoints
 from weightsmith.core.errors import UsageError, WeightsmithWarning, require
 from weightsmith.integrations.bone import merge_bone_checkpoints
-from weightsmith.quantize.annealing import ConfidenceGuidedAnnealing
+from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing
 
 TrainerCallback: Any = require("transformers", extra="hf", purpose="trainer callbacks").TrainerCallback
 

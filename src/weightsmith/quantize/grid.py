@@ -1,7 +1,7 @@
 """The integer grid that weights are put on, and what a weight on it consists of: codes, steps and zero-points.
 
 A grid value is ``scale * (code - zero_point + offset)``. One scale serves a whole tensor, an output channel, or a
-group of neighbouring inputs of one output channel.
+group of neighboring inputs of one output channel.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ class Grid:
     """How finely weights are kept.
 
     Args:
-        bits: Word length, 2 to 8.
+        bits: Bit width, 2 to 8.
         symmetric: ``True``: signed codes around 0, no zero-point; ``False``: codes from 0 and an integer zero-point.
-        granularity: One scale per output ``"channel"``, per ``"tensor"``, or per group of so many inputs (matrices).
+        granularity: One scale per output ``"channel"``, per ``"tensor"``, or per group of n inputs (matrices).
         search: How the step is found. ``"minmax"`` covers the largest weights; ``"shrink"`` also tries to shorten both
-            ends together, ``"search"`` each on its own; both minimise the mean of ``|w - w_hat|^2.4``. ``None``:
+            ends together, ``"search"`` each on its own; both minimize the mean of ``|w - w_hat|^2.4``. ``None``:
             ``"search"`` below 8 bits, ``"minmax"`` at 8.
         narrow: Symmetric grids only: let the largest weight land on the largest code. By default the range is
             divided by ``2^bits - 1`` as in the FlexRound authors' code, which costs the largest weight half a step.
@@ -100,6 +100,12 @@ class Grid:
         return rows.reshape(len(rows), rows.shape[1] // self.granularity, self.granularity, 1)
 
 
+def check_bits(bits: int, argument: str = "bits") -> None:
+    """Refuse bit widths outside 1 to 8."""
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise UsageError(f"{argument} must be an integer between 1 and 8, got {bits}")
+
+
 def as_grid(grid: Grid | int) -> Grid:
     """A grid, or the default one of that many bits.
 
@@ -122,7 +128,7 @@ class QuantizedWeight:
             ``[-2^(bits-1), 2^(bits-1) - 1]`` when symmetric.
         scale: ``(rows, groups)``; one row for ``"tensor"``, else one per output channel; one group unless group-wise.
         zero_point: As ``scale``, in the dtype of ``codes``; zeros when symmetric.
-        bits: Word length.
+        bits: Bit width.
         symmetric: Whether codes are signed.
         granularity: ``"channel"``, ``"tensor"`` or the group size.
         axis: Where the output channels are in ``codes``.
@@ -187,7 +193,7 @@ class QuantizedWeight:
 
 
 @torch.no_grad()
-def write_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
+def write_quantized_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
     """Put a quantized weight into a module: its values into the parameter, itself beside it.
 
     Args:
@@ -197,10 +203,10 @@ def write_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight"
     """
     weight = module.get_parameter(tensor)
     weight.copy_(quantized.dequantize(weight.dtype))
-    attach_(module, quantized, tensor)
+    attach_quantized_(module, quantized, tensor)
 
 
-def attach_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
+def attach_quantized_(module: nn.Module, quantized: QuantizedWeight, tensor: str = "weight") -> None:
     """Remember of which codes a module's parameter consists; not part of its ``state_dict()``.
 
     Args:

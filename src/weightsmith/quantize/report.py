@@ -1,4 +1,4 @@
-"""What quantisation did to a model, layer by layer and block by block."""
+"""What quantization did to a model, layer by layer and block by block."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,14 +12,14 @@ from weightsmith.quantize.grid import Grid, QuantizedWeight
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One quantised weight.
+    """One quantized weight.
 
     Attributes:
         name: Of the parameter.
-        bits: Word length.
+        bits: Bit width.
         numel: Number of weights.
         weight_error_rtn: ``||w_hat - w||^2 / ||w||^2`` of round-to-nearest.
-        weight_error: The same of what was kept; learnt rounding lets it grow so that outputs come closer.
+        weight_error: The same of what was kept; learned rounding lets it grow so that outputs come closer.
         moved: Share of codes that differ from those of round-to-nearest.
     """
 
@@ -74,7 +74,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A quantised model.
+    """A quantized model.
 
     Attributes:
         model: The model itself, changed in place.
@@ -83,7 +83,7 @@ class Report:
         blocks: In the order of the model.
         seconds: Wall time.
         bytes_before: All parameters of the model.
-        bytes_after: The same with the quantised ones packed.
+        bytes_after: The same with the quantized ones packed.
         unseen: Layers, or experts such as ``"mlp.experts.down_proj[3]"``, that no calibration sample reached: they are
             rounded to nearest.
         left: Parameters with two axes or more that stay as they were, if they are a thousandth of the model or more.

@@ -7,6 +7,7 @@ from weightsmith.quantize import (
     Dampening,
     Grid,
     IterativeFreezing,
+    LearningOptions,
     OscillationTracker,
     adaquant_,
     adaround_,
@@ -63,7 +64,7 @@ def _round(verb, **options):
 
 
 # a few large steps, of which the last is kept: what is learnt must show, not be good
-_LEARNING = {"iterations": 3, "lr": 0.05, "batch_size": 2, "keep_best": False}
+_LEARNING = {"iterations": 3, "lr": 0.05, "batch_size": 2, "options": LearningOptions(keep_best=False)}
 
 ROUNDINGS = {
     "weightsmith.quantize.round_to_nearest_": [

@@ -1,0 +1,1 @@
+"""Round the weights of a trained model, with or without calibration data."""

@@ -1,0 +1,1 @@
+"""Write and read quantized models: packed integers, folders, ONNX."""

@@ -1,0 +1,1 @@
+"""Train a model whose weights and activations are on a grid."""
