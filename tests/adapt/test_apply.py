@@ -115,7 +115,7 @@ def test_save_load_continue_equals_never_having_stopped(name, net, x, tmp_path):
     assert losses(resumed, optimizer, x, 3) == straight
 
 
-@pytest.mark.parametrize("name", ["miss", "row", "col"])
+@pytest.mark.parametrize("name", ["miss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("row", "col"))])
 def test_an_adapted_model_compiles_without_a_graph_break(name, net, x, shake):
     shake(apply_bone_(net, on_body(name)))
     torch._dynamo.reset()

@@ -186,7 +186,7 @@ def test_autocast_computes_in_its_dtype_and_trains_in_float32(form):
 
 
 @each_form
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_compiles_without_a_graph_break(form, fused):
     variant, weight, block, x = draw(form, 2, 3, 2, 1)
     block.requires_grad_()

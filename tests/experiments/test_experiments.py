@@ -18,7 +18,7 @@ from weightsmith.techniques import TECHNIQUES
 
 SMALL = {"train_examples": 60, "test_examples": 12}
 CONFIGS = {
-    "adamp": {"epochs": 1, **SMALL},
+    "adamp": {"epochs": 1, "sgd_lrs": (0.1, 0.3), "adam_lrs": (0.003, 0.01), **SMALL},
     "weight-compander": {"epochs": 1, **SMALL},
     "ofq": {"epochs": 1, "pretrain_epochs": 1, "anneal_epochs": 1, **SMALL},
     "bone": {"pretrain_epochs": 1, "steps": 4, "early": 2, **SMALL},
@@ -61,7 +61,14 @@ def test_a_run_ends_in_a_report_and_measures_every_metric(tmp_path, slug):
     assert experiment.title in page.read_text()
 
 
-@pytest.mark.parametrize("slug", ["adamp", "bone", "mwa", "flexround", "weight-compander"])
+@pytest.mark.parametrize(
+    "slug",
+    [
+        "bone",
+        "flexround",
+        *(pytest.param(slug, marks=pytest.mark.slow) for slug in ("adamp", "mwa", "weight-compander")),
+    ],
+)
 def test_every_experiment_runs_on_questions_too(tmp_path, slug):
     experiment, config = small(slug, **TEXT)
     arms = [arm.name for arm in experiment.arms(config)][-2:]

@@ -144,12 +144,14 @@ def test_a_killed_worker_costs_its_own_job(tmp_path):
     assert "was killed" in (done.folder / "plain" / "seed-1.error.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_may_take_only_so_long(tmp_path):
     done = run(toy.EXPERIMENT, toy.Config(slow="plain"), seeds=1, out=tmp_path, workers=2, time_limit=3.0)
     assert done.finished == [("better", 0)]
     assert done.failures[0].error == "it took longer than the time limit of 3 seconds"
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
     out = tmp_path / "runs"
     config = toy.Config(seconds=0.4)
@@ -165,6 +167,7 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path):
     assert {("better", 0), ("plain", 1)} <= set(results(folder))
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_parent_that_nobody_reaps(tmp_path):
     process = started(toy.Config(seconds=2.0, counter=str(tmp_path)), tmp_path / "runs", seeds=20, workers=2)
     wait_for(lambda: list(tmp_path.glob("*-*-*[0-9]")))
@@ -176,6 +179,7 @@ def test_workers_do_not_outlive_a_killed_parent_that_nobody_reaps(tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder_share_the_work(tmp_path):
     calls = tmp_path / "calls"
     calls.mkdir()
@@ -317,6 +321,7 @@ def test_finding_ten_thousand_finished_jobs_takes_seconds(tmp_path):
     assert time.perf_counter() - begin < 60  # a hang, not a speed
 
 
+@pytest.mark.slow
 def test_a_real_ray_cluster_survives_a_killed_worker_and_gives_the_same_results(tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster

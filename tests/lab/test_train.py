@@ -299,6 +299,7 @@ torch.save(result, f"{sys.argv[1]}/{state.process_index}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
