@@ -1,6 +1,7 @@
 """Write what README and docs repeat of cards and committed results; ``--check`` only compares."""
 
 import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ DETAILS = "<details><summary>Announced</summary>\n\n{}\n</details>\n"
 
 def table(cards: str, *, available: bool) -> str:
     """The techniques as Markdown; ``cards`` is the path from the page to the method cards."""
-    lines = ["| technique | what it is for | what it does to weights | paper |", "|---|---|---|---|"]
+    lines = ["| technique | what it is for | stage | paper |", "|---|---|---|---|"]
     for card in TECHNIQUES:
         if card.available == available:
             name = f"[{card.title}]({cards}{card.slug}.md)" if available else card.title
@@ -66,8 +67,15 @@ def reference(room: str) -> str:
     leading = [public for public in names if f"{name}.{public}" in cards]
     others = [public for public in names if public not in leading]
     text = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      members: false\n"
-    text += "".join(f"\n::: {name}.{public}\n" for public in leading)
-    return text + folded("What these take and return", [f"{name}.{public}" for public in others])
+    text += "".join(f"\n::: {path(name, public)}\n" for public in leading)
+    return text + folded("What these take and return", [path(name, public) for public in others])
+
+
+def path(package: str, public: str) -> str:
+    """Where the reference finds a public name; one that is also a module's is named where it is defined."""
+    if importlib.util.find_spec(f"{package}.{public}"):
+        return f"{getattr(importlib.import_module(package), public).__module__}.{public}"
+    return f"{package}.{public}"
 
 
 def folded(title: str, names: list[str]) -> str:

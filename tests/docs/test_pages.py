@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from weightsmith import ROOMS
+from weightsmith.techniques import TECHNIQUES
+
 pytest.importorskip("mkdocs")
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +68,14 @@ def test_api_pages_show_verbs_first_and_fold_the_rest(site):
     verb, folded = html.index('id="weightsmith.quantize.flexround_"'), html.index("What these take and return")
     assert verb < html.index('id="weightsmith.quantize.Grid"') < folded
     assert folded < html.index('id="weightsmith.quantize.LayerReport"')
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_in_the_reference_as_what_it_is(site, room):
+    html = (site / f"api/{room}/index.html").read_text()
+    names = [name for card in TECHNIQUES for name in card.names if name.startswith(f"weightsmith.{room}.")]
+    anchors = [f'id="{place}" class="doc' for name in names for place in (name, f"{name}.{name.rpartition('.')[2]}")]
+    assert sum(anchor in html for anchor in anchors) == len({*names})
 
 
 @pytest.mark.parametrize(
