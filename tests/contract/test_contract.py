@@ -24,18 +24,8 @@ from weightsmith.testing import Change, Optimizer
 NAMES = [name for card in TECHNIQUES if card.available for name in card.names]
 
 
-def returning_the_model(verb):
-    """A rounding verb's report is of numbers, without the model."""
-
-    def apply(model, x, **options):
-        verb(model, x, **options)
-        return model
-
-    return apply
-
-
 CALLED = {name: [Optimizer(make) for make in made] for name, made in OPTIMIZERS.items()}
-CALLED |= {name: [Change(returning_the_model(verb)) for verb in verbs] for name, verbs in ROUNDINGS.items()}
+CALLED |= {name: [Change(verb) for verb in verbs] for name, verbs in ROUNDINGS.items()}
 CALLED |= REWRITES | CHANGES | PARAMETRIZATIONS | FUNCTIONS | STATES
 CASES = {*CALLED, *FOLLOWERS, *ALONGSIDE, *ELSEWHERE}
 
