@@ -64,7 +64,7 @@ def reference(room: str) -> str:
     order = {public: position for position, public in enumerate(listed)}
     cards = {public for card in TECHNIQUES for public in card.names}
     names = sorted(face.__all__, key=lambda public: (not public.endswith("_"), order.get(public, len(order)), public))
-    leading = [public for public in names if f"{name}.{public}" in cards]
+    leading = [public for public in names if public.endswith("_") or f"{name}.{public}" in cards]
     others = [public for public in names if public not in leading]
     text = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      members: false\n"
     text += "".join(f"\n::: {path(name, public)}\n" for public in leading)

@@ -67,7 +67,7 @@ def test_api_pages_show_verbs_first_and_fold_the_rest(site):
     html = (site / "api/quantize/index.html").read_text()
     verb, folded = html.index('id="weightsmith.quantize.flexround_"'), html.index("What these take and return")
     assert verb < html.index('id="weightsmith.quantize.Grid"') < folded
-    assert folded < html.index('id="weightsmith.quantize.quantize_activations_"')
+    assert folded < html.index('id="weightsmith.quantize.Activations"')
 
 
 @pytest.mark.parametrize("room", ROOMS)
