@@ -3,9 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # everything that tests load is on disk: without this, libraries ask the hub first, and wait where there is no network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# how long an example takes says how busy the machine is
+settings.register_profile("weightsmith", deadline=None)
+settings.load_profile("weightsmith")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -332,7 +332,7 @@ def _chosen(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[
 
     def can(_: str, module: nn.Module) -> bool:
         known = isinstance(module, BoneLayer) or kind_of(module) is not None
-        return known and id(module) not in inside and not _is_empty(module.weight)
+        return known and id(module) not in inside and not _is_empty(getattr(module, "weight", None))
 
     def usual(name: str, module: nn.Module) -> bool:
         flat = not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding)
