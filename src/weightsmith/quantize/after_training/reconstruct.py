@@ -2,7 +2,7 @@
 
 The objective of a block ``f`` is ``||f(W, x) - f(W_hat, x_q)||^2``, with ``x`` its input in the trained model and
 ``x_q`` that behind the blocks quantized so far (FlexRound, arXiv 2306.00317; BRECQ, arXiv 2102.05426). Both streams
-advance together, so no block is run again for the sake of a later one, and one block at a time is held in float32.
+advance together, so every block is run once per stream, and one block at a time is held in float32.
 """
 
 import math

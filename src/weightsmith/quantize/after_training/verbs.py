@@ -57,17 +57,17 @@ def flexround_(
     safe: bool = False,
     compiled: bool = False,
 ) -> Report:
-    """Quantize a trained model, learning by division to which integer each weight goes; in place, block by block.
+    """Quantize a trained model in place, block by block, with FlexRound: learn a divisor for every weight.
 
-    ``w_hat = s1 * clamp(round(w / (s1 * S2 * s3 * s4)), low, high)``, every factor learned so that block outputs stay
-    what they were. Afterwards weights are plain parameters on their grid; `quantized_weights` gives their codes.
+    ``w_hat = s1 * clamp(round(w / (s1 * S2 * s3 * s4)), low, high)``. All factors are learned to preserve the output of
+    each block. Afterwards the weights are plain parameters on the grid; `quantized_weights` returns their codes.
 
     Args:
-        model: Changed block after block, once everything has been checked. Its modes and flags are restored.
+        model: Changed block by block, after all arguments have been checked. Its training modes are restored.
         calibration: A few hundred unlabeled samples: a tensor or array; or an iterable of batches such as a
             ``DataLoader`` (tensors, dicts, tuples or lists whose first item is taken); a one-dimensional integer tensor
             is one token sequence. Unequal lengths are padded, and the padding is left out of the loss.
-        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
+        grid: The grid of the weights; an integer is a number of bits, ``Grid(bits)``.
         iterations: Steps per block.
         lr: Learning rate of Adam. ``"auto"`` tries 3e-3, 1e-3 and 3e-4 for 100 steps of the first block.
         seed: Seed of the order of batches and everything else that is random.
@@ -166,7 +166,7 @@ def adaround_(
     options: LearningOptions = _OPTIONS,
     penalty: float = 0.01,
 ) -> Report:
-    """Quantize a trained model, learning for each weight whether it is rounded up or down; in place, block by block.
+    """Quantize a trained model in place, block by block, with AdaRound: learn to round each weight up or down.
 
     Args:
         model: As for `flexround_`.
@@ -232,12 +232,12 @@ def adaquant_(
     done: Done | None = None,
     options: LearningOptions = _OPTIONS,
 ) -> Report:
-    """Quantize a trained model, learning an additive correction of each weight and the step; in place, block by block.
+    """Quantize a trained model in place, block by block, with AdaQuant: learn an offset of each weight, and the step.
 
     Args:
         model: As for `flexround_`.
         calibration: As for `flexround_`.
-        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
+        grid: The grid of the weights; an integer is a number of bits, ``Grid(bits)``.
         iterations: Steps per block.
         lr: As for `flexround_`.
         seed: As for `flexround_`.
@@ -292,13 +292,13 @@ def round_to_nearest_(
     done: Done | None = None,
     measured_batches: int | None = 8,
 ) -> Report:
-    """Quantize a trained model by rounding every weight to the nearest value of its grid; in place.
+    """Round every weight of a trained model to the nearest value of its grid, in place.
 
     Args:
         model: Changed once everything has been checked.
         calibration: Only to measure the error of block outputs, as for `flexround_`; ``None``: neither data nor blocks
             are needed, and every layer is reported on its own.
-        grid: Where weights are put; a number of bits stands for ``Grid(bits)``.
+        grid: The grid of the weights; an integer is a number of bits, ``Grid(bits)``.
         blocks: What is quantized together. ``"auto"``: each module of the longest list of equal blocks, such as
             ``model.layers``. ``"layers"``: each layer. ``"whole"``: the model. Or a list of module names.
         batch_size: Samples per step; ``None``: 2 for token sequences, 32 otherwise.

@@ -1,4 +1,4 @@
-"""``weightsmith quantize``: a folder with a Hugging Face model in, a folder with its weights on a few bits out."""
+"""``weightsmith quantize``: quantize the weights of a Hugging Face model folder."""
 
 import dataclasses
 import functools
@@ -77,22 +77,22 @@ def quantize(
     allow_pickle: bool = False,
     console: tyro.conf.Suppress[Console | None] = None,
 ) -> int:
-    """Put a model's weights on a few bits, block by block; the result loads with transformers where the format allows.
+    """Quantize a model's weights to a few bits, block by block; transformers loads the result where the format allows.
 
-    Memory: the block at hand in float32 with what its method learns (FlexRound: about 20 bytes per weight of the
-    block), and two streams of activations (samples x length x width); at the end the packed weights; with --evaluate,
-    the logits of one window. Everything else is read from files: what is finished is kept in OUT.partial until the end
-    (the size of the model and a byte per quantized weight), and the same command goes on there after a kill.
+    Memory: the current block in float32 with what its method learns (FlexRound: about 20 bytes per weight of the
+    block), and two sets of activations (samples x length x width). At the end, the packed weights. With --evaluate, the
+    logits of one window. Everything else is read from files. Finished blocks are kept in OUT.partial until the end
+    (the size of the model and a byte per quantized weight). After a kill, the same command resumes from there.
 
     Args:
         model_dir: Folder with config.json and weights of a causal language model, a text encoder or an image model.
-        out: Folder to write; it appears whole. A folder that this command has written is replaced, any other refused.
+        out: Folder to write, atomically. A folder written by this command is replaced; any other is refused.
         method: How weights are rounded.
         bits: Bits per weight, 2 to 8.
         granularity: One scale per tensor, channel, or group:N (N neighboring inputs).
         symmetric: Signed codes without a zero-point.
-        search: How steps begin: minmax covers the largest weights; shrink (80 tries) and search (100 times 2^bits
-            tries, minutes to hours) clip them where that lowers the error of the weights.
+        search: How the initial steps are found: minmax covers the largest weights; shrink (80 tries) and search (100
+            times 2^bits tries, minutes to hours) clip them where that lowers the error of the weights.
         calibration: A .jsonl (field text, else all strings) or .txt file, or a folder of images. rtn needs none, but
             measures the error of block outputs only with it.
         samples: Sequences or images to calibrate with; 512, with --quick 32.
@@ -100,10 +100,10 @@ def quantize(
         iterations: Steps per block; flexround 5000, adaround 20000, with --quick 200.
         batch_size: Samples per step; 2 sequences or 32 images by default.
         lr: Learning rate.
-        seed: Of everything that is drawn.
+        seed: Seed of everything random.
         blocks: auto, layers, whole, or module names separated by commas.
-        quick: Few iterations and samples: to see that it works.
-        device: Where the block at hand, and for the evaluation the model, is worked on: a CUDA device if there is one.
+        quick: Few iterations and samples, for a first try.
+        device: Device for the current block and for the evaluation. Default: CUDA if available.
         evaluate: A .jsonl or .txt file: report perplexity on it before and after (causal language models).
         window: Tokens per window of the evaluation, at most what the model takes.
         bos: Begin every window of the evaluation with the BOS token.
@@ -111,9 +111,9 @@ def quantize(
             layers with the largest errors and, for causal language models, a greedy continuation before and after.
         format: compressed-tensors, gptq (2, 3, 4 or 8 bits), weightsmith, or auto: compressed-tensors where it can
             hold the result, else weightsmith.
-        trust_remote_code: Run Python files that the model's folder brings, which can do anything.
-        allow_pickle: Also read weights from .bin files, and from those nothing but plain tensors.
-        console: Where to write to.
+        trust_remote_code: Run the Python files in the model's folder. They can execute any code.
+        allow_pickle: Also read .bin files; only plain tensors are read from them.
+        console: Console for the output.
     """
     started = time.perf_counter()
     console = console or Console()
@@ -230,7 +230,7 @@ def _device(name: str | None) -> torch.device | None:
         torch.ones(1, device=name).cpu()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise UsageError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"device {name!r} is unavailable: {str(error).splitlines()[0]}") from error
 
 
 def _check_out(out: Path, sources: list[Path]) -> None:
@@ -251,7 +251,7 @@ def _fingerprint(inputs: Any) -> str:
 
 
 class _Judge:
-    """Perplexity on a text; everything that can be wrong with it is found when it is made."""
+    """Perplexity on a text; invalid arguments fail in the constructor."""
 
     def __init__(self, source: Source, path: Path, window: int, bos: bool, device: torch.device | None) -> None:
         if not source.is_causal:
