@@ -36,10 +36,10 @@ def load_module(name: str, argument: str) -> ModuleType:
 def _remember(names: set[str], folder: Path) -> None:
     for name in names:
         file = getattr(sys.modules[name], "__file__", None)
-        path = Path(file) if file else None
-        if path and path.suffix == ".py" and path.is_relative_to(folder) and "site-packages" not in path.parts:
-            if name.partition(".")[0] != "weightsmith":
-                _texts[name] = (path, path.read_bytes())
+        path = Path(file or "")
+        own = path.is_relative_to(folder) and "site-packages" not in path.parts
+        if own and path.suffix == ".py" and name.partition(".")[0] != "weightsmith":
+            _texts[name] = (path, path.read_bytes())
 
 
 def _forget_edited() -> None:
