@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import math
 import re
@@ -369,6 +371,31 @@ def test_advice_follows_from_the_primary_claims(tmp_path, scores, claim, advice)
     primary = Claim(text="New beats old", metric="acc", winner="new", loser="old", primary=True, **claim)
     report = load(make_run(tmp_path, runs, claims=(primary,)))
     assert words.answer(report)[-1].startswith(advice)
+
+
+ADVICE = {
+    ("supported", "no relevant effect"): "Use new here: it is better than",
+    ("supported", "refuted"): "Whether to use new here depends on what counts: it is better than",
+    ("refuted", "no relevant effect"): "Do not use new here: it is not better than",
+    ("refuted", "undecided"): "Do not use new here: it is not better than",
+    ("refuted", "not run"): "Do not use new here: it is not better than",
+}
+
+
+@pytest.mark.parametrize("pair", list(itertools.product(words.SYMBOLS, repeat=2)))
+def test_two_verdicts_about_one_arm_are_one_piece_of_advice(tmp_path, pair):
+    report = load(make_run(tmp_path))
+    first = next(one for one in report.judgements if one.claim.winner == "new")
+    judgements = [dataclasses.replace(first, verdict=verdict) for verdict in pair]
+    report = dataclasses.replace(report, judgements=judgements)
+    for one in judgements:
+        assert one.claim.winner == "new"
+    said = words.advice(report)
+    assert said.lower().count("new") == 1
+    assert ";" not in said
+    if pair[0] != pair[1]:
+        expected = ADVICE.get(pair) or ADVICE.get(pair[::-1]) or "Whether to use new here is undecided: it is "
+        assert said.startswith(expected)
 
 
 def test_sweeps_are_drawn_against_the_number_of_trials(tmp_path):

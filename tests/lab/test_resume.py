@@ -150,6 +150,18 @@ def test_a_loss_with_another_weight_is_another_loss():
     assert function_words(partial(weighted, weight=1)) != function_words(partial(plain_run, weight=1))
 
 
+def test_a_loss_that_counts_its_calls_stays_the_same_loss():
+    calls = 0
+
+    def loss(model, batch):
+        nonlocal calls
+        calls += 1
+
+    before = function_words(loss)
+    loss(None, None)
+    assert function_words(loss) == before
+
+
 def test_first_weights_that_differ_in_order_alone_are_told_apart():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.load_state_dict({"weight": first.weight.flip(0), "bias": first.bias})

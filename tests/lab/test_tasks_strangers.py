@@ -144,6 +144,20 @@ def test_a_decoder_without_a_padding_token_classifies_a_text_as_it_does_alone(he
         make_task(TaskConfig(task="sentences", data="uneven.csv", model="./gpt", length=64))
 
 
+def test_data_that_change_between_two_runs_of_one_process_are_read_again(here):
+    from dataclasses import replace
+
+    from weightsmith.experiments.adamp import EXPERIMENT
+    from weightsmith.lab.run import check
+
+    config = replace(EXPERIMENT.preset("smoke"), task="sentences", data=reviews(here), batch_size=8)
+    before, _ = check(EXPERIMENT, config)
+    file = here / "reviews.csv"
+    file.write_text(file.read_text().replace("plot", "story"))
+    after, _ = check(EXPERIMENT, config)
+    assert before.fingerprint != after.fingerprint
+
+
 def test_changed_texts_are_other_data_and_untouched_ones_are_not(here):
     config = TaskConfig(task="sentences", data=reviews(here))
     before = make_task(config).fingerprint

@@ -167,6 +167,12 @@ def test_divergence_is_a_result_and_no_error(task):
     assert fitted.steps < 6
 
 
+def test_a_last_step_that_leaves_weights_no_layer_can_use_is_a_divergence(task):
+    fitted = trained(task, lr=1e30, steps=1, validate="never")
+    assert all(parameter.isfinite().all() for parameter in fitted.model.parameters())
+    assert fitted.diverged
+
+
 def test_the_precision_may_change_between_runs_and_leaves_no_trace(task):
     plain = trained(task).model
     half = trained(task, mixed_precision="bf16").model

@@ -9,9 +9,14 @@ from typing import Any
 
 from weightsmith.core.errors import UsageError, near
 
+# what loading brought in from the user's folder: by module name, its file and the text it was run from
+_texts: dict[str, tuple[Path, bytes]] = {}
+
 
 def load_module(name: str, argument: str) -> ModuleType:
     """Import a module by name, from the current folder too, or a Python file by path.
+
+    Files that were edited since they were loaded here are run anew, and what was loaded beside them too.
 
     Args:
         name: ``"package.module"`` or ``"path/to/file.py"``; what the file imports from its own folder is found.
@@ -20,8 +25,36 @@ def load_module(name: str, argument: str) -> ModuleType:
     Raises:
         UsageError: There is no such module or file.
     """
-    if name.endswith(".py"):
-        return _load_file(Path(name), argument)
+    _forget_edited()
+    before = set(sys.modules)
+    by_path = name.endswith(".py")
+    module = _load_file(Path(name), argument) if by_path else _import(name, argument)
+    _remember(set(sys.modules) - before, Path(name).resolve().parent if by_path else Path.cwd())
+    return module
+
+
+def _remember(names: set[str], folder: Path) -> None:
+    for name in names:
+        file = getattr(sys.modules[name], "__file__", None)
+        path = Path(file or "")
+        own = path.is_relative_to(folder) and "site-packages" not in path.parts
+        if own and path.suffix == ".py" and name.partition(".")[0] != "weightsmith":
+            _texts[name] = (path, path.read_bytes())
+
+
+def _forget_edited() -> None:
+    # a fingerprint reads the text on disk: results of older code must not be stored under it
+    if all(path.is_file() and path.read_bytes() == text for path, text in _texts.values()):
+        return
+    for name, (path, _) in _texts.items():
+        sys.modules.pop(name, None)
+        # bytecode is told apart by size and whole seconds: an edit at once would go unseen
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+    _texts.clear()
+    importlib.invalidate_caches()
+
+
+def _import(name: str, argument: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

@@ -1,5 +1,6 @@
 """What tells one model, data set or call of ``fit`` from another, so that no result is shared by mistake."""
 
+import dis
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -70,7 +71,14 @@ def _words(values: Iterable[Any], depth: int) -> str:
 
 
 def _enclosed(function: Callable[..., Any]) -> Iterable[Any]:
-    for cell in getattr(function, "__closure__", None) or ():
+    """What a closure holds, without what it changes itself: a counter would make another function of each call."""
+    cells = getattr(function, "__closure__", None)
+    if not cells or not hasattr(function, "__code__"):
+        return
+    changed = {step.argval for step in dis.get_instructions(function) if step.opname == "STORE_DEREF"}
+    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+        if name in changed:
+            continue
         try:
             value = cell.cell_contents
         except ValueError:  # not assigned yet

@@ -26,6 +26,7 @@ from weightsmith.lab.probe import Probe, probe
 from weightsmith.lab.record import JobResult
 from weightsmith.lab.stats import Plan, decided, judge
 from weightsmith.lab.task import Task
+from weightsmith.lab.tasks import shared_task
 
 JobName = tuple[str, int]
 Watch = Callable[["Run", int], contextlib.AbstractContextManager[Callable[[], None]]]
@@ -152,6 +153,7 @@ def check(experiment: Experiment[Any], config: Any) -> tuple[Task | None, Probe 
     experiment.check(config)
     if experiment.task is None:
         return None, None
+    shared_task.cache_clear()  # in a notebook the data may have changed since the last run
     task = experiment.task(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(experiment.resources.cpus)

@@ -182,9 +182,10 @@ def fit(
             }
         seed_everything(seed + rank)  # dropout is to differ between processes; batches follow from the seed alone
         wrapped, stepper = accelerator.prepare(model, optimizer)
-        # its wrapper looks for other libraries on disk at every step, which a small network would feel
+        # its wrappers look for other libraries on disk at every step, which a small network would feel
         plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
         take_step = optimizer.step if plain else stepper.step
+        backward = torch.Tensor.backward if plain else accelerator.backward
         parts = {"model": model, "optimizer": stepper, "scaler": accelerator.scaler} | {
             f"hook {index}": hook.state for index, hook in enumerate(hooks)
         }
@@ -205,7 +206,7 @@ def fit(
                     group["lr"] = lr * times(progress.step)
                 optimizer.zero_grad()
                 scaled = _total(losses(wrapped, batch), batch) * (processes / batch_size)
-                accelerator.backward(scaled)
+                backward(scaled)
                 value = reduce(scaled.detach(), "mean").item() if processes > 1 else scaled.item()
                 if not math.isfinite(value):
                     progress.diverged = True
@@ -236,7 +237,7 @@ def fit(
                 progress.save_if_due()
 
             # the loss of the last step was taken before it: its damage shows in the weights alone
-            progress.diverged = progress.diverged or not all(bool(p.isfinite().all()) for p in model.parameters())
+            progress.diverged = progress.diverged or not all(map(_is_finite, model.parameters()))
             if progress.diverged and not (progress.rows and progress.rows[-1].get("diverged")):
                 progress.rows.append({"step": progress.step, "epoch": progress.step / epoch_steps, "diverged": 1.0})
                 record(progress.rows[-1])
@@ -337,6 +338,12 @@ def _validation(task: Task, model: nn.Module) -> Row:
     if not task.rows.get("validation", 1):
         return {}
     return {f"validation_{name}": value for name, value in task.evaluate(model, "validation").metrics.items()}
+
+
+def _is_finite(parameter: Tensor) -> bool:
+    # by its norm: weights of 1e29 are numbers still, and no layer can compute with them
+    values = parameter.detach()
+    return bool(torch.linalg.vector_norm(values if values.dtype == torch.float64 else values.float()).isfinite())
 
 
 def _ignore(_: Row) -> None:

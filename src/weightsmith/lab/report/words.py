@@ -83,16 +83,51 @@ def advice(report: Report) -> str:
     leading = report.primary or report.judgements
     if not leading:
         return "This experiment declares no claims."
-    said: dict[tuple[str, str], Judgement] = {}
-    for judgement in leading:  # of two undecided claims about one arm, the one that needs more seeds
-        key = (judgement.claim.winner, judgement.verdict)
-        if key not in said or (judgement.seeds_needed or 0) > (said[key].seeds_needed or 0):
-            said[key] = judgement
-    text = "; ".join(_advice(report.label(winner), judgement) for (winner, _), judgement in said.items())
+    by_arm: dict[str, list[Judgement]] = {}
+    for judgement in leading:
+        by_arm.setdefault(judgement.claim.winner, []).append(judgement)
+    text = "; ".join(_advice(report, arm, judgements) for arm, judgements in by_arm.items())
     return text[0].upper() + text[1:] + "."
 
 
-def _advice(name: str, judgement: Judgement) -> str:
+def _advice(report: Report, arm: str, judgements: list[Judgement]) -> str:
+    # two verdicts about one arm must not read as two pieces of advice
+    name = report.label(arm)
+    verdicts = {judgement.verdict for judgement in judgements}
+    if len(verdicts) == 1:
+        return _one_verdict(name, max(judgements, key=lambda judgement: judgement.seeds_needed or 0))
+    against = {
+        verdict: " and ".join(
+            dict.fromkeys(_beside(report, judgement) for judgement in judgements if judgement.verdict == verdict)
+        )
+        for verdict in verdicts
+    }
+    parts = [template.format(against[verdict]) for verdict, template in _MIXED.items() if verdict in against]
+    if {"supported", "refuted"} <= verdicts:
+        what = f"whether to use {name} here depends on what counts"
+    elif "refuted" in verdicts:
+        what = f"do not use {name} here"
+    elif verdicts == {"supported", "no relevant effect"}:
+        what = f"use {name} here"
+    else:
+        what = f"whether to use {name} here is undecided"
+    return f"{what}: it is {', '.join(parts[:-1])} and {parts[-1]}"
+
+
+_MIXED: Mapping[Verdict, str] = {
+    "supported": "better than {}",
+    "refuted": "not better than {}",
+    "no relevant effect": "without relevant difference from {}",
+    "undecided": "undecided against {}",
+    "not run": "not compared with {}",
+}
+
+
+def _beside(report: Report, judgement: Judgement) -> str:
+    return f"{report.label(judgement.claim.loser)} in {report.metric(judgement.claim).label}"
+
+
+def _one_verdict(name: str, judgement: Judgement) -> str:
     if judgement.verdict == "supported":
         return f"use {name} here"
     if judgement.verdict == "refuted":
