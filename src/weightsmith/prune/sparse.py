@@ -1,0 +1,126 @@
+"""Files that shrink with the number of zeros: a bit per entry and the values that are kept.
+
+A safetensors file with, for every sparse tensor ``NAME``, ``NAME.mask`` (bits, uint8) and ``NAME.values`` (in row-major
+order); other tensors are stored as they are. Shapes are in the header. In float32 a sparse tensor takes ``1/32 +
+density`` of its dense size. The mask, not the zeros, says what is kept: a kept value may be 0.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError, reason
+from weightsmith.core.files import file_atomically
+from weightsmith.core.json_files import parse_json
+from weightsmith.prune.bits import pack_bits, unpack_bits
+
+_FORMAT = "weightsmith sparse 1"
+
+
+def save_sparse(
+    model: nn.Module | Mapping[str, Tensor], path: Path | str, *, masks: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write a model's tensors, those with enough zeros as bits and values.
+
+    Args:
+        model: A module, or a state dict.
+        path: The file, by convention ``.safetensors``.
+        masks: Which entries are kept, by name, for example ``pruner.masks``; ``None``: those that are not 0.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: A mask has another shape than its tensor, or is of a tensor that there is not.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
+    masks = dict(masks or {})
+    for name, mask in masks.items():
+        if name not in state or state[name].shape != mask.shape:
+            got = tuple(state[name].shape) if name in state else "no such tensor"
+            raise UsageError(f"masks: {name} has shape {tuple(mask.shape)}, the model has {got}")
+    stored: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in seen:
+            tied[name] = seen[place]
+            continue
+        seen[place] = name
+        tensor = tensor.detach().cpu().contiguous()
+        mask = masks[name].cpu() if name in masks else tensor != 0
+        kept = int(mask.sum())
+        if name not in masks and kept * tensor.element_size() + math.ceil(mask.numel() / 8) >= tensor.nbytes:
+            stored[name] = tensor.clone()
+            continue
+        stored[f"{name}.mask"], stored[f"{name}.values"] = pack_bits(mask), tensor[mask]
+        shapes[name] = list(tensor.shape)
+    path = Path(path)
+    header = {"format": _FORMAT, "shapes": json.dumps(shapes), "tied": json.dumps(tied)}
+    with file_atomically(path) as fresh:
+        save_file(stored, fresh, metadata=header)
+    return path
+
+
+def load_sparse(path: Path | str, model: nn.Module | None = None, *, strict: bool = True) -> dict[str, Tensor]:
+    """Read what :func:`save_sparse` wrote.
+
+    Args:
+        path: The file.
+        model: Load into this module as well.
+        strict: As in ``load_state_dict``.
+
+    Returns:
+        The dense state dict.
+
+    Raises:
+        UsageError: The file is missing, damaged, or no sparse file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"path {str(path)!r}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"path {str(path)!r} cannot be read: {reason(error)}") from error
+    if header.get("format") != _FORMAT:
+        raise UsageError(f"path {str(path)!r} is no sparse file of this library: load it as plain safetensors")
+    shapes = parse_json(header.get("shapes", ""), f"shapes of {path}")
+    tied = parse_json(header.get("tied", ""), f"ties of {path}")
+    state: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 <= size < 2**40 for size in shape):
+            raise UsageError(f"path {str(path)!r} is damaged: {name!r} has no shape")
+        if not {f"{name}.mask", f"{name}.values"} <= stored.keys():
+            raise UsageError(f"path {str(path)!r} is damaged: mask or values of {name!r} are missing")
+        packed, values = stored.pop(f"{name}.mask"), stored.pop(f"{name}.values")
+        mask = unpack_bits(packed, tuple(shape))
+        if values.dim() != 1 or int(mask.sum()) != len(values):
+            raise UsageError(
+                f"path {str(path)!r} is damaged: {name!r} has {values.numel()} values for {int(mask.sum())} bits"
+            )
+        state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values)
+    state |= stored
+    for name, source in tied.items():
+        if not isinstance(source, str) or source not in state:
+            raise UsageError(f"path {str(path)!r} is damaged: {name!r} is tied to {source!r}, which is missing")
+        state[name] = state[source]
+    if model is not None:
+        model.load_state_dict(state, strict=strict)
+    return state
+
+
+def sparse_masks(path: Path | str) -> dict[str, Tensor]:
+    """The masks of a sparse file as bits, by name."""
+    with safe_open(path, framework="pt") as file:
+        return {name.removesuffix(".mask"): file.get_tensor(name) for name in file.keys() if name.endswith(".mask")}  # noqa: SIM118

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from weightsmith.core.errors import UsageError
+from weightsmith.prune import iterate
+from weightsmith.prune.lottery import rounds_for
+
+
+def make():
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 2))
+
+
+class Training:
+    """Counts, and stops where it is told: the power goes out."""
+
+    def __init__(self, stop_at=None, late=False):
+        self.rounds, self.stop_at, self.late = [], stop_at, late
+
+    def __call__(self, model, pruner, number):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        pruner.attach(optimizer)
+        x, y = torch.randn(32, 4), torch.arange(32) % 2
+        for step in range(6):
+            if number == self.stop_at and step == 3:
+                raise KeyboardInterrupt
+            if self.late and number == 0 and step == 2:
+                pruner.snapshot("step 2")
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        self.rounds.append(number)
+
+
+def evaluate(model):
+    return {"norm": sum(p.detach().double().square().sum().item() for p in model.parameters())}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_killed_run_goes_on_and_ends_as_one_that_never_stopped(tmp_path, late):
+    options = {"rounds": 3, "amount": 0.3, "rewind_to": "step 2" if late else "init", "scope": "layerwise"}
+    whole = iterate(make, Training(late=late), evaluate, out=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        iterate(make, Training(2, late), evaluate, out=tmp_path / "killed", **options)
+    again = Training(late=late)
+    resumed = iterate(make, again, evaluate, out=tmp_path / "killed", **options)
+    assert again.rounds == [2, 3]
+    assert [r.metrics for r in resumed] == [r.metrics for r in whole]
+    assert [r.density for r in resumed] == pytest.approx([1, 0.7, 0.49, 0.343], abs=0.03)
+    for one, other in zip(resumed, whole, strict=True):
+        assert (one.folder / "model.safetensors").read_bytes() == (other.folder / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_trains_nothing_and_nothing_need_be_written(tmp_path):
+    done = iterate(make, Training(), evaluate, rounds=1, out=tmp_path)
+    again = Training()
+    assert iterate(make, again, evaluate, rounds=1, out=tmp_path) == done
+    assert again.rounds == []
+    assert iterate(make, Training(), evaluate, rounds=1)[1].metrics == done[1].metrics
+
+
+def test_a_density_sets_the_number_of_rounds():
+    assert rounds_for(0.1, 0.2) == pytest.approx([0.2] * 10 + [1 - 0.1 / 0.8**10])
+    assert rounds_for(0.64, 0.2) == pytest.approx([0.2, 0.2])
+    done = iterate(make, Training(), evaluate, target_density=0.3, amount=0.5)
+    assert len(done) == 3
+    assert done[-1].density == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds must be"),
+        ({"amount": 0.0}, "amount must be above 0"),
+        ({"amount": 20}, "amount must be a fraction"),
+        ({"target_density": 1.5}, "target_density must be"),
+        ({"rewind_to": "epoch 9", "rounds": 1}, "snapshot 'epoch 9' is missing"),
+    ],
+)
+def test_bad_use(options, message):
+    with pytest.raises(UsageError, match=message):
+        iterate(make, Training(), evaluate, **options)
+
+
+def test_another_question_does_not_take_an_earlier_answer(tmp_path):
+    iterate(make, Training(), evaluate, rounds=1, amount=0.2, out=tmp_path)
+    with pytest.raises(UsageError, match="choose another folder"):
+        iterate(make, Training(), evaluate, rounds=1, amount=0.3, out=tmp_path)
