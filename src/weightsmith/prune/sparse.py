@@ -20,7 +20,7 @@ from weightsmith.core.files import file_atomically
 from weightsmith.core.json_files import parse_json
 from weightsmith.prune.bits import pack_bits, unpack_bits
 
-_FORMAT = "weightsmith sparse 1"
+_KEY = "weightsmith_sparse"
 
 
 def save_sparse(
@@ -64,7 +64,7 @@ def save_sparse(
         stored[f"{name}.mask"], stored[f"{name}.values"] = pack_bits(mask), tensor[mask]
         shapes[name] = list(tensor.shape)
     path = Path(path)
-    header = {"format": _FORMAT, "shapes": json.dumps(shapes), "tied": json.dumps(tied)}
+    header = {_KEY: json.dumps({"shapes": shapes, "tied": tied})}  # one key: their order in a file is not fixed
     with file_atomically(path) as fresh:
         save_file(stored, fresh, metadata=header)
     return path
@@ -93,10 +93,12 @@ def load_sparse(path: Path | str, model: nn.Module | None = None, *, strict: boo
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"path {str(path)!r} cannot be read: {reason(error)}") from error
-    if header.get("format") != _FORMAT:
+    if _KEY not in header:
         raise UsageError(f"path {str(path)!r} is no sparse file of this library: load it as plain safetensors")
-    shapes = parse_json(header.get("shapes", ""), f"shapes of {path}")
-    tied = parse_json(header.get("tied", ""), f"ties of {path}")
+    table = parse_json(header[_KEY], f"the header of {path}")
+    shapes, tied = table.get("shapes"), table.get("tied")
+    if not isinstance(shapes, dict) or not isinstance(tied, dict):
+        raise UsageError(f"path {str(path)!r} is damaged: its header has no shapes")
     state: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if not isinstance(shape, list) or not all(isinstance(size, int) and 0 <= size < 2**40 for size in shape):
