@@ -12,7 +12,7 @@ from torch import nn
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.prune import MagnitudePruner
 from weightsmith.prune.bits import pack_bits, unpack_bits
-from weightsmith.prune.ranking import kth_smallest
+from weightsmith.prune.ranking import percentile
 
 
 def network(seed=0, dtype=torch.float32):
@@ -52,10 +52,27 @@ def test_the_ranked_value_is_that_of_a_sort(values, data):
     nonzero = sorted(v for v in values if v)
     if not nonzero:
         return
-    k = data.draw(st.integers(0, len(nonzero) - 1))
+    amount = data.draw(st.floats(0, 0.99))
+    k = math.ceil(amount * (len(nonzero) - 1))
     for dtype in (torch.float32, torch.float64):
         tensor = torch.tensor(values, dtype=dtype)
-        assert kth_smallest(lambda: iter([tensor[:1], tensor[1:]]), k) == nonzero[k]  # noqa: B023
+        assert percentile(lambda: iter([tensor[:1], tensor[1:]]), amount, tensor[::2]) == (nonzero[k], k)  # noqa: B023
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 99), st.floats(0, 0.99), st.sampled_from(["plain", "sorted", "ties", "zeros"]))
+def test_a_sample_that_misleads_changes_nothing(seed, amount, kind):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(300_000, generator=generator).abs()
+    if kind == "sorted":
+        values = values.sort().values
+    if kind == "ties":
+        values = (values * 2).round()
+    if kind == "zeros":
+        values[::997] = 0  # what the sample sees
+    nonzero = values[values > 0].sort().values
+    k = math.ceil(amount * (len(nonzero) - 1))
+    assert percentile(lambda: iter(values.split(1 << 17)), amount, values[::997]) == (nonzero[k].item(), k)
 
 
 @given(st.lists(st.booleans(), max_size=40))

@@ -1,7 +1,7 @@
-"""The k-th smallest of many numbers in several tensors, exactly and without putting them into one.
+"""A percentile of many numbers in several tensors, exactly and without putting them into one.
 
-Non-negative floats are ordered as their bit patterns are. Two passes count the upper and the lower 16 bits of float32
-patterns; float64 takes four. Only a piece of a tensor is copied at a time.
+A sample brackets the percentile; one pass counts what lies below the bracket and collects what lies inside, of which
+the right one is selected. If the sample misleads, the bracket is widened.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,45 +12,50 @@ from torch import Tensor
 Scores = Callable[[], Iterator[Tensor]]
 """Gives the numbers anew for every pass: 1-D tensors, float32 or float64, all of one dtype, none negative."""
 
+_BRACKETS = (0.01, 0.1, 1.0)
 
-def kth_smallest(scores: Scores, k: int) -> float:
-    """The value with exactly ``k`` others before it in ascending order, zeros left out.
+
+def percentile(scores: Scores, amount: float, sample: Tensor) -> tuple[float, int] | None:
+    """The nonzero number with a share of the other nonzero ones below it.
+
+    With linear interpolation at ``amount (count - 1)``, comparing strictly with the percentile is the same as comparing
+    with the number at the next whole position, which this returns.
 
     Args:
         scores: The numbers; zeros do not count.
-        k: From 0 to the number of nonzero ones less 1.
+        amount: The share, in [0, 1).
+        sample: Some of the numbers, ``(m,)``: any will do, a fair sample saves passes.
 
     Returns:
-        The value, as a Python float of the same value.
+        The number as a Python float of the same value, and how many others come before it in ascending order; ``None``:
+        all are zero.
     """
-    prefix: int | None = None
-    shift = None
-    while shift != 0:
-        counts = np.zeros(1 << 16, np.int64)
-        width = 32
+    known = np.sort(sample.numpy())
+    known = known[known > 0]
+    for width in _BRACKETS:
+        low, high = _bracket(known, amount, width)
+        below, count = 0, 0
+        inside = []
         for piece in scores():
-            width = piece.element_size() * 8
-            at = width - 16 if shift is None else shift - 16
-            bits = piece.numpy().view(np.uint32 if width == 32 else np.uint64)
-            bits = bits[bits != 0]
-            if prefix is not None:
-                bits = bits[(bits >> (at + 16)) == prefix]
-            counts += np.bincount((bits >> at).astype(np.uint16), minlength=1 << 16)
-        shift = width - 16 if shift is None else shift - 16
-        below = counts.cumsum()
-        bucket = int(below.searchsorted(k, side="right"))
-        k -= int(below[bucket - 1]) if bucket else 0
-        prefix = bucket if prefix is None else (prefix << 16) | bucket
-    assert prefix is not None
-    kind = np.uint32 if width == 32 else np.uint64
-    return float(np.array([prefix], kind).view(np.float32 if width == 32 else np.float64)[0])
+            values = piece.numpy()
+            nonzero = int(np.count_nonzero(values))
+            under = values < low
+            count += nonzero
+            below += int(np.count_nonzero(under)) - (len(values) - nonzero)
+            inside.append(values[(values <= high) & ~under])
+        if not count:
+            return None
+        index = int(np.ceil(amount * (count - 1)))
+        found = np.concatenate(inside)
+        if 0 <= index - below < len(found):
+            return float(np.partition(found, index - below)[index - below]), index
+    raise AssertionError("the widest bracket holds every number")
 
 
-def cutoff_index(amount: float, count: int) -> int:
-    """How many of ``count`` ranked numbers lie below their ``amount`` percentile, when all differ.
-
-    With linear interpolation at ``amount (count - 1)``, comparing strictly with the percentile is the same as comparing
-    with the number at the next whole position.
-    """
-    position = amount * (count - 1)
-    return int(np.ceil(position))
+def _bracket(sample: np.ndarray, amount: float, width: float) -> tuple[float, float]:
+    """Bounds between which the percentile should lie; the lower one above 0."""
+    least = float(np.finfo(sample.dtype).smallest_subnormal)
+    if width >= 1 or len(sample) < 100:
+        return least, np.inf
+    first, last = (int(len(sample) * share) for share in (amount - width, amount + width))
+    return float(sample[first]) if first > 0 else least, float(sample[last]) if last < len(sample) else np.inf

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weightsmith.prune.ranking import cutoff_index, kth_smallest
+from weightsmith.prune.ranking import percentile
 
 _PIECE = 1 << 20
+_STRIDE = 997  # prime, so that it does not fall in step with rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,11 @@ def prune_ranked(
     def scores() -> Iterator[Tensor]:
         return (piece for ranked in weights for _, piece in ranked.pieces(dtype))
 
-    count = sum(int(piece.count_nonzero()) for piece in scores())
-    if not count:
+    sample = torch.cat([ranked.score(ranked.weight.reshape(-1)[::_STRIDE].cpu(), 0).to(dtype) for ranked in weights])
+    cut = percentile(scores, amount, sample)
+    if cut is None:
         return None
-    index = cutoff_index(amount, count)
-    threshold = kth_smallest(scores, index)
+    threshold, index = cut
     ties_to_remove = 0
     if exact:
         ties_to_remove = index - sum(int(((piece > 0) & (piece < threshold)).sum()) for piece in scores())
@@ -74,7 +75,7 @@ def prune_ranked(
             kept.append(keep)
         mask = torch.cat(kept).reshape(ranked.mask.shape) & ranked.mask.cpu()
         least = math.ceil(min_density * mask.numel())
-        found.append(_highest(ranked, least, dtype) if int(mask.sum()) < least else mask)
+        found.append(_highest(ranked, least, dtype) if int(mask.count_nonzero()) < least else mask)
     return found
 
 
@@ -82,5 +83,5 @@ def _highest(ranked: Ranked, count: int, dtype: torch.dtype) -> Tensor:
     """The ``count`` entries of the highest score, among those that are left."""
     left = ranked.mask.reshape(-1).cpu()
     scores = torch.cat([piece for _, piece in ranked.pieces(dtype)]).masked_fill(~left, -1.0)
-    best = scores.topk(min(count, int(left.sum()))).indices
+    best = scores.topk(min(count, int(left.count_nonzero()))).indices
     return torch.zeros_like(left).index_fill_(0, best, True).reshape(ranked.mask.shape)
