@@ -25,6 +25,10 @@ _COMMANDS = {
     "report": ("weightsmith.cli.reports", "Rebuild the report of one or several run folders."),
     "verify": ("weightsmith.cli.reports", "Repeat one seed of a committed result and compare."),
     "merge": ("weightsmith.tools.merge", "Merge the checkpoints of one training run, weighted by what it has logged."),
+    "prune": (
+        "weightsmith.tools.prune",
+        "Set the smallest weights of a checkpoint folder to zero; write a smaller file beside it if you like.",
+    ),
     "quantize": (
         "weightsmith.tools.quantize",
         "Quantize a Hugging Face model folder, block by block, into integer weights that load elsewhere.",

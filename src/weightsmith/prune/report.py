@@ -42,12 +42,12 @@ class PruneReport:
     """Densities by tensor, and both totals: of what could be pruned, and of all parameters.
 
     Attributes:
-        model: The model.
+        model: The model; ``None`` for a folder.
         tensors: Every parameter once.
         left_out: Why weights that look prunable are not, by name.
     """
 
-    model: nn.Module
+    model: nn.Module | None
     tensors: tuple[TensorDensity, ...]
     left_out: dict[str, str] = field(default_factory=dict)
 
