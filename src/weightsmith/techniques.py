@@ -167,6 +167,18 @@ TECHNIQUES = (
         year=2025,
         arxiv="2510.14463",
         code="Thomkat/MIR-L",
+        names=(
+            "weightsmith.prune.MagnitudePruner",
+            "weightsmith.prune.PruneReport",
+            "weightsmith.prune.TensorDensity",
+            "weightsmith.prune.iterate",
+            "weightsmith.prune.Round",
+            "weightsmith.prune.save_sparse",
+            "weightsmith.prune.load_sparse",
+            "weightsmith.prune.shrink_",
+            "weightsmith.prune.Shrunk",
+        ),
+        experiment="weightsmith.experiments.mir_l",
     ),
     Technique(
         slug="flexround",

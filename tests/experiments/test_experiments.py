@@ -25,6 +25,7 @@ CONFIGS = {
     "mwa": {"pretrain_steps": 3, "steps": 6, "save_every": 1, **SMALL},
     "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
     "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
+    "mir-l": {"steps": 4, "warmup": 1, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 
@@ -93,6 +94,7 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("mwa", "loss"),
         ("flexround", "flexround"),
         ("weight-aligning", "bic"),
+        ("mir-l", "imp"),
     ],
 )
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):

@@ -33,6 +33,7 @@ _COMMANDS = {
         "weightsmith.tools.quantize",
         "Quantize a Hugging Face model folder, block by block, into integer weights that load elsewhere.",
     ),
+    "restore": ("weightsmith.tools.restore", "Take noise, haze or rain off an image with a trained network."),
 }
 
 

@@ -89,6 +89,15 @@ def _mwa(model: nn.Module) -> tuple[bool, str]:
     return True, f"any run that saves several checkpoints and logs a loss{more}"
 
 
+def _mir_l(model: nn.Module) -> tuple[bool, str]:
+    layers = [module for module in model.modules() if isinstance(module, _MATRICES)]
+    if not layers:
+        return False, "no linear or convolution layer"
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(module.weight.numel() for module in layers) / max(1, total)
+    return True, f"{share:.0%} of the parameters can be pruned; costs a whole training per round"
+
+
 def _weight_aligning(model: nn.Module) -> tuple[bool, str]:
     heads = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not heads:
@@ -114,6 +123,7 @@ def _experts(model: nn.Module) -> list[str]:
 RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
     "weight-compander": _compander,
     "adamp": _adamp,
+    "mir-l": _mir_l,
     "flexround": _flexround,
     "ofq": _ofq,
     "bone": _bone,

@@ -30,9 +30,8 @@ def prune(
     """Set the smallest weights of a checkpoint folder to zero, and write a folder that loads like the old one.
 
     Nothing gets faster by that, and the folder stays as large: zeros are stored and multiplied like other numbers.
-    --sparse
-    writes a file that is smaller; serving engines do not read it. Prune a trained model only as a start: quality falls
-    until what is left has been trained again (weightsmith.prune.iterate).
+    --sparse writes a file that is smaller; serving engines do not read it. Quality falls until what is left has been
+    trained again (weightsmith.prune.iterate).
 
     Args:
         checkpoint: A folder with safetensors files, or one such file.

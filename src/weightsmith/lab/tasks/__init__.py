@@ -6,6 +6,7 @@
 | ``sentences`` | classify texts |
 | ``language`` | predict the next token of running text |
 | ``questions`` | answer questions, trained on the answers alone |
+| ``restoration`` | take noise, haze and rain off photographs |
 | ``module:function`` | a task of your own: a function that returns a `weightsmith.lab.task.Task` |
 """
 

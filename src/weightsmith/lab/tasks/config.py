@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.lab.data.degradations import DEGRADATIONS
 from weightsmith.lab.data.labels import check_counts
 from weightsmith.lab.experiment import Metric
 from weightsmith.lab.progress import seed_everything
@@ -18,24 +19,29 @@ from weightsmith.lab.schedule import Schedule, check_schedule, length
 from weightsmith.lab.task import Split, Task
 from weightsmith.lab.train import Fitted, check_precision, fit
 
-TASKS = ("images", "sentences", "language", "questions")
+TASKS = ("images", "sentences", "language", "questions", "restoration")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskConfig:
     """What is trained, on what."""
 
-    DEFAULT_DATA: ClassVar[Mapping[str, str]] = {"images": "digits", "questions": "arithmetic"}
+    DEFAULT_DATA: ClassVar[Mapping[str, str]] = {
+        "images": "digits",
+        "questions": "arithmetic",
+        "restoration": "photographs",
+    }
     DEFAULT_MODELS: ClassVar[Mapping[str, str]] = {
         "images": "convnet",
         "sentences": "bag",
         "language": "transformer",
         "questions": "transformer",
+        "restoration": "promptir-12",
     }
 
     task: str = "images"
-    """What to train on: images, sentences, language, questions, or your own as module:function or file.py:function that
-    returns a task, or a function that makes the model and datasets to train and test on."""
+    """What to train on: images, sentences, language, questions, restoration, or your own as module:function or
+    file.py:function that returns a task, or a function that makes the model and datasets to train and test on."""
     data: str = ""
     """Data: a name (digits, mnist, cifar10 ...), a file, a folder or a hub id. Empty: the task's bundled data."""
     model: str = ""
@@ -68,7 +74,8 @@ class TaskConfig:
     metric: str = ""
     """Your own metric, module:function: (outputs, targets) -> one number per example, higher is better."""
     worth: float | None = None
-    """Smallest gain worth having, in the unit of the score; by default half a point of accuracy, or 0.01 of loss."""
+    """Smallest gain worth having, in the unit of the score; by default half a point of accuracy, 0.01 of loss, or 0.1
+    dB."""
 
     @property
     def data_name(self) -> str:
@@ -84,14 +91,21 @@ class TaskConfig:
         return self.model or self.DEFAULT_MODELS.get(self.task, "")
 
     @property
+    def degradations(self) -> tuple[str, ...]:
+        """What was done to the images, where they are to be restored; their quality is measured for each."""
+        return DEGRADATIONS if self.task == "restoration" else ()
+
+    @property
     def in_points(self) -> bool:
         """Whether the score is a share that is shown in percent."""
-        return ":" not in self.task and self.task != "language" and not self.metric
+        return ":" not in self.task and self.task not in ("language", "restoration") and not self.metric
 
     def score_metric(self) -> Metric:
         """The metric named ``score`` by which arms are compared on this task."""
         if ":" in self.task:
             found = shared_task(self).metric
+        elif self.task == "restoration":
+            found = Metric("psnr", "test PSNR dB", "higher", ".2f")
         elif self.task == "language":
             found = Metric("loss", "test loss per token", "lower", ".4f")
         elif self.metric:
@@ -105,7 +119,8 @@ class TaskConfig:
     @property
     def least(self) -> float:
         """The smallest gain worth having."""
-        return self.worth if self.worth is not None else (0.5 if self.in_points else 0.01)
+        by_task = {"restoration": 0.1}.get(self.task, 0.01)
+        return self.worth if self.worth is not None else (0.5 if self.in_points else by_task)
 
     def paper_gain(self, points: float) -> float | None:
         """The paper's gain in points of accuracy, where the score is one."""

@@ -1,0 +1,101 @@
+"""Restore photographs: noise, haze and rain taken off by one network."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.load import load_object
+from weightsmith.lab.data.degradations import DEGRADATIONS
+from weightsmith.lab.data.photographs import Patches, load_photographs
+from weightsmith.lab.experiment import Metric
+from weightsmith.lab.models.promptir import PromptIR
+from weightsmith.lab.task import Batch, Outcome, Split, Task, forward
+from weightsmith.lab.tasks.code import code_of
+from weightsmith.lab.tasks.config import TaskConfig
+from weightsmith.lab.tasks.scoring import load_weights
+from weightsmith.lab.train import evaluate
+
+_PATCHES, _TEST_PATCHES, _SIDE = 384, 96, 32
+_SMALL = {
+    "num_blocks": (1, 1), "num_refinement": 1, "heads": (1, 2), "expansion": 2.0, "prompt_sizes": (8,),
+    "prompt_length": 3,
+}  # fmt: skip
+
+
+def network(name: str) -> Callable[[], nn.Module]:
+    """The model by its name: ``promptir``, ``promptir-WIDTH`` for a small one, or ``module:function``.
+
+    Raises:
+        UsageError: There is no such model.
+    """
+    kind, _, width = name.partition("-")
+    if name == "promptir":
+        return PromptIR
+    if kind == "promptir" and width.isdecimal() and int(width) > 0 and int(width) % 2 == 0:
+        return partial(PromptIR, int(width), **_SMALL)  # type: ignore[arg-type]
+    if ":" in name:
+        made: Callable[[], nn.Module] = load_object(name, "model")
+        return made
+    raise UsageError(f"model must be promptir, promptir-WIDTH with an even width, or module:function, got {name!r}")
+
+
+def make(config: TaskConfig) -> Task:
+    """Load the photographs and make the task."""
+    photographs = load_photographs(config.data_name)
+    side = config.size or _SIDE
+    test_side = min([2 * side, *(min(image.shape[:2]) for image in photographs.test + photographs.validation)])
+    count = config.test_examples or _TEST_PATCHES
+    train = Patches(photographs.train, config.train_examples or _PATCHES, side, draw_anew=True)
+    splits = {
+        "validation": Patches(photographs.validation, count, test_side, draw_anew=False),
+        "test": Patches(photographs.test, count, test_side, draw_anew=False),
+    }
+    build = network(config.model_name)
+
+    def measure(model: nn.Module, split: Split) -> Outcome:
+        patches = splits[split] if split != "train" else train
+        found = evaluate(model, patches, _scores, batch_size=32)
+        kinds = torch.arange(len(patches)) % len(DEGRADATIONS)
+        more = {
+            f"{name}_{kind}": found.scores[name][kinds == number].mean().item()
+            for number, kind in enumerate(DEGRADATIONS)
+            for name in ("psnr", "gain")
+        }
+        return Outcome({**found.metrics, **more}, found.scores)
+
+    return Task(
+        build=lambda: load_weights(build(), config.checkpoint),
+        train=train,
+        losses=_losses,
+        evaluate=measure,
+        example=lambda: splits["validation"].__getitems__(range(min(3, count))),
+        metric=Metric("psnr", "test PSNR dB", "higher", ".2f"),
+        name=config.data_name,
+        held_out=splits,
+        fingerprint=photographs.fingerprint + code_of(config.model, config.checkpoint),
+        facts={
+            "data": f"{config.data_name}, patches of {side} x {side} pixels with noise, haze or rain",
+            "model": config.model_name,
+        },
+    )
+
+
+def _losses(model: nn.Module, batch: Batch) -> Tensor:
+    assert batch.targets is not None
+    return (forward(model, batch) - batch.targets).abs().flatten(1).mean(1)
+
+
+def _scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    assert batch.targets is not None
+    restored = forward(model, batch).float().clamp(0, 1)
+    loss = (restored - batch.targets).abs().flatten(1).mean(1)
+    psnr, before = _psnr(restored, batch.targets), _psnr(batch.inputs, batch.targets)
+    return {"loss": loss, "psnr": psnr, "gain": psnr - before}
+
+
+def _psnr(images: Tensor, clean: Tensor) -> Tensor:
+    error = (images - clean).square().flatten(1).mean(1).clamp_min(1e-10)
+    return -10 * error.log10()
