@@ -44,13 +44,13 @@ def prune_folder(
         folder: Holds safetensors files; other files are copied.
         out: The folder to make.
         amount: Share of the weights to remove.
-        scope: See :class:`weightsmith.prune.MagnitudePruner`.
+        scope: See `weightsmith.prune.MagnitudePruner`.
         names: Globs over tensor names, of which a leading ``!`` excludes. By default the linear layers and convolutions
             of the model that ``config.json`` names, without embeddings and output layers; without such a file every
             floating-point tensor of two dimensions or more.
         pattern: Instead of ``amount``: 2 of every 4, or 4 of 8, neighbors stay.
         min_density: Every tensor keeps at least this share.
-        sparse: Also write this file, in the format of :func:`weightsmith.prune.save_sparse`.
+        sparse: Also write this file, in the format of `weightsmith.prune.save_sparse`.
         overwrite: Replace what is at ``out``.
 
     Returns:

@@ -91,7 +91,7 @@ def iterate(
         rewind_to: ``"init"``, ``"last"`` (go on from the trained weights), or the label of a snapshot.
         out: A folder, for a folder per round; an earlier run there with the same settings is continued.
         seed: Of the first weights; round ``r`` trains after ``seed + r + 1`` is set.
-        options: Of :class:`MagnitudePruner`.
+        options: Of `MagnitudePruner`.
 
     Returns:
         The rounds, the dense one first.

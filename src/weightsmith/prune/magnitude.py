@@ -38,7 +38,7 @@ class MagnitudePruner:
     """Masks over a model's weights.
 
     Args:
-        model: Any module; it is not changed until :meth:`prune_`.
+        model: Any module; it is not changed until `prune_`.
         scope: What shares a threshold: ``"global"`` (the paper), ``"layerwise"``, or globs over parameter names, one
             group each.
         where: Which modules; ``None``: all linear layers, convolutions, packed projections and expert stacks.
@@ -49,11 +49,11 @@ class MagnitudePruner:
         faithful: The rules of the authors' code instead: prune every parameter with "weight" in its name, normalization
             gains among them; half the amount for names with "output" when layerwise; no least density; rewind only
             weights and biases.
-        seed: Of the score ``"random"`` and of :meth:`shuffle_`.
+        seed: Of the score ``"random"`` and of `shuffle_`.
 
     Attributes:
         masks: Boolean masks by parameter name; ``True``: kept.
-        round: How often :meth:`prune_` has pruned.
+        round: How often `prune_` has pruned.
         left_out: Why weights of chosen modules are not pruned, by name.
 
     Raises:
@@ -263,7 +263,7 @@ class MagnitudePruner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; weights are masked at the next :meth:`apply_` or step.
+        """Restore what `state_dict` gave; weights are masked at the next `apply_` or step.
 
         Raises:
             UsageError: The masks are those of another model; the first difference is named.

@@ -71,7 +71,7 @@ def save_sparse(
 
 
 def load_sparse(path: Path | str, model: nn.Module | None = None, *, strict: bool = True) -> dict[str, Tensor]:
-    """Read what :func:`save_sparse` wrote.
+    """Read what `save_sparse` wrote.
 
     Args:
         path: The file.

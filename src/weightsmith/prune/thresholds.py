@@ -20,7 +20,7 @@ class Ranked:
     Attributes:
         weight: Any shape, pruned entries zero.
         mask: Boolean, of the same shape.
-        score: See :func:`weightsmith.prune.scoring.scorer`.
+        score: See `weightsmith.prune.scoring.scorer`.
     """
 
     weight: Tensor

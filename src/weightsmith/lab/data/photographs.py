@@ -76,7 +76,7 @@ def load_photographs(name: str) -> Photographs:
 
 
 class Patches:
-    """Degraded patches of photographs, as :class:`weightsmith.lab.task.Batches`; the degradations take turns.
+    """Degraded patches of photographs, as `weightsmith.lab.task.Batches`; the degradations take turns.
 
     Args:
         photographs: Whole images.
