@@ -215,7 +215,7 @@ class MagnitudePruner:
                 elementwise, where a gradient changes more than its own weight.
         """
         if mask_gradients is None:
-            mask_gradients = type(optimizer) not in _ELEMENTWISE
+            mask_gradients = self.wants_masked_gradients(optimizer)
         if mask_gradients:
 
             def before(*_: Any) -> None:
@@ -227,6 +227,11 @@ class MagnitudePruner:
             self.apply_()
 
         optimizer.register_step_post_hook(after)
+
+    @staticmethod
+    def wants_masked_gradients(optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a gradient may change other weights than its own: all but torch's elementwise optimizers."""
+        return type(optimizer) not in _ELEMENTWISE
 
     @torch.no_grad()
     def shuffle_(self) -> nn.Module:
