@@ -1,0 +1,540 @@
+"""Self-taught loss rescaling (STORM): train on wrong labels without clean data.
+
+A small network, the rescaler, reads how the model behaves on a sample and gives its loss a weight in (0, 1). It learns
+on the fly: the model takes a virtual step with the weighted losses, and the rescaler lowers the loss that a second
+batch of the *same noisy data*, weighted by the rescaler itself, then has::
+
+    theta'(omega) = theta - eta * grad sum_i w_i(omega) l_i(theta)
+    omega <- Adam(omega, grad sum_j w'_j(omega) l_j(theta'(omega)))
+
+Source: "Learning from Noisy Labels via Self-Taught On-the-Fly Meta Loss Rescaling", AAAI 2025, arXiv 2412.12955,
+section 3. What the released code does in addition, or instead, is said at ``mode`` of :class:`RescalingSettings`.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
+from weightsmith.reweight.audit import AuditLog, AuditTable
+from weightsmith.reweight.meta_gradient import (
+    directional_derivatives,
+    head_derivatives,
+    restoring,
+    trainable,
+    virtual_step,
+)
+from weightsmith.reweight.passes import (
+    Forward,
+    Head,
+    LossFn,
+    cross_entropy,
+    forward_batch,
+    repeatable,
+    same_autocast,
+    without_traces,
+)
+from weightsmith.reweight.rescaler import LossRescaler, normalizer
+from weightsmith.reweight.settings import RescalingSettings, StepResult
+from weightsmith.reweight.signals import SampleStatsMemory, Signals, check_batch, features_of, signals
+
+_MANY = 50
+_ADAM_VIRTUAL_LR = 0.1
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A batch as the model and the rescaler saw it; ``n`` of its samples have a label."""
+
+    batch: Any
+    labels: Tensor  # (B,)
+    rows: Tensor  # (n,), samples that have a label
+    losses: Tensor  # (n,), with the graph to the model where gradients were on
+    weights: Tensor  # (n,), with the graph to the rescaler
+    factor: Tensor  # (), the normalization of the weights
+    signals: Signals
+    suggested: Tensor  # (n,)
+    logit_gradients: Tensor | None = None  # (n, C), for the head
+    head_inputs: Tensor | None = None  # (n, D)
+    rescaled: bool = True
+
+
+class MetaRescaler:
+    """Weighs the losses of a classifier's training samples and learns on the way which to trust.
+
+    In a loop of one's own, either let it make the whole step::
+
+        rescaler = MetaRescaler(model, optimizer, 10)
+        for x, y, ids in loader:
+            rescaler.step((x, y), ids=ids)
+
+    or keep the loop and call ``loss`` and ``update`` around ``backward``, with gradient clipping, accumulation or loss
+    scaling where they were::
+
+        loss = rescaler.loss((x, y), ids=ids)
+        loss.backward()
+        rescaler.update()
+        optimizer.step()
+
+    Ask :meth:`audit` for the suspicious labels. Labels below 0 are ignored: weight 0, and no part in any statistics.
+    Under DDP give the wrapped model: gradients of the validation loss and of the rescaler are averaged over processes,
+    memories and the audit are each process's own.
+
+    Args:
+        model: Any classifier; frozen parameters stay out of the virtual step.
+        optimizer: What trains it; its learning rates may be those of the virtual step.
+        rescaler: The network that weighs, or the number of classes.
+        forward_fn: ``(model, batch) -> (logits (B, C), labels (B,))``; the default takes ``(inputs, labels)`` and
+            mappings with ``"labels"``, and models that return logits or an object that holds them.
+        loss_fn: ``(logits, labels) -> (B,)``; the default is the cross-entropy.
+        val_sampler: Gives a validation batch when it is called, from the same noisy data
+            (:class:`~weightsmith.reweight.RandomBatches`) or, with ``outer=False``, from clean data; ``None``: the
+            training batch before takes that part.
+        settings: See :class:`RescalingSettings`.
+        **changes: Options of ``settings`` by name, for example ``meta_grad="head"``.
+
+    Raises:
+        UsageError: An option does not exist, is out of range, or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rescaler: LossRescaler | int,
+        forward_fn: Forward = forward_batch,
+        *,
+        loss_fn: LossFn = cross_entropy,
+        val_sampler: Callable[[], Any] | None = None,
+        settings: RescalingSettings | None = None,
+        **changes: Any,
+    ) -> None:
+        known = [field.name for field in fields(RescalingSettings)]
+        for name in changes:
+            if name not in known:
+                raise unknown("option", name, known)
+        self.settings = replace(settings or RescalingSettings(), **changes)
+        self.model, self.optimizer = model, optimizer
+        self.forward_fn, self.loss_fn, self.val_sampler = forward_fn, loss_fn, val_sampler
+        self.module = _unwrapped(model)
+        params = trainable(self.module)
+        if not params:
+            raise UsageError("model has no trainable parameter: nothing could be learned from weighted losses")
+        half = next((p.dtype for p in params if p.dtype in _HALF), None)
+        if half is not None and self.settings.meta_grad == "finite_difference":
+            raise UsageError(
+                f"meta_grad='finite_difference' needs weights in float32, got {half}: keep them in float32 and use "
+                "autocast, or take meta_grad='head' or 'none'"
+            )
+        first = params[0]
+        if isinstance(rescaler, int):
+            rescaler = LossRescaler(rescaler, self.settings.n_features)
+        if rescaler.n_features != self.settings.n_features:
+            raise UsageError(
+                f"rescaler must take {self.settings.n_features} features (features={self.settings.features!r}), "
+                f"it takes {rescaler.n_features}"
+            )
+        if rescaler.class_separation and rescaler.num_classes > _MANY:
+            warnings.warn(
+                f"with {rescaler.num_classes} classes each class's rescaler sees few samples; consider "
+                "LossRescaler(num_classes, class_separation=False)",
+                WeightsmithWarning,
+                stacklevel=2,
+            )
+        self.rescaler = rescaler.to(first.device, torch.float64 if first.dtype == torch.float64 else torch.float32)
+        self.rescaler_optimizer = torch.optim.Adam(self.rescaler.parameters(), lr=self.settings.rescaler_lr)
+        self._memories = {name: self._memory() for name in ("training", "validation")}
+        self._log, self._head = AuditLog(), Head()
+        self._pending: list[_Seen] = []
+        self._autocast: Callable[[], Any] = same_autocast(first.device)
+        self._previous: Any = None
+        self._steps, self._epoch, self._varies = 0, 0, False
+        self._sync = False
+
+    # training
+
+    def step(
+        self,
+        batch: Any,
+        val_batch: Any = None,
+        *,
+        ids: Tensor | None = None,
+        scaler: "torch.amp.GradScaler | None" = None,
+    ) -> StepResult:
+        """Make one step of training and one of the rescaler.
+
+        Args:
+            batch: As ``forward_fn`` takes it.
+            val_batch: Validation batch; ``None``: that of ``val_sampler``, or else the batch before.
+            ids: ``(B,)``, whole numbers that identify the samples in the audit.
+            scaler: For float16 autocast; it scales the real step only.
+
+        Returns:
+            What happened.
+
+        Raises:
+            UsageError: Labels or logits are not those of a classifier.
+            FloatingPointError: A loss is not finite; the message names the samples.
+        """
+        self.optimizer.zero_grad()
+        loss = self.loss(batch, ids=ids)
+        if scaler is None:
+            loss.backward()
+        else:
+            scaler.scale(loss).backward()
+            scaler.unscale_(self.optimizer)
+        seen = self._pending[-1]
+        meta_loss = self.update(val_batch)
+        if self.settings.mode != "official":  # that one keeps the virtual step
+            self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+        if scaler is not None:
+            scaler.update()
+        whole = torch.zeros(len(seen.labels), dtype=seen.weights.dtype, device=seen.labels.device)
+        return StepResult(
+            loss.detach(),
+            whole.to(seen.losses.dtype).index_put((seen.rows,), seen.losses.detach()),
+            whole.index_put((seen.rows,), seen.weights.detach()),
+            whole.index_put((seen.rows,), seen.signals.agreement.to(whole.dtype)),
+            meta_loss,
+        )
+
+    def loss(self, batch: Any, *, ids: Tensor | None = None, model: nn.Module | None = None) -> Tensor:
+        """Weighted loss of a batch, to call ``backward`` on; several calls before an update accumulate.
+
+        Args:
+            batch: As ``forward_fn`` takes it.
+            ids: ``(B,)``, whole numbers that identify the samples in the audit.
+            model: The wrapper to train through where a library has put one around the model; ``None``: the model.
+
+        Returns:
+            ``()``: the mean over the samples that have a label; in official mode the sum.
+
+        Raises:
+            UsageError: Labels or logits are not those of a classifier.
+            FloatingPointError: A loss is not finite; the message names the samples.
+        """
+        outer = self.model if model is None else model
+        self._sync = isinstance(outer, DistributedDataParallel)
+        self._autocast = same_autocast(self.rescaler.first.device)
+        if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 1):
+            raise UsageError(f"ids must be whole numbers (B,), got {getattr(ids, 'dtype', type(ids).__name__)}")
+        seen = self._look(batch, "training", outer=outer, ids=ids)
+        self._pending.append(seen)
+        if ids is not None and len(seen.rows):
+            found = seen.signals
+            columns = (seen.labels[seen.rows], seen.suggested, seen.weights, found.loss, found.agreement)
+            self._log.add(ids.to(seen.rows.device)[seen.rows], columns, self._epoch)
+        weights = seen.factor * seen.weights.detach() if self.settings.apply else torch.ones_like(seen.weights)
+        return (weights * seen.losses).sum() / self._divisor(len(seen.rows))
+
+    def update(self, val_batch: Any = None, *, scale: float = 1.0) -> Tensor | None:
+        """Make a step of the rescaler; call it when the gradients are complete, before they are clipped.
+
+        In official mode the model takes its step here and its gradients are removed.
+
+        Args:
+            val_batch: See :meth:`step`.
+            scale: What the loss was multiplied by before ``backward``, where that was not undone.
+
+        Returns:
+            The validation loss after the virtual step; ``None`` where there was no step of the rescaler: at most steps
+            with ``meta_every``, where gradients overflowed, or where no batch had two samples.
+
+        Raises:
+            UsageError: There is no gradient.
+            FloatingPointError: A validation loss is not finite.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            raise UsageError("call loss(batch) and backward before update()")
+        params = trainable(self.module)
+        if all(p.grad is None for p in params):
+            raise UsageError("there are no gradients: call backward on the loss before update()")
+        due = self._steps % self.settings.meta_every == 0 and (self._sync or any(seen.rescaled for seen in pending))
+        self._steps += 1
+        if self.settings.meta_grad == "head":
+            assert self._head.layer is not None
+            params = [p for p in (self._head.layer.weight, self._head.layer.bias) if p is not None and p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() / scale for p in params]
+        finite = bool(torch.stack([g.float().norm().to(params[0].device) for g in gradients]).isfinite().all())
+        moves = [
+            virtual_step(g, lr, sign=self.settings.mode == "official")
+            for g, lr in zip(gradients, self._virtual_lrs(params), strict=True)
+        ]
+        meta_loss = None
+        if due and finite:
+            if val_batch is None:
+                fallback = pending[0].batch if self._previous is None else self._previous
+                val_batch = self.val_sampler() if self.val_sampler is not None else fallback
+            meta_loss = self._teach(pending, val_batch, params, moves)
+        if self.val_sampler is None:
+            self._previous = pending[-1].batch
+        if self.settings.mode == "official" and finite:
+            with torch.no_grad():
+                for p, (move, _) in zip(params, moves, strict=True):
+                    p.sub_(move)
+                    p.grad = None
+        return meta_loss
+
+    def _teach(
+        self,
+        pending: Sequence[_Seen],
+        val_batch: Any,
+        params: Sequence[nn.Parameter],
+        moves: Sequence[tuple[Tensor, Tensor | float]],
+    ) -> Tensor:
+        needs = self.settings.meta_grad not in ("none", "head")
+        with restoring(params), self._autocast():
+            with torch.no_grad():
+                for p, (move, _) in zip(params, moves, strict=True):
+                    p.sub_(move)
+            with torch.set_grad_enabled(needs), without_traces(self.module):
+                val = self._look(val_batch, "validation")
+            constant = val.factor * val.weights.detach() if self.settings.outer else torch.ones_like(val.weights)
+            divisor = self._divisor(len(val.rows))
+            meta_loss = (constant * val.losses).sum() / divisor
+            v = self._direction(val, constant, divisor, meta_loss, params)
+        objective = torch.zeros((), dtype=val.weights.dtype, device=val.weights.device)
+        if self.settings.outer:
+            objective = objective + (val.factor * val.weights * val.losses.detach()).sum() / divisor
+        if v is not None:
+            v = [direction * slope for direction, (_, slope) in zip(v, moves, strict=True)]
+            for seen in pending:
+                if not (seen.rescaled and len(seen.rows)):
+                    continue
+                share = -seen.factor / (self._divisor(len(seen.rows)) * len(pending))
+                objective = objective + (seen.weights * (share * self._along(seen, v)).detach()).sum()
+        self.rescaler_optimizer.zero_grad()
+        if objective.requires_grad:
+            objective.backward()
+        if self._sync:
+            for p in self.rescaler.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                _average(p.grad)
+        self.rescaler_optimizer.step()
+        return meta_loss.detach()
+
+    def _direction(
+        self, val: _Seen, constant: Tensor, divisor: int, meta_loss: Tensor, params: Sequence[nn.Parameter]
+    ) -> list[Tensor] | None:
+        """The gradient of the meta loss at the virtual weights."""
+        if self.settings.meta_grad == "none":
+            return None
+        if self.settings.meta_grad == "head":
+            assert val.logit_gradients is not None
+            assert val.head_inputs is not None
+            outer = (constant / divisor)[:, None] * val.logit_gradients
+            both = (outer.mT @ val.head_inputs.to(outer.dtype), outer.sum(0))
+            v = [part for part, _ in zip(both, params, strict=False)]
+        else:
+            # small gradients vanish in float16
+            up = 1024.0 if meta_loss.is_cuda and torch.get_autocast_dtype("cuda") == torch.float16 else 1.0
+            found = torch.autograd.grad(up * meta_loss, params, allow_unused=True)
+            v = [torch.zeros_like(p) if g is None else g / up for p, g in zip(params, found, strict=True)]
+        if self._sync:
+            for direction in v:
+                _average(direction)
+        return v
+
+    def _along(self, seen: _Seen, v: list[Tensor]) -> Tensor:
+        """``<grad l_i, v>`` of the samples that have a label."""
+        if self.settings.meta_grad == "head":
+            assert seen.logit_gradients is not None
+            assert seen.head_inputs is not None
+            bias = v[1] if len(v) > 1 else None
+            return head_derivatives(seen.logit_gradients, seen.head_inputs.to(v[0].dtype), v[0], bias)
+
+        def losses() -> Tensor:
+            logits, labels = self.forward_fn(self.module, seen.batch)
+            return self.loss_fn(logits[seen.rows], labels[seen.rows])
+
+        with repeatable(self.module):
+            return directional_derivatives(losses, self.module, v, self.settings.meta_grad)
+
+    # looking at a batch
+
+    def _look(self, batch: Any, purpose: str, *, outer: nn.Module | None = None, ids: Tensor | None = None) -> _Seen:
+        """Pass a batch through the model and weigh it."""
+        module, G = self.module, self.settings.passes
+        with torch.no_grad(), without_traces(module):
+            more = [self.forward_fn(module, batch)[0] for _ in range(G - 1)]
+        call = module if outer is None else outer
+        if self.settings.meta_grad == "head":
+            logits, labels = self._head.watched(module, lambda: self.forward_fn(call, batch))
+        else:
+            logits, labels = self.forward_fn(call, batch)
+        check_batch(logits, labels, self.rescaler.num_classes)
+        rows = (labels >= 0).nonzero().squeeze(1)
+        kept, target = logits[rows], labels[rows]
+        losses = self.loss_fn(kept, target)
+        if losses.shape != target.shape:
+            raise UsageError(f"loss_fn must give one loss per sample, ({len(target)},), got {tuple(losses.shape)}")
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        _check_finite(losses, rows, purpose, ids)
+        with torch.no_grad():
+            all_logits = torch.stack([kept.detach(), *(z[rows] for z in more)])
+            all_losses = torch.stack([losses.detach(), *(self.loss_fn(z[rows], target).to(losses) for z in more)])
+            found = signals(all_losses, all_logits, target)
+            suggested = all_logits.float().softmax(-1).mean(0).argmax(-1)
+            self._warn_without_dropout(found)
+        rescaled = len(rows) > 1  # one sample has no statistics
+        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
+            if rescaled:
+                weights = self.rescaler(self._features(found, target, purpose), target)
+            else:
+                weights = losses.new_ones(len(rows), dtype=self.rescaler.first.dtype)
+        normalize = self.settings.normalize or ("mean" if _is_sgd(self.optimizer) else "none")
+        factor = normalizer(weights, losses, normalize)
+        seen = _Seen(batch, labels, rows, losses, weights, factor, found, suggested, rescaled=rescaled)
+        if self.settings.meta_grad == "head":
+            assert self._head.inputs is not None
+            seen.head_inputs = self._head.inputs[rows]
+            with torch.enable_grad():
+                z = kept.detach().requires_grad_()
+                seen.logit_gradients = torch.autograd.grad(self.loss_fn(z, target).sum(), z)[0].to(losses.dtype)
+        return seen
+
+    def _features(self, found: Signals, labels: Tensor, purpose: str) -> Tensor:
+        if self.settings.features == "loss":
+            return torch.stack([found.loss, found.agreement], dim=1)
+        return features_of(found, labels, self._memories[purpose], clamp=self.settings.clamp)
+
+    def _warn_without_dropout(self, found: Signals) -> None:
+        if self._varies or self.settings.passes == 1 or not len(found.loss_std):
+            return
+        self._varies = True  # looked at once
+        if not bool(found.loss_std.any()):
+            warnings.warn(
+                f"{self.settings.passes} passes of a batch gave the same losses: the model has no dropout that is on; "
+                "take passes=1, which costs less",
+                WeightsmithWarning,
+                stacklevel=4,
+            )
+
+    # numbers
+
+    def _divisor(self, samples: int) -> int:
+        return 1 if self.settings.mode == "official" else max(1, samples)
+
+    def _virtual_lrs(self, params: Sequence[Tensor]) -> list[float]:
+        if self.settings.virtual_lr is not None:
+            return [self.settings.virtual_lr] * len(params)
+        if self.settings.mode != "official" and not _is_sgd(self.optimizer):
+            return [_ADAM_VIRTUAL_LR] * len(params)
+        rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        return [rates.get(id(p), 0.0) for p in params]
+
+    def _memory(self) -> SampleStatsMemory:
+        return SampleStatsMemory(
+            self.rescaler.num_classes, self.settings.window, class_separation=self.rescaler.class_separation
+        )
+
+    # results and state
+
+    def start_epoch(self) -> None:
+        """Say that an epoch starts: the memories of recent samples start anew, as in the paper."""
+        for memory in self._memories.values():
+            memory.reset()
+        if self._steps:
+            self._epoch += 1
+
+    @property
+    def weights_by_id(self) -> dict[int, float]:
+        """The latest weight of every sample that was seen with an identifier."""
+        return self._log.weights()
+
+    def audit(self, class_names: Sequence[str] = ()) -> AuditTable:
+        """What is known of the labels, the most suspicious first; under DDP of this process's samples.
+
+        Args:
+            class_names: Names of the labels, for files and plots.
+
+        Raises:
+            UsageError: No sample was seen with an identifier.
+        """
+        return self._log.table(class_names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to resume exactly, as plain data; take it between two steps.
+
+        The generators of torch belong to the training and are not in it.
+        """
+        state = {
+            "rescaler": self.rescaler.state_dict(),
+            "optimizer": self.rescaler_optimizer.state_dict(),
+            "memories": {name: memory.state_dict() for name, memory in self._memories.items()},
+            "log": self._log.state_dict(),
+            "steps": self._steps,
+            "epoch": self._epoch,
+            "previous": self._previous,
+        }
+        if hasattr(self.val_sampler, "state_dict"):
+            state["val_sampler"] = self.val_sampler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            UsageError: It is that of another rescaler.
+        """
+        own, saved = self.rescaler.state_dict(), state["rescaler"]
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
+            raise UsageError(
+                f"the saved rescaler has weights {tuple(saved['first'].shape)}, this one {tuple(own['first'].shape)}: "
+                "give it the same number of classes and the same features"
+            )
+        device = self.rescaler.first.device
+        self.rescaler.load_state_dict(saved)
+        self.rescaler_optimizer.load_state_dict(state["optimizer"])
+        for name, memory in self._memories.items():
+            memory.load_state_dict(state["memories"][name], device)
+        self._log.load_state_dict(state["log"])
+        self._steps, self._epoch, self._previous = state["steps"], state["epoch"], _moved(state["previous"], device)
+        self._pending = []
+        if "val_sampler" in state and hasattr(self.val_sampler, "load_state_dict"):
+            self.val_sampler.load_state_dict(state["val_sampler"])
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _is_sgd(optimizer: Any) -> bool:
+    plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate and schedulers wrap it
+    return "SGD" in type(plain).__name__
+
+
+def _average(tensor: Tensor) -> None:
+    torch.distributed.all_reduce(tensor)
+    tensor /= torch.distributed.get_world_size()
+
+
+def _check_finite(losses: Tensor, rows: Tensor, purpose: str, ids: Tensor | None) -> None:
+    wrong = ~losses.detach().isfinite()
+    if not bool(wrong.any()):
+        return
+    at = rows[wrong]
+    names = (at if ids is None else ids.to(at.device)[at]).tolist()
+    kind = "positions in the batch" if ids is None else "ids"
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    raise FloatingPointError(
+        f"the {purpose} loss is not finite for the samples with {kind} {', '.join(map(str, names[:10]))}{more}: "
+        "look at their data, or lower the learning rate"
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if isinstance(value, tuple | list) else value
