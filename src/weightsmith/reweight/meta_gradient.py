@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from weightsmith.core.errors import UsageError
 
 MetaGrad = Literal["finite_difference", "jvp", "double_backward", "head", "none"]
-_STEP = 1e-2
+_STEP, _STEP_OF_DOUBLES = 1e-2, 1e-5
 _SIGN_EPS = 1e-8 / (1 - 0.999) ** 0.5  # where the library "higher" puts Adam's eps at an optimizer's first step
 
 
@@ -61,9 +61,9 @@ def directional_derivatives(
         losses: Gives ``(B,)`` from the module as it is when it is called: no dropout, no side effects.
         module: Whose trainable parameters theta are; they are as before afterwards, to the bit.
         direction: ``v``, a tensor for each of :func:`trainable`.
-        mode: ``"finite_difference"``: two forward passes at ``theta ± e v`` with ``e = 0.01 / |v|``; works with every
-            kernel. ``"jvp"``: one pass with forward-mode derivatives. ``"double_backward"``: reverse over reverse.
-            Attention falls back to the math kernel in the latter two.
+        mode: ``"finite_difference"``: two forward passes at ``theta ± e v``, ``e = 0.01 / |v|`` (``1e-5 / |v|`` in
+            float64); works with every kernel. ``"jvp"``: one pass with forward-mode derivatives.
+            ``"double_backward"``: reverse over reverse. Attention falls back to the math kernel in the latter two.
 
     Returns:
         ``(B,)``, detached.
@@ -89,9 +89,10 @@ def directional_derivatives(
 
 
 def _finite_difference(losses: Callable[[], Tensor], params: list[nn.Parameter], direction: Sequence[Tensor]) -> Tensor:
-    norm = torch.stack([v.norm().to(torch.float64 if v.dtype == torch.float64 else torch.float32) for v in direction])
-    norm = norm.to(params[0].device).norm()
-    step = torch.where(norm > 0, _STEP / norm, 0.0)
+    double = all(p.dtype == torch.float64 for p in params)
+    dtype = torch.float64 if double else torch.float32
+    norm = torch.stack([v.norm().to(params[0].device, dtype) for v in direction]).norm()
+    step = torch.where(norm > 0, (_STEP_OF_DOUBLES if double else _STEP) / norm, 0.0)
     with torch.no_grad(), restoring(params) as before:
         ends = []
         for sign in (1, -1):
@@ -153,19 +154,32 @@ def head_derivatives(
     return (logit_gradients * (along if bias_direction is None else along + bias_direction)).sum(1)
 
 
-def virtual_step(gradient: Tensor, lr: float, *, sign: bool = False) -> tuple[Tensor, Tensor | float]:
-    """The update ``U(g)`` of a virtual step and its derivative, element-wise.
+@torch.no_grad()
+def virtual_step_(
+    params: Sequence[Tensor], gradients: Sequence[Tensor], lrs: Sequence[float], *, sign: bool = False
+) -> list[Tensor | float]:
+    """Move the parameters by ``-U(g)``, element-wise in the gradient.
 
     Args:
-        gradient: Any shape.
-        lr: Step size.
-        sign: ``lr * g / (|g| + 3.16e-7)``, which is what Adam does at its first step and what the released code in
-            effect trains with; otherwise plain gradient descent, ``lr * g``.
+        params: Changed in place.
+        gradients: Of the same shapes.
+        lrs: Step size of each.
+        sign: ``U(g) = lr * g / (|g| + 3.16e-7)``, which is what Adam does at its first step and what the released code
+            in effect trains with; otherwise plain gradient descent, ``lr * g``.
+
+    Returns:
+        ``U'(g)`` of each.
     """
-    if not sign:
-        return lr * gradient, lr
-    size = gradient.abs() + _SIGN_EPS
-    return lr * gradient / size, lr * _SIGN_EPS / size.square()
+    slopes: list[Tensor | float] = []
+    for p, g, lr in zip(params, gradients, lrs, strict=True):
+        if not sign:
+            p.add_(g, alpha=-lr)
+            slopes.append(lr)
+            continue
+        size = g.abs() + _SIGN_EPS
+        p.addcdiv_(g, size, value=-lr)
+        slopes.append(lr * _SIGN_EPS / size.square())
+    return slopes
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -106,12 +106,12 @@ def _full_precision(module: nn.Module) -> Iterator[None]:
     device = next((p.device.type for p in module.parameters()), "cpu")
     try:
         if None not in patched:
-            module.forward = patched[1]
+            module.__dict__["forward"] = patched[1]
         with torch.autocast(device, enabled=False):
             yield
     finally:
         if None not in patched:
-            module.forward = patched[0]
+            module.__dict__["forward"] = patched[0]
 
 
 def same_autocast(device: torch.device) -> Callable[[], Any]:
@@ -138,6 +138,12 @@ class Head:
     def __init__(self) -> None:
         self.layer: nn.Linear | None = None
         self.inputs: Tensor | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """Its weight and, where it has one that trains, its bias."""
+        assert self.layer is not None
+        bias = self.layer.bias
+        return [self.layer.weight, *([bias] if bias is not None and bias.requires_grad else [])]
 
     def watched(self, module: nn.Module, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Run a pass and keep what the head was called with.

@@ -11,9 +11,10 @@ Source: "Learning from Noisy Labels via Self-Taught On-the-Fly Meta Loss Rescali
 section 3. What the released code does in addition, or instead, is said at ``mode`` of :class:`RescalingSettings`.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from weightsmith.reweight.meta_gradient import (
     head_derivatives,
     restoring,
     trainable,
-    virtual_step,
+    virtual_step_,
 )
+from weightsmith.reweight.observe import Observer, Seen
 from weightsmith.reweight.passes import (
     Forward,
-    Head,
     LossFn,
     cross_entropy,
     forward_batch,
@@ -39,30 +40,12 @@ from weightsmith.reweight.passes import (
     same_autocast,
     without_traces,
 )
-from weightsmith.reweight.rescaler import LossRescaler, normalizer
+from weightsmith.reweight.rescaler import LossRescaler
 from weightsmith.reweight.settings import RescalingSettings, StepResult
-from weightsmith.reweight.signals import SampleStatsMemory, Signals, check_batch, features_of, signals
 
 _MANY = 50
 _ADAM_VIRTUAL_LR = 0.1
 _HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(slots=True)
-class _Seen:
-    """A batch as the model and the rescaler saw it; ``n`` of its samples have a label."""
-
-    batch: Any
-    labels: Tensor  # (B,)
-    rows: Tensor  # (n,), samples that have a label
-    losses: Tensor  # (n,), with the graph to the model where gradients were on
-    weights: Tensor  # (n,), with the graph to the rescaler
-    factor: Tensor  # (), the normalization of the weights
-    signals: Signals
-    suggested: Tensor  # (n,)
-    logit_gradients: Tensor | None = None  # (n, C), for the head
-    head_inputs: Tensor | None = None  # (n, D)
-    rescaled: bool = True
 
 
 class MetaRescaler:
@@ -149,12 +132,19 @@ class MetaRescaler:
             )
         self.rescaler = rescaler.to(first.device, torch.float64 if first.dtype == torch.float64 else torch.float32)
         self.rescaler_optimizer = torch.optim.Adam(self.rescaler.parameters(), lr=self.settings.rescaler_lr)
-        self._memories = {name: self._memory() for name in ("training", "validation")}
-        self._log, self._head = AuditLog(), Head()
-        self._pending: list[_Seen] = []
-        self._autocast: Callable[[], Any] = same_autocast(first.device)
+        self._observer = Observer(
+            self.module,
+            self.rescaler,
+            forward_fn,
+            loss_fn,
+            self.settings,
+            self.settings.normalize or ("mean" if _is_sgd(optimizer) else "none"),
+        )
+        self._log = AuditLog()
+        self._pending: list[Seen] = []
+        self._autocast: Callable[[], Any] = contextlib.nullcontext
         self._previous: Any = None
-        self._steps, self._epoch, self._varies = 0, 0, False
+        self._steps = self._epoch = 0
         self._sync = False
 
     # training
@@ -224,7 +214,7 @@ class MetaRescaler:
         self._autocast = same_autocast(self.rescaler.first.device)
         if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 1):
             raise UsageError(f"ids must be whole numbers (B,), got {getattr(ids, 'dtype', type(ids).__name__)}")
-        seen = self._look(batch, "training", outer=outer, ids=ids)
+        seen = self._observer.look(batch, "training", through=outer, ids=ids, autocast=self._autocast)
         self._pending.append(seen)
         if ids is not None and len(seen.rows):
             found = seen.signals
@@ -253,63 +243,59 @@ class MetaRescaler:
         pending, self._pending = self._pending, []
         if not pending:
             raise UsageError("call loss(batch) and backward before update()")
-        params = trainable(self.module)
+        params: list[Tensor] = [*trainable(self.module)]
         if all(p.grad is None for p in params):
             raise UsageError("there are no gradients: call backward on the loss before update()")
+        official = self.settings.mode == "official"
         due = self._steps % self.settings.meta_every == 0 and (self._sync or any(seen.rescaled for seen in pending))
         self._steps += 1
-        if self.settings.meta_grad == "head":
-            assert self._head.layer is not None
-            params = [p for p in (self._head.layer.weight, self._head.layer.bias) if p is not None and p.requires_grad]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() / scale for p in params]
-        finite = bool(torch.stack([g.float().norm().to(params[0].device) for g in gradients]).isfinite().all())
-        moves = [
-            virtual_step(g, lr, sign=self.settings.mode == "official")
-            for g, lr in zip(gradients, self._virtual_lrs(params), strict=True)
-        ]
         meta_loss = None
-        if due and finite:
-            if val_batch is None:
-                fallback = pending[0].batch if self._previous is None else self._previous
-                val_batch = self.val_sampler() if self.val_sampler is not None else fallback
-            meta_loss = self._teach(pending, val_batch, params, moves)
+        if due or official:
+            if self._observer.head is not None:
+                params = self._observer.head.parameters()
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in params]
+            if scale != 1.0:
+                gradients = [g / scale for g in gradients]
+            finite = bool(torch.stack([g.float().norm().to(params[0].device) for g in gradients]).isfinite().all())
+            if due and finite:
+                meta_loss = self._teach(pending, self._validation(val_batch, pending), params, gradients)
+            if official and finite:
+                virtual_step_(params, gradients, self._virtual_lrs(params), sign=True)
+                for p in params:
+                    p.grad = None
         if self.val_sampler is None:
             self._previous = pending[-1].batch
-        if self.settings.mode == "official" and finite:
-            with torch.no_grad():
-                for p, (move, _) in zip(params, moves, strict=True):
-                    p.sub_(move)
-                    p.grad = None
         return meta_loss
 
+    def _validation(self, given: Any, pending: Sequence[Seen]) -> Any:
+        if given is not None:
+            return given
+        if self.val_sampler is not None:
+            return self.val_sampler()
+        return pending[0].batch if self._previous is None else self._previous
+
     def _teach(
-        self,
-        pending: Sequence[_Seen],
-        val_batch: Any,
-        params: Sequence[nn.Parameter],
-        moves: Sequence[tuple[Tensor, Tensor | float]],
+        self, pending: Sequence[Seen], val_batch: Any, params: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> Tensor:
-        needs = self.settings.meta_grad not in ("none", "head")
+        """One step of the rescaler on the validation loss after a virtual step of the model."""
+        sign = self.settings.mode == "official"
         with restoring(params), self._autocast():
-            with torch.no_grad():
-                for p, (move, _) in zip(params, moves, strict=True):
-                    p.sub_(move)
-            with torch.set_grad_enabled(needs), without_traces(self.module):
-                val = self._look(val_batch, "validation")
+            slopes = virtual_step_(params, gradients, self._virtual_lrs(params), sign=sign)
+            with torch.set_grad_enabled(self.settings.meta_grad not in ("none", "head")), without_traces(self.module):
+                val = self._observer.look(val_batch, "validation")
             constant = val.factor * val.weights.detach() if self.settings.outer else torch.ones_like(val.weights)
             divisor = self._divisor(len(val.rows))
             meta_loss = (constant * val.losses).sum() / divisor
-            v = self._direction(val, constant, divisor, meta_loss, params)
+            v = self._direction(val, constant / divisor, meta_loss, params)
         objective = torch.zeros((), dtype=val.weights.dtype, device=val.weights.device)
         if self.settings.outer:
             objective = objective + (val.factor * val.weights * val.losses.detach()).sum() / divisor
         if v is not None:
-            v = [direction * slope for direction, (_, slope) in zip(v, moves, strict=True)]
+            v = [direction.mul_(slope) for direction, slope in zip(v, slopes, strict=True)]
             for seen in pending:
-                if not (seen.rescaled and len(seen.rows)):
-                    continue
-                share = -seen.factor / (self._divisor(len(seen.rows)) * len(pending))
-                objective = objective + (seen.weights * (share * self._along(seen, v)).detach()).sum()
+                if seen.rescaled:
+                    share = -seen.factor / (self._divisor(len(seen.rows)) * len(pending))
+                    objective = objective + (seen.weights * (share * self._along(seen, v)).detach()).sum()
         self.rescaler_optimizer.zero_grad()
         if objective.requires_grad:
             objective.backward()
@@ -321,20 +307,17 @@ class MetaRescaler:
         return meta_loss.detach()
 
     def _direction(
-        self, val: _Seen, constant: Tensor, divisor: int, meta_loss: Tensor, params: Sequence[nn.Parameter]
+        self, val: Seen, constant: Tensor, meta_loss: Tensor, params: Sequence[Tensor]
     ) -> list[Tensor] | None:
         """The gradient of the meta loss at the virtual weights."""
         if self.settings.meta_grad == "none":
             return None
-        if self.settings.meta_grad == "head":
-            assert val.logit_gradients is not None
-            assert val.head_inputs is not None
-            outer = (constant / divisor)[:, None] * val.logit_gradients
-            both = (outer.mT @ val.head_inputs.to(outer.dtype), outer.sum(0))
-            v = [part for part, _ in zip(both, params, strict=False)]
+        if val.logit_gradients is not None and val.head_inputs is not None:
+            slopes = constant[:, None] * val.logit_gradients
+            v = [slopes.mT @ val.head_inputs, slopes.sum(0)][: len(params)]
         else:
-            # small gradients vanish in float16
-            up = 1024.0 if meta_loss.is_cuda and torch.get_autocast_dtype("cuda") == torch.float16 else 1.0
+            # small gradients would vanish in float16
+            up = 1024.0 if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == _HALF[0] else 1.0
             found = torch.autograd.grad(up * meta_loss, params, allow_unused=True)
             v = [torch.zeros_like(p) if g is None else g / up for p, g in zip(params, found, strict=True)]
         if self._sync:
@@ -342,13 +325,10 @@ class MetaRescaler:
                 _average(direction)
         return v
 
-    def _along(self, seen: _Seen, v: list[Tensor]) -> Tensor:
+    def _along(self, seen: Seen, v: list[Tensor]) -> Tensor:
         """``<grad l_i, v>`` of the samples that have a label."""
-        if self.settings.meta_grad == "head":
-            assert seen.logit_gradients is not None
-            assert seen.head_inputs is not None
-            bias = v[1] if len(v) > 1 else None
-            return head_derivatives(seen.logit_gradients, seen.head_inputs.to(v[0].dtype), v[0], bias)
+        if seen.logit_gradients is not None and seen.head_inputs is not None:
+            return head_derivatives(seen.logit_gradients, seen.head_inputs, v[0], v[1] if len(v) > 1 else None)
 
         def losses() -> Tensor:
             logits, labels = self.forward_fn(self.module, seen.batch)
@@ -358,64 +338,6 @@ class MetaRescaler:
             return directional_derivatives(losses, self.module, v, self.settings.meta_grad)
 
     # looking at a batch
-
-    def _look(self, batch: Any, purpose: str, *, outer: nn.Module | None = None, ids: Tensor | None = None) -> _Seen:
-        """Pass a batch through the model and weigh it."""
-        module, G = self.module, self.settings.passes
-        with torch.no_grad(), without_traces(module):
-            more = [self.forward_fn(module, batch)[0] for _ in range(G - 1)]
-        call = module if outer is None else outer
-        if self.settings.meta_grad == "head":
-            logits, labels = self._head.watched(module, lambda: self.forward_fn(call, batch))
-        else:
-            logits, labels = self.forward_fn(call, batch)
-        check_batch(logits, labels, self.rescaler.num_classes)
-        rows = (labels >= 0).nonzero().squeeze(1)
-        kept, target = logits[rows], labels[rows]
-        losses = self.loss_fn(kept, target)
-        if losses.shape != target.shape:
-            raise UsageError(f"loss_fn must give one loss per sample, ({len(target)},), got {tuple(losses.shape)}")
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        _check_finite(losses, rows, purpose, ids)
-        with torch.no_grad():
-            all_logits = torch.stack([kept.detach(), *(z[rows] for z in more)])
-            all_losses = torch.stack([losses.detach(), *(self.loss_fn(z[rows], target).to(losses) for z in more)])
-            found = signals(all_losses, all_logits, target)
-            suggested = all_logits.float().softmax(-1).mean(0).argmax(-1)
-            self._warn_without_dropout(found)
-        rescaled = len(rows) > 1  # one sample has no statistics
-        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
-            if rescaled:
-                weights = self.rescaler(self._features(found, target, purpose), target)
-            else:
-                weights = losses.new_ones(len(rows), dtype=self.rescaler.first.dtype)
-        normalize = self.settings.normalize or ("mean" if _is_sgd(self.optimizer) else "none")
-        factor = normalizer(weights, losses, normalize)
-        seen = _Seen(batch, labels, rows, losses, weights, factor, found, suggested, rescaled=rescaled)
-        if self.settings.meta_grad == "head":
-            assert self._head.inputs is not None
-            seen.head_inputs = self._head.inputs[rows]
-            with torch.enable_grad():
-                z = kept.detach().requires_grad_()
-                seen.logit_gradients = torch.autograd.grad(self.loss_fn(z, target).sum(), z)[0].to(losses.dtype)
-        return seen
-
-    def _features(self, found: Signals, labels: Tensor, purpose: str) -> Tensor:
-        if self.settings.features == "loss":
-            return torch.stack([found.loss, found.agreement], dim=1)
-        return features_of(found, labels, self._memories[purpose], clamp=self.settings.clamp)
-
-    def _warn_without_dropout(self, found: Signals) -> None:
-        if self._varies or self.settings.passes == 1 or not len(found.loss_std):
-            return
-        self._varies = True  # looked at once
-        if not bool(found.loss_std.any()):
-            warnings.warn(
-                f"{self.settings.passes} passes of a batch gave the same losses: the model has no dropout that is on; "
-                "take passes=1, which costs less",
-                WeightsmithWarning,
-                stacklevel=4,
-            )
 
     # numbers
 
@@ -430,16 +352,11 @@ class MetaRescaler:
         rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
         return [rates.get(id(p), 0.0) for p in params]
 
-    def _memory(self) -> SampleStatsMemory:
-        return SampleStatsMemory(
-            self.rescaler.num_classes, self.settings.window, class_separation=self.rescaler.class_separation
-        )
-
     # results and state
 
     def start_epoch(self) -> None:
         """Say that an epoch starts: the memories of recent samples start anew, as in the paper."""
-        for memory in self._memories.values():
+        for memory in self._observer.memories.values():
             memory.reset()
         if self._steps:
             self._epoch += 1
@@ -468,13 +385,13 @@ class MetaRescaler:
         state = {
             "rescaler": self.rescaler.state_dict(),
             "optimizer": self.rescaler_optimizer.state_dict(),
-            "memories": {name: memory.state_dict() for name, memory in self._memories.items()},
+            "memories": {name: memory.state_dict() for name, memory in self._observer.memories.items()},
             "log": self._log.state_dict(),
             "steps": self._steps,
             "epoch": self._epoch,
             "previous": self._previous,
         }
-        if hasattr(self.val_sampler, "state_dict"):
+        if self.val_sampler is not None and hasattr(self.val_sampler, "state_dict"):
             state["val_sampler"] = self.val_sampler.state_dict()
         return state
 
@@ -493,12 +410,12 @@ class MetaRescaler:
         device = self.rescaler.first.device
         self.rescaler.load_state_dict(saved)
         self.rescaler_optimizer.load_state_dict(state["optimizer"])
-        for name, memory in self._memories.items():
+        for name, memory in self._observer.memories.items():
             memory.load_state_dict(state["memories"][name], device)
         self._log.load_state_dict(state["log"])
         self._steps, self._epoch, self._previous = state["steps"], state["epoch"], _moved(state["previous"], device)
         self._pending = []
-        if "val_sampler" in state and hasattr(self.val_sampler, "load_state_dict"):
+        if "val_sampler" in state and self.val_sampler is not None and hasattr(self.val_sampler, "load_state_dict"):
             self.val_sampler.load_state_dict(state["val_sampler"])
 
 
@@ -516,20 +433,6 @@ def _is_sgd(optimizer: Any) -> bool:
 def _average(tensor: Tensor) -> None:
     torch.distributed.all_reduce(tensor)
     tensor /= torch.distributed.get_world_size()
-
-
-def _check_finite(losses: Tensor, rows: Tensor, purpose: str, ids: Tensor | None) -> None:
-    wrong = ~losses.detach().isfinite()
-    if not bool(wrong.any()):
-        return
-    at = rows[wrong]
-    names = (at if ids is None else ids.to(at.device)[at]).tolist()
-    kind = "positions in the batch" if ids is None else "ids"
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    raise FloatingPointError(
-        f"the {purpose} loss is not finite for the samples with {kind} {', '.join(map(str, names[:10]))}{more}: "
-        "look at their data, or lower the learning rate"
-    )
 
 
 def _moved(value: Any, device: torch.device) -> Any:

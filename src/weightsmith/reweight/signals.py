@@ -271,7 +271,8 @@ def overlap_normal(m: Tensor, s: Tensor, center: Tensor, spread: Tensor) -> Tens
 
 
 def _cdf_gap(x: Tensor, d: Tensor, s: Tensor, big: Tensor) -> Tensor:
-    return (torch.special.ndtr((x - d) / big) - torch.special.ndtr(x / s)).abs()
+    gap: Tensor = (torch.special.ndtr((x - d) / big) - torch.special.ndtr(x / s)).abs()
+    return gap
 
 
 def check_batch(logits: Tensor, labels: Tensor, num_classes: int) -> None:
