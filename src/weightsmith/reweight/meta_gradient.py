@@ -12,7 +12,7 @@ Source: arXiv 2412.12955, equation 5.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +121,23 @@ def _double_backward(losses: Callable[[], Tensor], module: nn.Module, direction:
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return torch.zeros_like(found).detach()
+        _check_twice_differentiable([g for g, _ in pairs])
         # linear in u, so its derivative is the answer
         return torch.autograd.grad([g for g, _ in pairs], u, [v.to(g.dtype) for g, v in pairs])[0]
+
+
+def _check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Refuse functions marked ``once_differentiable``: what they hide would silently count as 0."""
+    waiting: list[Any] = [g.grad_fn for g in gradients]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("it has a function that can be differentiated once only")
+        waiting += [following for following, _ in node.next_functions]
 
 
 class _Around(nn.Module):

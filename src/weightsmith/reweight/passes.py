@@ -66,7 +66,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def without_traces(module: nn.Module) -> Iterator[None]:
     """Keep the buffers: running statistics of the passes within the block are forgotten."""
     kept = [
-        (part, name, buffer, buffer._version, buffer.clone())
+        (part, name, buffer, buffer.clone())
         for part in module.modules()
         for name, buffer in part._buffers.items()
         if buffer is not None
@@ -74,12 +74,10 @@ def without_traces(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for part, name, buffer, version, value in kept:
-                if part._buffers.get(name) is not buffer:
-                    part._buffers[name] = buffer
-                if buffer._version != version:
-                    buffer.copy_(value)
+        for part, name, buffer, value in kept:
+            part._buffers[name] = buffer
+            # past autograd: a graph of the block may hold running statistics, which its backward does not read
+            buffer.data.copy_(value)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def signals(losses: Tensor, logits: Tensor, labels: Tensor) -> Signals:
 
 
 def _std(values: Tensor) -> Tensor:
-    return values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+    return values.std(0) if len(values) > 1 and values[0].numel() else torch.zeros_like(values[0])
 
 
 class SampleStatsMemory:
