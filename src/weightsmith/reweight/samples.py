@@ -146,6 +146,7 @@ class MetaRescaler:
         self._previous: Any = None
         self._steps = self._epoch = 0
         self._sync = False
+        self._last = torch.zeros(0)
 
     # training
 
@@ -216,12 +217,18 @@ class MetaRescaler:
             raise UsageError(f"ids must be whole numbers (B,), got {getattr(ids, 'dtype', type(ids).__name__)}")
         seen = self._observer.look(batch, "training", through=outer, ids=ids, autocast=self._autocast)
         self._pending.append(seen)
+        self._last = seen.weights.detach()
         if ids is not None and len(seen.rows):
             found = seen.signals
             columns = (seen.labels[seen.rows], seen.suggested, seen.weights, found.loss, found.agreement)
             self._log.add(ids.to(seen.rows.device)[seen.rows], columns, self._epoch)
         weights = seen.factor * seen.weights.detach() if self.settings.apply else torch.ones_like(seen.weights)
         return (weights * seen.losses).sum() / self._divisor(len(seen.rows))
+
+    @property
+    def last_weights(self) -> Tensor:
+        """Weights of the samples of the latest batch that have a label, ``(n,)``, before any normalization."""
+        return self._last
 
     def update(self, val_batch: Any = None, *, scale: float = 1.0) -> Tensor | None:
         """Make a step of the rescaler; call it when the gradients are complete, before they are clipped.
