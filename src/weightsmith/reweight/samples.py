@@ -369,6 +369,11 @@ class MetaRescaler:
             self._epoch += 1
 
     @property
+    def steps(self) -> int:
+        """How often :meth:`update` was called."""
+        return self._steps
+
+    @property
     def weights_by_id(self) -> dict[int, float]:
         """The latest weight of every sample that was seen with an identifier."""
         return self._log.weights()

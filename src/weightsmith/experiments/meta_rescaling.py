@@ -1,0 +1,418 @@
+"""Does self-taught loss rescaling protect a classifier from wrong labels, and does it tell which they are?
+
+Labels of the training rows are made wrong in several ways, and nobody but the control arms is told where. Every arm
+trains the same network for the same number of steps; the test rows stay clean, and the last step counts, since without
+clean data there is nothing to stop early by.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.errors import UsageError, require
+from weightsmith.experiments.label_noise import (
+    NOISES,
+    Draw,
+    Relabeled,
+    Some,
+    auc,
+    corrupt,
+    labels_of,
+    probabilities_of,
+)
+from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
+from weightsmith.lab.job import Job
+from weightsmith.lab.schedule import Schedule
+from weightsmith.lab.task import Batch, Task, forward
+from weightsmith.lab.tasks import TrainConfig, shared_task
+from weightsmith.lab.tasks.scoring import cross_entropy, logits_of
+from weightsmith.lab.train import Hook
+from weightsmith.reweight import LossRescaler, MetaRescaler, RescalingSettings
+
+_FOLDS = 3
+_GCE = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Config(TrainConfig):
+    """What the experiment on wrong labels compares, and how."""
+
+    DEFAULT_MODELS: ClassVar[Mapping[str, str]] = {**TrainConfig.DEFAULT_MODELS, "images": "mlp"}
+
+    epochs: float = 15
+    """Passes over the training data."""
+    schedule: Schedule = "constant"
+    """Learning-rate schedule, per step; the paper's is constant."""
+    lr: float = 1e-3
+    """Learning rate of Adam, for every arm."""
+    noises: tuple[str, ...] = ("symmetric", "pair", "instance", "none")
+    """How labels become wrong, the first decides: symmetric (any other class), pair (the next class), instance (hard
+    examples, to what a briefly trained network takes them for), none."""
+    rate: float = 0.4
+    """Share of wrong labels."""
+    dropout: float = 0.1
+    """Dropout in front of linear layers, for every arm, in models that have none: the passes differ by it."""
+    passes: int = 3
+    """Passes of every batch for the arms that rescale."""
+    virtual_lr: float = 0.1
+    """Step size of the virtual step."""
+    trusted: int = 200
+    """Clean validation rows that the arm in the style of Meta-Weight-Net is given."""
+    class_separation: bool = False
+    """A rescaler per class."""
+    cleanlab: bool = True
+    """Include the arm that prunes with cleanlab, which trains four times."""
+
+
+def arms(config: Config) -> list[Arm]:
+    """Plain training, robust ones, ours with a control, and the bound that knows every wrong label."""
+    found = [
+        Arm("ce", "cross-entropy", "plain"),
+        Arm("gce", f"generalized cross-entropy, q = {_GCE}", "GCE"),
+        Arm("small-loss", "drops the largest losses of a batch; is told the share of wrong labels", "small loss"),
+        Arm("mwn", f"weights from the loss, taught by {config.trusted} clean rows", "MWN style"),
+        Arm("rescaling", "19 features, taught by the noisy data; gradient by finite differences", "rescaling"),
+        Arm("outer-only", "the same without the gradient through the virtual step", "no meta gradient"),
+        Arm("oracle", "is told every wrong label and leaves it out", "oracle"),
+    ]
+    if config.cleanlab:
+        found.insert(
+            3, Arm("cleanlab", f"confident learning over {_FOLDS} folds, pruned and trained again", "cleanlab")
+        )
+    return found
+
+
+def claims(config: Config) -> list[Claim]:
+    """Better at the end, and the wrong labels found; then other noise, clean data, rivals, and the control."""
+    first = config.noises[0]
+    against = partial(Claim, metric=f"score_{first}", winner="rescaling", worth=config.least)
+    found = [
+        against(
+            text=f"With {_WORDS[first]} meta-rescaling ends more accurate than plain training",
+            loser="ce", primary=True, paper="Youtube, 30 % symmetric: 89.5 → 91.0", paper_gain=config.paper_gain(1.5),
+        ),
+        Claim(
+            text="The weights tell wrong labels from right ones better than the losses of plain training",
+            metric=f"auc_{first}", winner="rescaling", loser="ce", primary=True, worth=0.02,
+            paper="shown as noise-filter F1",
+        ),
+        against(text="It ends more accurate than small-loss selection that is told the noise rate", loser="small-loss"),
+        against(
+            text="The gradient through the virtual step adds accuracy", loser="outer-only",
+            paper="average without meta learning 71.2, with 74.7",
+        ),
+    ]  # fmt: skip
+    if config.cleanlab:
+        found.append(against(text="It ends more accurate than pruning with cleanlab", loser="cleanlab"))
+    for noise in config.noises[1:]:
+        text = f"With {_WORDS[noise]} meta-rescaling ends more accurate than plain training"
+        margin = 0.0
+        if noise == "none":
+            text, margin = "Clean data are not harmed", -2 * config.least
+        found.append(
+            Claim(
+                text=text, metric=f"score_{noise}", winner="rescaling", loser="ce", margin=margin, worth=config.least,
+                paper="clean, average: 83.9 → 83.2" if noise == "none" else "",
+            )
+        )  # fmt: skip
+    return found
+
+
+_WORDS = {
+    "symmetric": "symmetric noise",
+    "pair": "labels moved to the next class",
+    "instance": "hard examples mislabeled",
+    "none": "clean labels",
+}
+
+
+def metrics(config: Config) -> list[Metric]:
+    """Per kind of noise the score at the end; for wrong labels how well they are told apart and what is lost late."""
+    score = config.score_metric()
+    found = [replace(score, name=f"score_{noise}", label=f"{noise}: {score.label}") for noise in config.noises]
+    for noise in config.noises:
+        if noise != "none":
+            found.append(
+                Metric(f"auc_{noise}", f"{noise}: AUC", "higher", help="Of weight or loss, right against wrong labels.")
+            )
+        found.append(
+            Metric(f"lost_{noise}", f"{noise}: lost late", "lower", ".2f", help="Best minus last validation score.")
+        )
+    return found
+
+
+CHARTS = (
+    Chart(title="Validation accuracy, first kind of noise", x="epoch", y="validation_accuracy", phase="first"),
+    Chart(
+        title="How well wrong labels are told apart", x="epoch", y="auc", phase="first", y_label="AUC",
+        arms=("mwn", "rescaling", "outer-only"),
+    ),
+    Chart(
+        title="Mean weight of wrong labels", x="epoch", y="weight_wrong", phase="first", y_label="weight",
+        arms=("mwn", "rescaling", "outer-only"),
+    ),
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot run, before any job starts."""
+    config.check()
+    unknown = [noise for noise in config.noises if noise not in NOISES]
+    if unknown or not config.noises or len(set(config.noises)) < len(config.noises) or config.noises[0] == "none":
+        raise UsageError(
+            f"noises must be different ones of {', '.join(NOISES)}, the first not none, got {config.noises}"
+        )
+    for name, low, high in (("rate", 0.0, 1.0), ("dropout", -1e-9, 1.0)):
+        if not low < getattr(config, name) < high:
+            raise UsageError(f"{name} must be between 0 and 1, got {getattr(config, name)}")
+    if config.lr <= 0 or config.trusted < 2 or config.passes < 1:
+        raise UsageError("lr must be above 0, trusted at least 2, passes at least 1")
+    if config.task in ("language", "questions") or config.loss:
+        raise UsageError("meta-rescaling needs one label per row and the cross-entropy: images or sentences")
+    if not config.validation_fraction:
+        raise UsageError("validation_fraction must be above 0: one arm learns from clean validation rows")
+    if config.cleanlab:
+        require("cleanlab", extra="noise", purpose="the arm cleanlab; --no-cleanlab leaves it out")
+
+
+def start(config: Config, seed: int, folder: Path) -> dict[str, Any]:
+    """The labels of every kind of noise, the same for all arms."""
+    task = shared_task(config)
+    clean = labels_of(task)
+    unsure: Tensor | None = None
+    if "instance" in config.noises:
+        model = config.network(task, seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        epochs = min(config.epochs, 2)
+        config.fit(model, optimizer, task, seed, epochs=epochs, validate="never", folder=folder)
+        unsure = probabilities_of(model, task.train, int(clean.max()) + 1)
+    return {
+        noise: corrupt(clean, noise, config.rate, torch.Generator().manual_seed(seed), unsure)
+        for noise in config.noises
+    }
+
+
+def job(config: Config, job: Job) -> Mapping[str, Value]:
+    """Train one arm with one seed on every kind of noise."""
+    task = shared_task(config)
+    clean = labels_of(task)
+    found: dict[str, Value] = {}
+    for noise in config.noises:
+        labels = job.start[noise]
+        noisy = replace(task, train=Relabeled(task.train, labels), name=f"{task.name} {noise}")
+        phase = "first" if noise == config.noises[0] else noise
+        run = _Run(config, job, noisy, labels == clean, phase, job.folder / noise)
+        found[f"score_{noise}"], trust, best, last = run.trained()
+        found[f"lost_{noise}"] = best - last
+        if noise != "none":
+            found[f"auc_{noise}"] = None if trust is None else auc(trust, run.right)
+    return found
+
+
+@dataclass(slots=True)
+class _Run:
+    """One arm on one kind of noise."""
+
+    config: Config
+    job: Job
+    task: Task
+    right: Tensor  # (N,), where the label is what it was
+    phase: str
+    folder: Path
+
+    def trained(self) -> tuple[Value, Tensor | None, float, float]:
+        """Test score at the end, trust in every training label, best and last validation score."""
+        arm = self.job.arm
+        if arm == "cleanlab":
+            return self._pruned()
+        if arm in ("mwn", "rescaling", "outer-only"):
+            return self._rescaled()
+        model, score, best, last = self._fit(self.task, self._loss(arm), "main")
+        if arm == "oracle":
+            return score, None, best, last
+        p = probabilities_of(model, self.task.train, 0)
+        return score, p.gather(1, labels_of(self.task)[:, None]).squeeze(1), best, last
+
+    def _model(self) -> nn.Module:
+        return add_dropout_(self.config.network(self.task, self.job.seed), self.config.dropout)
+
+    def _fit(
+        self, task: Task, loss: Callable[[nn.Module, Batch], Tensor] | None, name: str, *, steps: int | None = None,
+        model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, hooks: Sequence[Hook] = (),
+    ) -> tuple[nn.Module, Value, float, float]:  # fmt: skip
+        model = self._model() if model is None else model
+        optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=self.config.lr)
+        more: dict[str, Any] = {} if steps is None else {"steps": steps}
+        record = partial(self.job.record, phase=self.phase if name == "main" else f"{self.phase} {name}")
+        fitted = self.config.fit(
+            model, optimizer, task, self.job.seed, loss=loss, hooks=hooks, folder=self.folder / name, record=record,
+            **more,
+        )  # fmt: skip
+        if fitted.diverged:
+            self.job.diverged = True
+            return model, math.nan, math.nan, math.nan
+        scale = 100.0 if self.config.in_points else 1.0
+        key = f"validation_{task.metric.name}"
+        scores = [scale * row[key] for row in fitted.rows if key in row]
+        return model, self.config.score(task, model), max(scores), scores[-1]
+
+    def _loss(self, arm: str) -> Callable[[nn.Module, Batch], Tensor] | None:
+        rate = 1 - float(self.right.float().mean())
+        if arm == "small-loss":
+            return partial(_small_loss, self.task, rate)
+        if arm == "oracle":
+            return partial(_kept, self.task, self.right)
+        return _generalized if arm == "gce" else None
+
+    def _rescaled(self) -> tuple[Value, Tensor, float, float]:
+        config, device = self.config, self.job.device
+        model = self._model().to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        classes = int(labels_of(self.task).max()) + 1
+        ours = self.job.arm != "mwn"
+        settings = RescalingSettings(
+            passes=config.passes if ours else 1,
+            meta_grad="none" if self.job.arm == "outer-only" else "finite_difference",
+            virtual_lr=config.virtual_lr,
+            outer=ours,
+            features="all" if ours else "loss",
+        )
+        rescaler = LossRescaler(classes, settings.n_features, config.class_separation and ours, seed=self.job.seed)
+        source = self.task.train if ours else self.task.held_out["validation"]
+        draw = Draw(source, config.batch_size, self.job.seed, None if ours else config.trusted, device)
+        meta = MetaRescaler(model, optimizer, rescaler, _forward, val_sampler=draw, settings=settings)
+        epoch = max(1, len(self.task.train) // config.batch_size)
+
+        def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
+            if meta.steps % epoch == 0:
+                meta.start_epoch()
+            try:
+                return meta.loss(batch, ids=batch.indices, model=wrapped)
+            except FloatingPointError:  # fit takes it from there
+                return self.task.losses(wrapped, batch).mean() * math.nan
+
+        def look(_: nn.Module) -> dict[str, float]:
+            w = self._trust(meta)
+            means = {"weight_right": w[self.right].nanmean(), "weight_wrong": w[~self.right].nanmean()}
+            found = {"auc": auc(w, self.right)} | {name: float(mean) for name, mean in means.items()}
+            return {name: value for name, value in found.items() if math.isfinite(value)}
+
+        def teach() -> None:
+            meta.update()
+
+        hook = Hook(before_step=teach, after_row=look, state=meta)
+        _, score, best, last = self._fit(self.task, loss, "main", model=model, optimizer=optimizer, hooks=[hook])
+        return score, self._trust(meta), best, last
+
+    def _trust(self, meta: MetaRescaler) -> Tensor:
+        known = meta.weights_by_id
+        trust = torch.full((len(self.right),), math.nan)
+        trust[torch.tensor(list(known), dtype=torch.int64)] = torch.tensor(list(known.values()))
+        return trust
+
+    def _pruned(self) -> tuple[Value, Tensor, float, float]:
+        filters: Any = require("cleanlab.filter", extra="noise", purpose="the arm cleanlab")
+        ranks: Any = require("cleanlab.rank", extra="noise", purpose="the arm cleanlab")
+        labels, rows = labels_of(self.task), len(self.right)
+        classes = int(labels.max()) + 1
+        fold = torch.randperm(rows, generator=torch.Generator().manual_seed(self.job.seed)) % _FOLDS
+        p = torch.zeros(rows, classes)
+        for number in range(_FOLDS):
+            inside, outside = (fold != number).nonzero().flatten(), (fold == number).nonzero().flatten()
+            part = replace(self.task, train=Some(self.task.train, inside), name=f"{self.task.name} fold {number}")
+            model, *_ = self._fit(part, None, f"fold {number}")
+            p[outside] = probabilities_of(model, Some(self.task.train, outside), classes)
+        if not bool(p.isfinite().all()):
+            return math.nan, p[:, 0], math.nan, math.nan
+        y, pred = labels.numpy(), p.double().numpy()
+        issues = torch.from_numpy(filters.find_label_issues(y, pred, n_jobs=1))
+        trust = torch.from_numpy(ranks.get_label_quality_scores(y, pred))
+        kept = (~issues).nonzero().flatten()
+        part = replace(self.task, train=Some(self.task.train, kept), name=f"{self.task.name} pruned")
+        _, score, best, last = self._fit(part, None, "main", steps=self.config.total_steps(self.task))
+        return score, trust.float(), best, last
+
+
+def add_dropout_(model: nn.Module, p: float) -> nn.Module:
+    """Dropout on the inputs of linear layers, but not on the data; models that have some stay as they are."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return model
+    first = next((module for module in model.modules() if list(module.parameters(recurse=False))), None)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not first:
+            module.register_forward_pre_hook(partial(_drop, p))
+    return model
+
+
+def _drop(p: float, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (nn.functional.dropout(inputs[0], p, layer.training), *inputs[1:])
+
+
+def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    assert batch.targets is not None
+    return logits_of(forward(model, batch)), batch.targets
+
+
+def _small_loss(task: Task, rate: float, model: nn.Module, batch: Batch) -> Tensor:
+    losses = task.losses(model, batch)
+    kept = max(1, round((1 - rate) * len(losses)))
+    return losses.topk(kept, largest=False).values.mean()
+
+
+def _generalized(model: nn.Module, batch: Batch) -> Tensor:
+    assert batch.targets is not None
+    p = (-cross_entropy(forward(model, batch), batch.targets)).exp()
+    return (1 - p**_GCE) / _GCE  # arXiv 1805.07836, equation 5
+
+
+def _kept(task: Task, right: Tensor, model: nn.Module, batch: Batch) -> Tensor:
+    w = right[batch.indices.cpu()].to(batch.targets.device if batch.targets is not None else "cpu").float()
+    return (w * task.losses(model, batch)).sum() / w.sum().clamp(min=1)
+
+
+def steps(config: Config, arm: str) -> int:
+    """Training steps of a job; a step with two more passes and a validation batch counts as four."""
+    each = {"cleanlab": 3, "rescaling": 4, "outer-only": 3, "mwn": 4}.get(arm, 1)
+    return each * len(config.noises) * config.total_steps(shared_task(config))
+
+
+EXPERIMENT = Experiment(
+    slug="meta-rescaling",
+    title="Meta-rescaling against wrong labels",
+    question=(
+        "When many training labels are wrong and nobody knows which: does a rescaler that teaches itself keep a "
+        "classifier from learning them, and do its weights tell which they are?"
+    ),
+    presets={
+        "smoke": Config(train_examples=400, epochs=2, noises=("symmetric", "none"), cleanlab=False),
+        "laptop": Config(data="fashion_mnist", train_examples=3750, test_examples=5000),
+        "paper": Config(
+            task="sentences", data="nyu-mll/glue", subset="mrpc", model="FacebookAI/roberta-base", pretrained=True,
+            epochs=10, batch_size=32, lr=1e-5, rate=0.3, noises=("symmetric", "none"), class_separation=True,
+            mixed_precision="bf16",
+        ),
+    },
+    arms=arms,
+    claims=claims,
+    metrics=metrics,
+    charts=CHARTS,
+    start=start,
+    job=job,
+    task=shared_task,
+    steps=steps,
+    check=check,
+    reading=(
+        "The score is that of the last step: without clean data nothing says when to stop, and plain training is best "
+        "in the middle (column 'lost late'). Two arms are told what nobody knows in practice: 'small loss' the share "
+        "of wrong labels, 'oracle' every one of them; 'MWN style' learns from clean rows. All arms share one learning "
+        "rate and the same dropout. What the rescaler learns comes nearly all from the weighted validation loss: "
+        "compare with 'no meta gradient'. Wrong labels that follow a pattern, or that most examples of a class share, "
+        "are what the method cannot see, since it trusts what the model finds easy."
+    ),
+)  # fmt: skip
