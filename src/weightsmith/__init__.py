@@ -6,6 +6,7 @@ One folder per thing that is done to a weight, imported on first use:
 
     ws.reparam    how weights are written         compand_, InWeightSpace
     ws.optim      how weights move                AdamP, SGDP
+    ws.reweight   what counts, and how much       MetaRescaler
     ws.prune      which weights stay              MagnitudePruner, iterate, save_sparse
     ws.quantize   how finely they are kept        flexround_, prepare_ofq_, save_quantized
     ws.adapt      few weights for many            apply_bone_
@@ -19,13 +20,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightsmith import adapt, average, continual, optim, prune, quantize, reparam
+    from weightsmith import adapt, average, continual, optim, prune, quantize, reparam, reweight
     from weightsmith.core.fold import fold_
     from weightsmith.core.select import select
 
 __version__ = "0.1.0"
 
-ROOMS = ("reparam", "optim", "prune", "quantize", "adapt", "average", "continual")
+ROOMS = ("reparam", "optim", "reweight", "prune", "quantize", "adapt", "average", "continual")
 """The folders of techniques, in the order of a weight's life. Import rules, API pages and navigation follow it."""
 
 _FUNCTIONS = {"fold_": "weightsmith.core.fold", "select": "weightsmith.core.select"}
@@ -41,6 +42,7 @@ __all__ = [
     "prune",
     "quantize",
     "reparam",
+    "reweight",
     "select",
 ]
 

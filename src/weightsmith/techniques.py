@@ -131,6 +131,17 @@ TECHNIQUES = (
         year=2025,
         arxiv="2412.12955",
         code="storm-public (the authors' GitLab)",
+        names=(
+            "weightsmith.reweight.MetaRescaler",
+            "weightsmith.reweight.RescalingSettings",
+            "weightsmith.reweight.LossRescaler",
+            "weightsmith.reweight.rescaler_features",
+            "weightsmith.reweight.SampleStatsMemory",
+            "weightsmith.reweight.directional_derivatives",
+            "weightsmith.reweight.RandomBatches",
+            "weightsmith.reweight.AuditTable",
+        ),
+        experiment="weightsmith.experiments.meta_rescaling",
     ),
     Technique(
         slug="steer",

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments import adamp, bone, flexround, mwa, ofq, weight_aligning, weight_compander
+from weightsmith.experiments import (
+    adamp,
+    bone,
+    flexround,
+    mwa,
+    ofq,
+    weight_aligning,
+    weight_compander,
+)
 from weightsmith.lab import report
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import JobResult, Recorder, plain_metrics, read_jobs
@@ -26,6 +34,7 @@ CONFIGS = {
     "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
     "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
     "mir-l": {"steps": 4, "warmup": 1, **SMALL},
+    "meta-rescaling": {"epochs": 2, "batch_size": 8, "trusted": 4, "noises": ("symmetric",), **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 
@@ -95,6 +104,7 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("flexround", "flexround"),
         ("weight-aligning", "bic"),
         ("mir-l", "imp"),
+        ("meta-rescaling", "rescaling"),
     ],
 )
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):

@@ -348,3 +348,27 @@ def test_two_processes_agree_and_equal_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done") == 2
+
+
+def test_the_autocast_that_accelerate_puts_into_a_model_is_off_for_finite_differences(net, data):
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState
+
+    from weightsmith.reweight.passes import repeatable
+
+    seen = []
+    model = net()
+    model.head.register_forward_hook(lambda layer, inputs, out: seen.append(out.dtype))
+    AcceleratorState._reset_state()
+    try:
+        prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        x = data()[0]
+        prepared(x)
+        with repeatable(prepared):
+            prepared(x)
+        prepared(x)
+        meta = make(prepared)
+        assert meta.step(data()).meta_loss.isfinite()
+    finally:
+        AcceleratorState._reset_state()
+    assert seen[:3] == [torch.bfloat16, torch.float32, torch.bfloat16]

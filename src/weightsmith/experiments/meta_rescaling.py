@@ -55,7 +55,9 @@ class Config(TrainConfig):
     """How labels become wrong, the first decides: symmetric (any other class), pair (the next class), instance (hard
     examples, to what a briefly trained network takes them for), none."""
     rate: float = 0.4
-    """Share of wrong labels."""
+    """Share of wrong labels with symmetric noise."""
+    pattern_rate: float = 0.2
+    """Share of wrong labels where they follow a pattern: pair and instance."""
     dropout: float = 0.1
     """Dropout in front of linear layers, for every arm, in models that have none: the passes differ by it."""
     passes: int = 3
@@ -168,7 +170,7 @@ def check(config: Config) -> None:
         raise UsageError(
             f"noises must be different ones of {', '.join(NOISES)}, the first not none, got {config.noises}"
         )
-    for name, low, high in (("rate", 0.0, 1.0), ("dropout", -1e-9, 1.0)):
+    for name, low, high in (("rate", 0.0, 1.0), ("pattern_rate", 0.0, 1.0), ("dropout", -1e-9, 1.0)):
         if not low < getattr(config, name) < high:
             raise UsageError(f"{name} must be between 0 and 1, got {getattr(config, name)}")
     if config.lr <= 0 or config.trusted < 2 or config.passes < 1:
@@ -390,7 +392,7 @@ EXPERIMENT = Experiment(
         "classifier from learning them, and do its weights tell which they are?"
     ),
     presets={
-        "smoke": Config(train_examples=400, epochs=2, noises=("symmetric", "none"), cleanlab=False),
+        "smoke": Config(train_examples=600, epochs=8, batch_size=32, noises=("symmetric", "none"), cleanlab=False),
         "laptop": Config(data="fashion_mnist", train_examples=3750, test_examples=5000),
         "paper": Config(
             task="sentences", data="nyu-mll/glue", subset="mrpc", model="FacebookAI/roberta-base", pretrained=True,
