@@ -107,12 +107,15 @@ class SampleStatsMemory:
         """The memory that each sample belongs to, ``(B,)``."""
         return labels if self.class_separation else torch.zeros_like(labels)
 
-    def add(self, values: Tensor, labels: Tensor) -> None:
+    def add(self, values: Tensor, labels: Tensor) -> Tensor:
         """Append the samples of a batch, in order.
 
         Args:
             values: ``(B, 5)``, see :meth:`Signals.stored`.
             labels: ``(B,)``, int64.
+
+        Returns:
+            ``(B,)``, their places in the rings of their classes.
         """
         rows = max(self.window * (self.batch_size or len(labels)), len(labels))
         if self.window == 0 or self._values is None or rows > self._values.shape[1]:
@@ -125,6 +128,7 @@ class SampleStatsMemory:
         at = (self._seen[group] + rank) % self._values.shape[1]
         self._values[group, at] = values.to(self._values.dtype)
         self._seen += one_hot.sum(0)
+        return at
 
     def _grow(self, rows: int, values: Tensor) -> None:
         old, seen = self._values, self._seen
@@ -211,32 +215,24 @@ def rescaler_features(
 def features_of(found: Signals, labels: Tensor, memory: SampleStatsMemory, *, clamp: float | None = None) -> Tensor:
     """:func:`rescaler_features` of signals that are already there."""
     own = found.stored()
-    memory.add(own, labels)
-    group = memory.groups(labels)
-    keys, at = torch.unique(2 * group + found.agreement.long(), return_inverse=True)
+    places = memory.add(own, labels)
+    keys, at = torch.unique(2 * memory.groups(labels) + found.agreement.long(), return_inverse=True)
     values, counted = memory.members(keys // 2, keys % 2)
     mean, std = _moments(values, counted)
-    center, spread = mean[:, :1], mean[:, 1:2]  # of the losses of the group
-    divergence = kl_normal(values[..., 0], values[..., 1], center, spread)
-    overlap = overlap_normal(values[..., 0], values[..., 1], center, spread)
-    more_mean, more_std = _moments(torch.stack([divergence, overlap], dim=-1), counted)
-    of_sample = [
-        *own[:, :4].unbind(1),
-        kl_normal(own[:, 0], own[:, 1], center[at, 0], spread[at, 0]),
-        overlap_normal(own[:, 0], own[:, 1], center[at, 0], spread[at, 0]),
-    ]
+    losses = (values[..., 0], values[..., 1], mean[:, :1], mean[:, 1:2])
+    more = torch.stack([kl_normal(*losses), overlap_normal(*losses)], dim=-1)
+    more_mean, more_std = _moments(more, counted)
+    mine = torch.cat([values[at, places], more[at, places]], dim=1)  # every sample is a member of its group
     means, stds = torch.cat([mean, more_mean], dim=1)[at], torch.cat([std, more_std], dim=1)[at]
-    table = torch.stack([torch.stack(of_sample, dim=1), means, stds], dim=2).flatten(1)
-    table = torch.cat([table, own[:, 4:]], dim=1)
+    table = torch.cat([torch.stack([mine, means, stds], dim=2).flatten(1), own[:, 4:]], dim=1)
     return table if clamp is None else table.clamp(-clamp, clamp)
 
 
 def _moments(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased std ``(U, K)`` of the counted ones of ``(U, N, K)``; of a single one the std is 1e-8."""
-    weight = counted[..., None].to(values.dtype)
-    count = weight.sum(1)
-    mean = torch.where(counted[..., None], values, 0.0).sum(1) / count
-    squares = torch.where(counted[..., None], (values - mean[:, None]).square(), 0.0).sum(1)
+    """Mean and unbiased std ``(U, M)`` of the counted ones of ``(U, N, M)``; of a single one the std is 1e-8."""
+    count, counted = counted.sum(1, keepdim=True).to(values.dtype), counted[..., None]
+    mean = torch.where(counted, values, 0.0).sum(1) / count
+    squares = torch.where(counted, (values - mean[:, None]).square(), 0.0).sum(1)
     return mean, torch.where(count > 1, (squares / (count - 1).clamp(min=1)).sqrt(), _TINY)
 
 
