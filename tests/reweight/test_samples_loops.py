@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from weightsmith.reweight import LossRescaler, MetaRescaler, RandomBatches
+from weightsmith.reweight.meta_gradient import meta_gradient
 
 MODES = ["finite_difference", "jvp", "double_backward", "head", "none"]
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -99,6 +100,33 @@ def test_without_applying_it_trains_as_if_it_were_not_there_but_learns(net, data
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not equal(before, weights_of(meta.rescaler))
+
+
+@pytest.mark.parametrize("mode", ["finite_difference", "jvp", "double_backward"])
+@pytest.mark.parametrize(("inner", "apply"), [(1, True), (2, True), (3, True), (1, False), (2, False)])
+def test_several_virtual_steps_equal_differentiating_through_all_of_them(data, mode, inner, apply):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    options = {"passes": 1, "outer": False, "normalize": "none", "virtual_lr": 0.7}
+    meta = make(model, meta_grad=mode, inner_steps=inner, apply=apply, **options)
+    (x, y), (x_val, y_val) = data(dtype=torch.float64), data(dtype=torch.float64)
+    names, theta = zip(*model.named_parameters(), strict=True)
+
+    def losses(values, x, y):
+        out = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+        return nn.functional.cross_entropy(out, y, reduction="none")
+
+    other = make(model, **options)
+    w = other._observer.look((x, y), "training").weights
+    dw = meta_gradient(
+        lambda t: losses(t, x, y) / 12, lambda t: losses(t, x_val, y_val).mean(), w, theta, 0.7, steps=inner
+    )
+    assert dw.abs().max() > 1e-4
+    wanted = torch.autograd.grad(w, list(other.rescaler.parameters()), dw)
+    meta.loss((x, y)).backward()
+    meta.update((x_val, y_val))
+    for ours, reference in zip(meta.rescaler.parameters(), wanted, strict=True):
+        torch.testing.assert_close(ours.grad, reference, rtol=1e-5, atol=1e-9)
 
 
 def test_the_rescaler_learns_at_every_nth_step_only(net, data):

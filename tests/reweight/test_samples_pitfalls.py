@@ -269,6 +269,8 @@ def test_head_refuses_logits_that_are_no_output_of_a_linear_layer(data):
         ({"meta_gard": "head"}, "option 'meta_gard' is not known: did you mean 'meta_grad'"),
         ({"outer": False, "meta_grad": "none"}, "nothing to learn from"),
         ({"mode": "official", "meta_grad": "head"}, "must not be 'head'"),
+        ({"mode": "official", "apply": False}, "apply must be True"),
+        ({"inner_steps": 2, "meta_grad": "head"}, "inner_steps must be 1 with"),
     ],
 )
 def test_bad_options_are_refused(net, options, message):

@@ -13,11 +13,12 @@
 """
 
 from weightsmith.reweight.audit import AuditTable
+from weightsmith.reweight.memory import SampleStatsMemory
 from weightsmith.reweight.meta_gradient import directional_derivatives
 from weightsmith.reweight.rescaler import LossRescaler
 from weightsmith.reweight.samples import MetaRescaler
 from weightsmith.reweight.settings import RescalingSettings
-from weightsmith.reweight.signals import SampleStatsMemory, rescaler_features
+from weightsmith.reweight.signals import rescaler_features
 from weightsmith.reweight.validation import RandomBatches
 
 __all__ = [

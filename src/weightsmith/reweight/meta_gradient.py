@@ -33,6 +33,7 @@ def meta_gradient(
     w: Tensor,
     theta: Sequence[Tensor],
     lr: float,
+    steps: int = 1,
 ) -> Tensor:
     """``dM/dw`` as the definition says it: by differentiating through the step. The fast modes are compared with it.
 
@@ -42,14 +43,16 @@ def meta_gradient(
         w: ``(B,)``.
         theta: Parameters that require gradients.
         lr: Step size.
+        steps: How many steps.
 
     Returns:
         ``(B,)``.
     """
     w = w.detach().requires_grad_()
-    g = torch.autograd.grad((w * losses(theta)).sum(), theta, create_graph=True)
-    moved = [p - lr * gradient for p, gradient in zip(theta, g, strict=True)]
-    return torch.autograd.grad(meta_loss(moved), w)[0]
+    for _ in range(steps):
+        g = torch.autograd.grad((w * losses(theta)).sum(), theta, create_graph=True)
+        theta = [p - lr * gradient for p, gradient in zip(theta, g, strict=True)]
+    return torch.autograd.grad(meta_loss(theta), w)[0]
 
 
 def directional_derivatives(
@@ -89,17 +92,63 @@ def directional_derivatives(
 
 
 def _finite_difference(losses: Callable[[], Tensor], params: list[nn.Parameter], direction: Sequence[Tensor]) -> Tensor:
-    double = all(p.dtype == torch.float64 for p in params)
-    dtype = torch.float64 if double else torch.float32
-    norm = torch.stack([v.norm().to(params[0].device, dtype) for v in direction]).norm()
-    step = torch.where(norm > 0, (_STEP_OF_DOUBLES if double else _STEP) / norm, 0.0)
+    step, norm = _step_along(params, direction)
     with torch.no_grad(), restoring(params) as before:
         ends = []
         for sign in (1, -1):
-            for p, start, v in zip(params, before, direction, strict=True):
-                p.copy_(start + v * (sign * step).to(v.device, v.dtype))
+            _move_(params, before, direction, sign * step)
             ends.append(losses())
     return torch.where(norm > 0, (ends[0] - ends[1]) / (2 * step.clamp(min=torch.finfo(step.dtype).tiny)), 0.0)
+
+
+def hessian_vector(
+    loss: Callable[[], Tensor], params: Sequence[Tensor], direction: Sequence[Tensor], *, exact: bool
+) -> list[Tensor]:
+    """``H v`` of a loss at the parameters as they are.
+
+    Args:
+        loss: Gives one number from them.
+        params: As they are before afterwards.
+        direction: ``v``, of the same shapes.
+        exact: Reverse over reverse, with the math kernel of attention; otherwise a central difference of gradients.
+    """
+
+    def gradients(*, graph: bool = False) -> list[Tensor]:
+        with torch.enable_grad():
+            found = torch.autograd.grad(loss(), params, create_graph=graph, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+    if exact:
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            first = gradients(graph=True)
+            _check_twice_differentiable(first)
+            along = torch.stack([(g * v.detach()).sum() for g, v in zip(first, direction, strict=True)]).sum()
+            second = (
+                torch.autograd.grad(along, params, allow_unused=True) if along.requires_grad else [None] * len(first)
+            )
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, second, strict=True)]
+    step, norm = _step_along(params, direction)
+    ends = []
+    with restoring(params) as before:
+        for sign in (1, -1):
+            _move_(params, before, direction, sign * step)
+            ends.append(gradients())
+    scale = torch.where(norm > 0, 1 / (2 * step.clamp(min=torch.finfo(step.dtype).tiny)), 0.0)
+    return [(up - down) * scale.to(up.device, up.dtype) for up, down in zip(*ends, strict=True)]
+
+
+def _step_along(params: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """How far to go in a direction for a central difference, and the direction's norm."""
+    double = all(p.dtype == torch.float64 for p in params)
+    dtype = torch.float64 if double else torch.float32
+    norm = torch.stack([v.norm().to(params[0].device, dtype) for v in direction]).norm()
+    return torch.where(norm > 0, (_STEP_OF_DOUBLES if double else _STEP) / norm, 0.0), norm
+
+
+@torch.no_grad()
+def _move_(params: Sequence[Tensor], start: Sequence[Tensor], direction: Sequence[Tensor], step: Tensor) -> None:
+    for p, begin, v in zip(params, start, direction, strict=True):
+        p.copy_(begin + v * step.to(v.device, v.dtype))
 
 
 def _jvp(losses: Callable[[], Tensor], module: nn.Module, direction: Sequence[Tensor]) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
+from weightsmith.reweight.memory import SampleStatsMemory
 from weightsmith.reweight.passes import Forward, Head, LossFn, without_traces
 from weightsmith.reweight.rescaler import LossRescaler, Normalize, normalizer
 from weightsmith.reweight.settings import RescalingSettings
-from weightsmith.reweight.signals import SampleStatsMemory, Signals, check_batch, features_of, signals
+from weightsmith.reweight.signals import Signals, check_batch, features_of, signals
 
 
 @dataclass(slots=True)

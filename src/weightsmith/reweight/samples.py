@@ -11,7 +11,6 @@ Source: "Learning from Noisy Labels via Self-Taught On-the-Fly Meta Loss Rescali
 section 3. What the released code does in addition, or instead, is said at ``mode`` of :class:`RescalingSettings`.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -23,25 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
 from weightsmith.reweight.audit import AuditLog, AuditTable
-from weightsmith.reweight.meta_gradient import (
-    directional_derivatives,
-    head_derivatives,
-    restoring,
-    trainable,
-    virtual_step_,
-)
+from weightsmith.reweight.meta_gradient import trainable, virtual_step_
 from weightsmith.reweight.observe import Observer, Seen
-from weightsmith.reweight.passes import (
-    Forward,
-    LossFn,
-    cross_entropy,
-    forward_batch,
-    repeatable,
-    same_autocast,
-    without_traces,
-)
+from weightsmith.reweight.passes import Forward, LossFn, cross_entropy, forward_batch, same_autocast
 from weightsmith.reweight.rescaler import LossRescaler
 from weightsmith.reweight.settings import RescalingSettings, StepResult
+from weightsmith.reweight.teach import Teacher, gradients_of
 
 _MANY = 50
 _ADAM_VIRTUAL_LR = 0.1
@@ -131,7 +117,6 @@ class MetaRescaler:
                 stacklevel=2,
             )
         self.rescaler = rescaler.to(first.device, torch.float64 if first.dtype == torch.float64 else torch.float32)
-        self.rescaler_optimizer = torch.optim.Adam(self.rescaler.parameters(), lr=self.settings.rescaler_lr)
         self._observer = Observer(
             self.module,
             self.rescaler,
@@ -140,12 +125,11 @@ class MetaRescaler:
             self.settings,
             self.settings.normalize or ("mean" if _is_sgd(optimizer) else "none"),
         )
+        self._teacher = Teacher(self._observer, self._virtual_lrs)
         self._log = AuditLog()
         self._pending: list[Seen] = []
-        self._autocast: Callable[[], Any] = contextlib.nullcontext
         self._previous: Any = None
         self._steps = self._epoch = 0
-        self._sync = False
         self._last = torch.zeros(0)
 
     # training
@@ -211,11 +195,11 @@ class MetaRescaler:
             FloatingPointError: A loss is not finite; the message names the samples.
         """
         outer = self.model if model is None else model
-        self._sync = isinstance(outer, DistributedDataParallel)
-        self._autocast = same_autocast(self.rescaler.first.device)
+        self._teacher.sync = isinstance(outer, DistributedDataParallel)
+        self._teacher.autocast = same_autocast(self.rescaler.first.device)
         if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 1):
             raise UsageError(f"ids must be whole numbers (B,), got {getattr(ids, 'dtype', type(ids).__name__)}")
-        seen = self._observer.look(batch, "training", through=outer, ids=ids, autocast=self._autocast)
+        seen = self._observer.look(batch, "training", through=outer, ids=ids, autocast=self._teacher.autocast)
         self._pending.append(seen)
         self._last = seen.weights.detach()
         if ids is not None and len(seen.rows):
@@ -223,7 +207,7 @@ class MetaRescaler:
             columns = (seen.labels[seen.rows], seen.suggested, seen.weights, found.loss, found.agreement)
             self._log.add(ids.to(seen.rows.device)[seen.rows], columns, self._epoch)
         weights = seen.factor * seen.weights.detach() if self.settings.apply else torch.ones_like(seen.weights)
-        return (weights * seen.losses).sum() / self._divisor(len(seen.rows))
+        return (weights * seen.losses).sum() / self._teacher.divisor(len(seen.rows))
 
     @property
     def last_weights(self) -> Tensor:
@@ -254,19 +238,18 @@ class MetaRescaler:
         if all(p.grad is None for p in params):
             raise UsageError("there are no gradients: call backward on the loss before update()")
         official = self.settings.mode == "official"
-        due = self._steps % self.settings.meta_every == 0 and (self._sync or any(seen.rescaled for seen in pending))
+        due = self._steps % self.settings.meta_every == 0 and (
+            self._teacher.sync or any(seen.rescaled for seen in pending)
+        )
         self._steps += 1
         meta_loss = None
         if due or official:
             if self._observer.head is not None:
                 params = self._observer.head.parameters()
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in params]
-            if scale != 1.0:
-                gradients = [g / scale for g in gradients]
-            finite = bool(torch.stack([g.float().norm().to(params[0].device) for g in gradients]).isfinite().all())
-            if due and finite:
-                meta_loss = self._teach(pending, self._validation(val_batch, pending), params, gradients)
-            if official and finite:
+            gradients = gradients_of(params, scale)
+            if due and gradients is not None:
+                meta_loss = self._teacher.step(pending, self._validation(val_batch, pending), params, gradients)
+            if official and gradients is not None:
                 virtual_step_(params, gradients, self._virtual_lrs(params), sign=True)
                 for p in params:
                     p.grad = None
@@ -281,75 +264,7 @@ class MetaRescaler:
             return self.val_sampler()
         return pending[0].batch if self._previous is None else self._previous
 
-    def _teach(
-        self, pending: Sequence[Seen], val_batch: Any, params: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Tensor:
-        """One step of the rescaler on the validation loss after a virtual step of the model."""
-        sign = self.settings.mode == "official"
-        with restoring(params), self._autocast():
-            slopes = virtual_step_(params, gradients, self._virtual_lrs(params), sign=sign)
-            with torch.set_grad_enabled(self.settings.meta_grad not in ("none", "head")), without_traces(self.module):
-                val = self._observer.look(val_batch, "validation")
-            constant = val.factor * val.weights.detach() if self.settings.outer else torch.ones_like(val.weights)
-            divisor = self._divisor(len(val.rows))
-            meta_loss = (constant * val.losses).sum() / divisor
-            v = self._direction(val, constant / divisor, meta_loss, params)
-        objective = torch.zeros((), dtype=val.weights.dtype, device=val.weights.device)
-        if self.settings.outer:
-            objective = objective + (val.factor * val.weights * val.losses.detach()).sum() / divisor
-        if v is not None:
-            v = [direction.mul_(slope) for direction, slope in zip(v, slopes, strict=True)]
-            for seen in pending:
-                if seen.rescaled:
-                    share = -seen.factor / (self._divisor(len(seen.rows)) * len(pending))
-                    objective = objective + (seen.weights * (share * self._along(seen, v)).detach()).sum()
-        self.rescaler_optimizer.zero_grad()
-        if objective.requires_grad:
-            objective.backward()
-        if self._sync:
-            for p in self.rescaler.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                _average(p.grad)
-        self.rescaler_optimizer.step()
-        return meta_loss.detach()
-
-    def _direction(
-        self, val: Seen, constant: Tensor, meta_loss: Tensor, params: Sequence[Tensor]
-    ) -> list[Tensor] | None:
-        """The gradient of the meta loss at the virtual weights."""
-        if self.settings.meta_grad == "none":
-            return None
-        if val.logit_gradients is not None and val.head_inputs is not None:
-            slopes = constant[:, None] * val.logit_gradients
-            v = [slopes.mT @ val.head_inputs, slopes.sum(0)][: len(params)]
-        else:
-            # small gradients would vanish in float16
-            up = 1024.0 if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == _HALF[0] else 1.0
-            found = torch.autograd.grad(up * meta_loss, params, allow_unused=True)
-            v = [torch.zeros_like(p) if g is None else g / up for p, g in zip(params, found, strict=True)]
-        if self._sync:
-            for direction in v:
-                _average(direction)
-        return v
-
-    def _along(self, seen: Seen, v: list[Tensor]) -> Tensor:
-        """``<grad l_i, v>`` of the samples that have a label."""
-        if seen.logit_gradients is not None and seen.head_inputs is not None:
-            return head_derivatives(seen.logit_gradients, seen.head_inputs, v[0], v[1] if len(v) > 1 else None)
-
-        def losses() -> Tensor:
-            logits, labels = self.forward_fn(self.module, seen.batch)
-            return self.loss_fn(logits[seen.rows], labels[seen.rows])
-
-        with repeatable(self.module):
-            return directional_derivatives(losses, self.module, v, self.settings.meta_grad)
-
-    # looking at a batch
-
     # numbers
-
-    def _divisor(self, samples: int) -> int:
-        return 1 if self.settings.mode == "official" else max(1, samples)
 
     def _virtual_lrs(self, params: Sequence[Tensor]) -> list[float]:
         if self.settings.virtual_lr is not None:
@@ -396,7 +311,7 @@ class MetaRescaler:
         """
         state = {
             "rescaler": self.rescaler.state_dict(),
-            "optimizer": self.rescaler_optimizer.state_dict(),
+            "optimizer": self._teacher.optimizer.state_dict(),
             "memories": {name: memory.state_dict() for name, memory in self._observer.memories.items()},
             "log": self._log.state_dict(),
             "steps": self._steps,
@@ -421,7 +336,7 @@ class MetaRescaler:
             )
         device = self.rescaler.first.device
         self.rescaler.load_state_dict(saved)
-        self.rescaler_optimizer.load_state_dict(state["optimizer"])
+        self._teacher.optimizer.load_state_dict(state["optimizer"])
         for name, memory in self._observer.memories.items():
             memory.load_state_dict(state["memories"][name], device)
         self._log.load_state_dict(state["log"])
@@ -440,11 +355,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _is_sgd(optimizer: Any) -> bool:
     plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate and schedulers wrap it
     return "SGD" in type(plain).__name__
-
-
-def _average(tensor: Tensor) -> None:
-    torch.distributed.all_reduce(tensor)
-    tensor /= torch.distributed.get_world_size()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

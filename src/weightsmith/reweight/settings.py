@@ -33,6 +33,8 @@ class RescalingSettings:
         outer: Whether the validation losses are weighted too, which is what teaches without clean data; ``False``
             makes sense with clean validation data.
         meta_every: Train the rescaler at every n-th step only.
+        inner_steps: Virtual steps on the batch before the validation loss; the paper compares 1 and 2. Each further one
+            costs two or three passes more with gradients.
         normalize: Factor on the weights of a batch: ``"mean"`` divides by their mean, ``"loss"`` keeps the summed
             loss, ``"none"``; ``None``: ``"mean"`` for a kind of SGD, whose effective step size it keeps, else
             ``"none"``.
@@ -49,6 +51,7 @@ class RescalingSettings:
     virtual_lr: float | None = None
     outer: bool = True
     meta_every: int = 1
+    inner_steps: int = 1
     normalize: Normalize | None = None
     features: FeatureSet = "all"
     window: int = 1
@@ -62,7 +65,7 @@ class RescalingSettings:
             value, known = getattr(self, name), get_args(kind)
             if value not in known and not (name == "normalize" and value is None):
                 raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        for name, least in (("passes", 1), ("meta_every", 1), ("window", 0)):
+        for name, least in (("passes", 1), ("meta_every", 1), ("inner_steps", 1), ("window", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -72,6 +75,10 @@ class RescalingSettings:
                 raise UsageError(f"{name} must be above 0, got {value}")
         if self.mode == "official" and self.meta_grad == "head":
             raise UsageError("mode='official' moves all weights: meta_grad must not be 'head'")
+        if self.inner_steps > 1 and (self.mode == "official" or self.meta_grad == "head"):
+            raise UsageError(f"inner_steps must be 1 with mode='official' or meta_grad='head', got {self.inner_steps}")
+        if not self.apply and self.mode == "official":
+            raise UsageError("mode='official' keeps the virtual step: apply must be True")
         if not self.outer and self.meta_grad == "none":
             raise UsageError("outer=False with meta_grad='none' leaves the rescaler nothing to learn from")
 
