@@ -194,9 +194,9 @@ def start(config: Config, seed: int, folder: Path) -> dict[str, Any]:
         epochs = min(config.epochs, 2)
         config.fit(model, optimizer, task, seed, epochs=epochs, validate="never", folder=folder)
         unsure = probabilities_of(model, task.train, int(clean.max()) + 1)
+    rates = {noise: config.rate if noise == "symmetric" else config.pattern_rate for noise in config.noises}
     return {
-        noise: corrupt(clean, noise, config.rate, torch.Generator().manual_seed(seed), unsure)
-        for noise in config.noises
+        noise: corrupt(clean, noise, rate, torch.Generator().manual_seed(seed), unsure) for noise, rate in rates.items()
     }
 
 
@@ -393,7 +393,7 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(train_examples=600, epochs=8, batch_size=32, noises=("symmetric", "none"), cleanlab=False),
-        "laptop": Config(data="fashion_mnist", train_examples=3750, test_examples=5000),
+        "laptop": Config(data="fashion_mnist", train_examples=2500, test_examples=5000),
         "paper": Config(
             task="sentences", data="nyu-mll/glue", subset="mrpc", model="FacebookAI/roberta-base", pretrained=True,
             epochs=10, batch_size=32, lr=1e-5, rate=0.3, noises=("symmetric", "none"), class_separation=True,
