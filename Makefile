@@ -52,7 +52,7 @@ $(CORE): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(CORE)
-	$(INSTALL) ".[hf,search,vision,onnx,prune,dev,docs]"
+	$(INSTALL) ".[hf,search,vision,onnx,noise,prune,dev,docs]"
 	touch $@
 
 $(MODELS): tests/fetch_models.py | $(INSTALLED)

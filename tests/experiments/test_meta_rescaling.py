@@ -8,10 +8,13 @@ import torch
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments.label_noise import Some, auc, corrupt, labels_of
 from weightsmith.experiments.meta_rescaling import EXPERIMENT, add_dropout_
+from weightsmith.lab import progress
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import JobResult, Recorder, read_jobs
 from weightsmith.lab.run import run
 from weightsmith.lab.tasks import shared_task
+from weightsmith.lab.train import fit
+from weightsmith.reweight import MetaRescaler
 
 SMALL = {"train_examples": 160, "test_examples": 40, "epochs": 2, "batch_size": 16, "trusted": 8}
 
@@ -121,3 +124,31 @@ def test_half_precision_trains(tmp_path):
     job = Job("rescaling", 0, Recorder(), tmp_path / "job", torch.device("cpu"), start=start)
     assert 0 < EXPERIMENT.job(settings, job)["auc_symmetric"] < 1
     assert not job.diverged
+
+
+@pytest.mark.parametrize("arm", ["rescaling", "mwn"])
+def test_a_killed_job_goes_on_to_the_same_numbers(tmp_path, monkeypatch, arm):
+    settings = config(noises=("symmetric",))
+    start = EXPERIMENT.start(settings, 0, tmp_path / "start")
+
+    def do(folder):
+        return EXPERIMENT.job(settings, Job(arm, 0, Recorder(), tmp_path / folder, torch.device("cpu"), start=start))
+
+    whole = do("whole")
+    monkeypatch.setitem(fit.__wrapped__.__kwdefaults__, "checkpoint_seconds", 0.0)
+    monkeypatch.setattr(progress, "_SHARE", 0)
+    update, calls = MetaRescaler.update, []
+
+    def killed(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return update(self, *args, **options)
+
+    monkeypatch.setattr(MetaRescaler, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        do("cut")
+    resumed = do("cut")
+    assert len(calls) < 11 + settings.total_steps(shared_task(settings))  # it did not start over
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(resumed[name]), rtol=0, atol=0)

@@ -400,3 +400,51 @@ def test_the_autocast_that_accelerate_puts_into_a_model_is_off_for_finite_differ
     finally:
         AcceleratorState._reset_state()
     assert seen[:3] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("mode", ["finite_difference", "double_backward", "none"])
+def test_a_compiled_model_gives_the_step_of_the_plain_one(net, data, mode):
+    batch, val, found = data(), data(), []
+    for compiled in (False, True):
+        model = net(dropout=0.0)
+        wrapped = torch.compile(model, backend="aot_eager" if mode != "double_backward" else "eager")
+        meta = make(wrapped if compiled else model, meta_grad=mode, passes=1)
+        for _ in range(2):
+            meta.step(batch, val_batch=val)
+        found.append(weights_of(model, meta.rescaler))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_grad_scaler_scales_the_real_step_only(net, data):
+    batch, val, found = data(), data(), []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = net(dropout=0.0)
+        meta = make(model, passes=1)
+        meta.step(batch, val_batch=val, scaler=scaler)
+        found.append(weights_of(model, meta.rescaler))
+    for plain, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=1e-5)
+
+
+def test_clean_validation_data_teach_without_weights_of_their_own(net, data):
+    clean = data(60, wrong=0.0)
+    draw = RandomBatches(list(zip(*clean, strict=True)), 12)
+    meta = make(net(), outer=False, val_sampler=draw)
+    before = weights_of(meta.rescaler)
+    meta.step(data())
+    assert meta._observer.memories["validation"]._values is not None
+    assert not equal(before, weights_of(meta.rescaler))
+
+
+def test_an_own_loss_and_an_own_forward_are_used(net, data):
+    x, y = data()
+    smoothed = lambda z, t: nn.functional.cross_entropy(z, t, reduction="none", label_smoothing=0.2)  # noqa: E731
+    for mode in ("finite_difference", "head"):
+        model = net(dropout=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        forward = lambda model, batch: (model(batch["image"]), batch["class"])  # noqa: E731
+        meta = MetaRescaler(model, optimizer, 3, forward, loss_fn=smoothed, passes=1, meta_grad=mode)
+        result = meta.step({"image": x, "class": y})
+        plain = net(dropout=0.0)
+        torch.testing.assert_close(result.losses, smoothed(plain(x), y).detach())

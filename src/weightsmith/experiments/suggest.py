@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from weightsmith.core.weights import owners
+from weightsmith.core.weights import output_head, owners
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MATRICES = (nn.Linear, *_CONVOLUTIONS)
@@ -108,6 +108,18 @@ def _weight_aligning(model: nn.Module) -> tuple[bool, str]:
     return True, f"the classifier {name}, {head.out_features} classes; for classes that arrive in steps"
 
 
+def _meta_rescaling(model: nn.Module) -> tuple[bool, str]:
+    if output_head(model) is not None:
+        return False, "a language model has a label per token, and this weighs whole examples"
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    name, head = next(reversed(heads.items()), ("", None))
+    if head is None or head.out_features < 2:
+        return False, "no last linear layer of two outputs or more, as a classifier has"
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    more = "" if random else "; without dropout take passes=1"
+    return True, f"the classifier {name}, {head.out_features} classes; where labels may be wrong{more}"
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
@@ -123,6 +135,7 @@ def _experts(model: nn.Module) -> list[str]:
 RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
     "weight-compander": _compander,
     "adamp": _adamp,
+    "meta-rescaling": _meta_rescaling,
     "mir-l": _mir_l,
     "flexround": _flexround,
     "ofq": _ofq,
