@@ -1,4 +1,8 @@
 import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +163,44 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     wrong = trainer(tmp_path, rescaler=LossRescaler(5))
     with pytest.raises(UsageError, match="num_classes is 5, but the logits have 2"):
         wrong.train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows()[0])
+
+
+def test_a_stream_has_no_numbers_and_validates_on_the_batch_before(tmp_path):
+    run = trainer(tmp_path, Stream(), max_steps=4, save_strategy="steps", save_steps=2)
+    run.train()
+    assert run.meta.val_sampler is None
+    assert run.meta.steps == 4
+    with pytest.raises(UsageError, match="give ids"):
+        run.audit()
+    again = trainer(tmp_path, Stream(), max_steps=6, save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.meta.steps == 6
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_same_weights(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, torch.distributed as dist\n"
+        "from test_noisy_labels import trainer, RescalingSettings\n"
+        "run = trainer('out', rescaling=RescalingSettings(passes=2), max_steps=3)\n"
+        "run.train()\n"
+        "for p in [*run.model.parameters(), *run.meta.rescaler.parameters()]:\n"
+        "    both = [torch.zeros_like(p) for _ in range(2)]\n"
+        "    dist.all_gather(both, p.detach().contiguous())\n"
+        "    assert torch.equal(*both)\n"
+        "print('seen', len(run.meta.weights_by_id))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(
+        [*launch, str(Path(__file__).parent)], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("seen 48") == 2

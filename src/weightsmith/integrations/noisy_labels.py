@@ -138,7 +138,7 @@ class MetaRescalingTrainer(Trainer):
         ids = inputs.pop(_INDEX, None)
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self.meta.loss(inputs, ids=ids, model=model)
+        loss = self.meta.loss(dict(inputs), ids=ids, model=model)  # a plain dict can be saved
         self._weights.append(self.meta.last_weights.mean())
         return loss
 
