@@ -90,6 +90,21 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_changes_nothing(net, da
     assert torch.equal(state["values"], meta._observer.memories["training"]._values)
 
 
+def test_a_further_pass_that_is_not_finite_is_named_too(net, data):
+    calls = []
+
+    def forward(model, batch):
+        calls.append(1)
+        logits = model(batch[0])
+        return (logits if len(calls) != 1 else logits.index_fill(0, torch.tensor([4]), float("nan"))), batch[1]
+
+    model = net()
+    meta = MetaRescaler(model, torch.optim.SGD(model.parameters(), lr=0.1), 3, forward, passes=2)
+    with pytest.raises(FloatingPointError, match="positions in the batch 4"):
+        meta.step(data())
+    assert meta._observer.memories["training"]._values is None
+
+
 def test_the_network_of_an_absent_class_gets_no_gradient(net, data):
     meta = rescaling(net())
     x, y = data()

@@ -103,13 +103,13 @@ class Observer:
         rows = (labels >= 0).nonzero().squeeze(1)
         kept, target = logits[rows], labels[rows]
         losses = self._losses(kept, target)
-        _check_finite(losses, rows, purpose, ids)
         with torch.no_grad():
             logits_of_all = torch.stack([kept.detach(), *(z[rows] for z in more)]).to(losses.dtype)
             losses_of_all = torch.stack([losses.detach(), *(self._losses(z[rows], target) for z in more)])
             found = signals(losses_of_all, logits_of_all, target)
             suggested = logits_of_all.softmax(-1).mean(0).argmax(-1)
-            self._warn_without_dropout(found)
+        _check_finite(found, rows, purpose, ids)
+        self._warn_without_dropout(found)
         rescaled = len(rows) > 1  # one sample has no statistics
         with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
             if rescaled:
@@ -150,8 +150,9 @@ class Observer:
             )
 
 
-def _check_finite(losses: Tensor, rows: Tensor, purpose: str, ids: Tensor | None) -> None:
-    wrong = ~losses.detach().isfinite()
+def _check_finite(found: Signals, rows: Tensor, purpose: str, ids: Tensor | None) -> None:
+    """Refuse what would spoil the rescaler's statistics, from whichever pass it comes."""
+    wrong = ~found.stored().isfinite().all(1)
     if not bool(wrong.any()):
         return
     at = rows[wrong]
