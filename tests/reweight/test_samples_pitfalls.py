@@ -312,6 +312,20 @@ def test_bad_batches_are_refused(net, data):
         rescaling(net(), loss_fn=nn.functional.cross_entropy).step((x, y))
 
 
+def test_a_step_after_an_error_is_a_step_of_its_own_batch(net, data):
+    batch, val, found = data(), data(), []
+    for broken in (False, True):
+        model = net(dropout=0.0)
+        meta = rescaling(model, passes=1, window=0)
+        if broken:
+            meta.loss(data())  # its backward and update never came
+            for part, fresh in zip(model.buffers(), net(dropout=0.0).buffers(), strict=True):
+                part.copy_(fresh)
+        meta.step(batch, val_batch=val)
+        found.append(weights_of(model) + weights_of(meta.rescaler))
+    assert equal(*found)
+
+
 def test_calls_out_of_order_are_refused(net, data):
     meta = rescaling(net())
     with pytest.raises(UsageError, match="before update"):
@@ -326,6 +340,8 @@ def test_parts_that_do_not_fit_are_refused(net):
     optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(UsageError, match="rescaler must take 2 features"):
         MetaRescaler(model, optimizer, LossRescaler(3), features="loss")
+    with pytest.raises(UsageError, match="a LossRescaler or the number of classes, got Linear"):
+        MetaRescaler(model, optimizer, nn.Linear(19, 1))
     with pytest.raises(UsageError, match="no trainable parameter"):
         MetaRescaler(model.requires_grad_(False), optimizer, 3)
     for call, message in (

@@ -104,6 +104,8 @@ class MetaRescaler:
         first = params[0]
         if isinstance(rescaler, int):
             rescaler = LossRescaler(rescaler, self.settings.n_features)
+        if not isinstance(rescaler, LossRescaler):
+            raise UsageError(f"rescaler must be a LossRescaler or the number of classes, got {type(rescaler).__name__}")
         if rescaler.n_features != self.settings.n_features:
             raise UsageError(
                 f"rescaler must take {self.settings.n_features} features (features={self.settings.features!r}), "
@@ -158,6 +160,7 @@ class MetaRescaler:
             FloatingPointError: A loss is not finite; the message names the samples.
         """
         self.optimizer.zero_grad()
+        self._pending.clear()  # what an error cut off before its update
         loss = self.loss(batch, ids=ids)
         if scaler is None:
             loss.backward()
