@@ -105,6 +105,11 @@ class Traced:
         modes = tuple(module.training for module in self.model.modules())
         if modes not in self._graphs:
             graph = trace_graph(self.model, self._inputs, own=own_operations(), expansions=EXPANSIONS)
+            if len(graph.outputs) != 1:
+                raise UnsupportedOperation(
+                    f"{type(self.model).__name__} must return one tensor, returns {len(graph.outputs)}: wrap it in a "
+                    "module that returns its logits"
+                )
             for node in graph.nodes:
                 if node.varies and node.op not in _ALWAYS and node.op not in RULES:
                     raise unsupported(node)
@@ -400,4 +405,4 @@ def _tolerance(done: Pass, ends: Interval, spec: Tensor | None) -> float:
         terms = (x.center.abs() + x.radius) @ weight.abs().T
         largest = terms.max() if bias is None else (terms + bias.abs()).max()
         size = torch.maximum(size, largest * (2 if spec is not None else 1))
-    return float(size) * len(done.calls) * torch.finfo(ends.lower.dtype).eps
+    return float(size) * (8 + len(done.calls)) * torch.finfo(ends.lower.dtype).eps

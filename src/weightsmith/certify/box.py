@@ -69,6 +69,18 @@ def _finite(name: str, value: Tensor) -> None:
         raise UsageError(f"{name} must be finite, holds NaN or infinity")
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse what are no labels ``(B,)`` of this many classes.
+
+    Raises:
+        UsageError: They are not.
+    """
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise UsageError(f"labels must be whole numbers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UsageError(f"labels must be between 0 and {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+
+
 def margins_of(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     """Rows ``e_y - e_j`` for all ``j != y`` in increasing order: what must be positive for class ``y`` to win.
 
@@ -83,10 +95,7 @@ def margins_of(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     Raises:
         UsageError: A label is not in ``0 .. K - 1``.
     """
-    if labels.dim() != 1 or labels.is_floating_point():
-        raise UsageError(f"labels must be whole numbers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise UsageError(f"labels must be between 0 and {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+    check_labels(labels, classes)
     labels = labels.to(like.device)
     eye = torch.eye(classes, dtype=like.dtype, device=like.device)
     rows = eye[labels][:, None] - eye

@@ -17,7 +17,7 @@ def with_export(model: nn.Module, inputs: tuple[Any, ...], expansions: Mapping[A
     """Trace a model by running it on example inputs; the batch size stays free where the model allows it.
 
     Raises:
-        UnsupportedOperation: It does not return one tensor.
+        UnsupportedOperation: It holds something that cannot be followed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -47,7 +47,7 @@ def with_export(model: nn.Module, inputs: tuple[Any, ...], expansions: Mapping[A
         elif node.op == "output":
             signature = program.graph_signature.user_outputs
             found = [made[item] for item in node.args[0] if isinstance(item, torch.fx.Node) and item.name in signature]
-            return finished(builder, found[0] if len(found) == 1 else tuple(found))
+            return finished(builder, found)
         else:
             raise UnsupportedOperation(f"node {node.name!r} ({node.op} {node.target}) cannot be followed")
     raise UnsupportedOperation(f"{type(model).__name__} returns nothing")

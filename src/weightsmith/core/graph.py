@@ -72,19 +72,25 @@ class Graph:
         model: The model that was traced.
         nodes: All operations; the inputs come first.
         inputs: One node per input of the model.
-        output: The node that the model returns.
+        outputs: The nodes that the model returns.
         before: Called before every use: hooks that compute a weight.
     """
 
     model: nn.Module
     nodes: list[Node] = field(default_factory=list)
     inputs: list[Node] = field(default_factory=list)
-    output: Any = None
+    outputs: list[Node] = field(default_factory=list)
     before: list[Callable[[], Any]] = field(default_factory=list)
 
+    @property
+    def output(self) -> Node:
+        """The node that a model with one output returns."""
+        (node,) = self.outputs
+        return node
+
     def prune(self) -> None:
-        """Drop the operations that the output does not need."""
-        needed, due = set(self.inputs), [self.output]
+        """Drop the operations that no output needs."""
+        needed, due = set(self.inputs), list(self.outputs)
         while due:
             node = due.pop()
             if node not in needed:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from weightsmith.core.errors import reason
-from weightsmith.core.graph import Builder, Expansion, Graph, Live, Node, UnsupportedOperation, canonical, replaced
+from weightsmith.core.graph import Builder, Expansion, Graph, Live, Node, UnsupportedOperation, canonical, leaves, replaced
 from weightsmith.core.module_ops import MODULES, add_module, module_class
 
 _MANY = frozenset("split chunk unbind tensor_split split_with_sizes hsplit vsplit".split())
@@ -107,19 +107,15 @@ def _with_fx(model: nn.Module, count: int, own: Collection[Any], expansions: Map
 
 
 def finished(builder: Builder, output: Any) -> Graph:
-    """Close a graph: it must return one tensor.
+    """Close a graph.
 
     Raises:
-        UnsupportedOperation: It does not.
+        UnsupportedOperation: The model returns no tensor that depends on its input.
     """
-    if isinstance(output, tuple | list) and len(output) == 1:
-        output = output[0]
-    if not isinstance(output, Node):
-        raise UnsupportedOperation(
-            f"{type(builder.graph.model).__name__} must return one tensor, returns {type(output).__name__}; "
-            "wrap it in a module that returns its logits"
-        )
-    builder.graph.output = builder.current(output)
+    found = [builder.current(leaf) for leaf in leaves(output) if isinstance(leaf, Node)]
+    if not found:
+        raise UnsupportedOperation(f"{type(builder.graph.model).__name__} returns nothing that depends on its input")
+    builder.graph.outputs = found
     builder.graph.prune()
     return builder.graph
 
