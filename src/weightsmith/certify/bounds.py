@@ -283,6 +283,10 @@ def bound_box(
     spec = specification(done, C)
     ends = ends_of(traced, done, spec, method=method, options=options, both=both)
     outward = options.rounding == "outward"
+    if not bool((ends.upper >= ends.lower).all()):  # an overflow inside: nothing is known
+        ends = Interval(
+            torch.where(ends.lower.isnan(), -torch.inf, ends.lower), torch.where(ends.upper.isnan(), torch.inf, ends.upper)
+        )
     return Bounds(ends.lower, ends.upper, method, options.rounding, 0.0 if outward else _tolerance(done, ends, spec))
 
 

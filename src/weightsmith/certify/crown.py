@@ -25,6 +25,8 @@ Axes = Mapping[Node, tuple[int, int]]
 """By node: which axis counts the examples, and how many entries of it belong to each."""
 
 _KINKED = ("relu", "leaky_relu", "prelu")
+_AS_PEERS = (*_KINKED, "max_pool1d", "max_pool2d", "max_pool3d", "sigmoid", "tanh")
+"""What takes backward bounds as they are; others, such as ``log``, also need what only interval bounds may tell."""
 _MOST_NUMBERS = 2**26
 """Coefficients that are held for one operation at a time."""
 
@@ -220,7 +222,7 @@ def refiner(graph: Graph, axes: Axes, batch: int, relu: ReluMode, intersect: boo
         low, high = low.reshape(batch, -1), high.reshape(batch, -1)
         chosen = torch.arange(low.shape[1], device=low.device) if rows is None else rows
         found_low, found_high = _of_elements(backward, node, chosen, shape, axis)
-        if intersect or node.op in ("matmul", "scores", "mul"):
+        if intersect or not all(user.op in _AS_PEERS for user in curved) or node.op in ("matmul", "scores", "mul"):
             found_low, found_high = torch.maximum(found_low, low[:, chosen]), torch.minimum(found_high, high[:, chosen])
         low, high = low.index_copy(1, chosen, found_low), high.index_copy(1, chosen, found_high)
         done.values[node] = Interval(*(end.reshape(shape).movedim(0, axis) for end in (low, high)))

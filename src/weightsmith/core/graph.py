@@ -243,6 +243,7 @@ ALIASES: Mapping[str, str] = {
     "_adaptive_avg_pool2d": "adaptive_avg_pool2d", "_max_pool2d": "max_pool2d", "_max_pool1d": "max_pool1d",
     "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout", "feature_dropout": "dropout",
     "_to_copy": "to", "unsafe_split": "split", "unsafe_chunk": "chunk", "special_expit": "sigmoid",
+    "log_sigmoid": "logsigmoid",
 }  # fmt: skip
 """Names of one operation, by the name that is used here."""
 
