@@ -145,8 +145,16 @@ def added(call: Any, args: Any, kwargs: Any) -> Interval:
             return Interval.ball(x.center + y.center, x.radius + y.radius)
         return Interval(x.lower + y.lower, x.upper + y.upper)
     x, y = (x, y) if isinstance(x, Interval) else (y, x)
-    out = x.lower + y
-    return Interval(out, x.upper + y)
+    y = finite(y, x.sample.dtype)
+    return Interval(x.lower + y, x.upper + y)
+
+
+def finite(value: Any, dtype: torch.dtype) -> Any:
+    """A constant with a very negative number in the place of minus infinity: masks, of which only ``exp`` is taken."""
+    least = torch.finfo(dtype).min / 8
+    if isinstance(value, Tensor):
+        return value.clamp_min(least) if value.is_floating_point() else value
+    return least if isinstance(value, float) and value == float("-inf") else value
 
 
 @register("sub", "rsub", affine=True, rounding=lambda call, args, kwargs, out: (
@@ -245,7 +253,7 @@ def call_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return scores
     least = torch.finfo(scores.dtype).min / 8  # finite, so that differences of masked scores are numbers
-    return scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.clamp_min(least)
+    return scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + finite(mask, scores.dtype)
 
 
 @register("einsum", crown=_bilinear_planes)

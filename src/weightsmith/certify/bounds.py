@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from weightsmith.certify.affine import finite
 from weightsmith.certify.box import Eps, check_spec, input_box, margins_of
 from weightsmith.certify.crown import Axes, Backward, ReluMode, example_axes, refiner
 from weightsmith.certify.interval import Interval
@@ -95,58 +96,69 @@ class Traced:
         self._inputs = tuple(
             item[:2].detach() if isinstance(item, Tensor) and item.dim() else item for item in as_inputs(inputs)
         )
-        self._graphs: dict[tuple[bool, ...], Graph] = {}
+        self._graphs: dict[tuple[bool, ...], dict[int | None, Graph]] = {}
         self._axes: dict[Graph, Axes] = {}
-        _ = self.graph
+        self.graph(len(as_inputs(inputs)[0]))
 
-    @property
-    def graph(self) -> Graph:
-        """The operations of the model in its present modes."""
-        modes = tuple(module.training for module in self.model.modules())
-        if modes not in self._graphs:
-            graph = trace_graph(self.model, self._inputs, own=own_operations(), expansions=EXPANSIONS)
-            if len(graph.outputs) != 1:
-                raise UnsupportedOperation(
-                    f"{type(self.model).__name__} must return one tensor, returns {len(graph.outputs)}: wrap it in a "
-                    "module that returns its logits"
-                )
-            for node in graph.nodes:
-                if node.varies and node.op not in _ALWAYS and node.op not in RULES:
-                    raise unsupported(node)
-            self._graphs[modes] = graph
-        return self._graphs[modes]
+    def graph(self, batch: int) -> Graph:
+        """The operations of the model in its present modes, for a batch size."""
+        graphs = self._graphs.setdefault(tuple(module.training for module in self.model.modules()), {})
+        if None not in graphs and batch not in graphs:
+            graph = trace_graph(
+                self.model, self._example(batch, None), own=own_operations(), expansions=EXPANSIONS
+            )
+            _check(graph)
+            graphs[graph.batch] = graph
+        return graphs.get(None) or graphs[batch]
 
-    def axes(self) -> Axes:
+    def axes(self, graph: Graph) -> Axes:
         """Which axis of every operation's output counts the examples."""
-        graph = self.graph
         if graph not in self._axes:
             options = Options(dtype=working_dtype(self.model, self._inputs, None), update=False)
 
-            def run(batch: int) -> Any:
-                inputs = [_repeated(item, batch, options.dtype) for item in self._inputs]
-                return propagate(graph, inputs, options=options).values
+            def run(batch: int) -> list[Any]:
+                of_size = self.graph(batch)
+                done = propagate(of_size, self._example(batch, options.dtype), options=options)
+                return [done.values.get(node) for node in of_size.nodes]
 
-            try:
-                with torch.no_grad():
-                    self._axes[graph] = example_axes(graph, run)
-            except RuntimeError as error:
-                if isinstance(error, UnsupportedOperation):
-                    raise
-                raise UnsupportedOperation(
-                    f"{type(self.model).__name__} works for one batch size only, as torch.export has found: use "
-                    "method='ibp'"
-                ) from error
+            with torch.no_grad():
+                self._axes[graph] = example_axes(graph, run, graph.batch or 2)
         return self._axes[graph]
+
+    def _example(self, batch: int, dtype: torch.dtype | None) -> tuple[Any, ...]:
+        return tuple(_repeated(item, batch, dtype) for item in self._inputs)
+
+
+def _check(graph: Graph) -> None:
+    """Refuse what cannot be bounded, and take infinity out of masks."""
+    if len(graph.outputs) != 1:
+        raise UnsupportedOperation(
+            f"{type(graph.model).__name__} must return one tensor, returns {len(graph.outputs)}: wrap it in a module that "
+            "returns its logits"
+        )
+    for node in graph.nodes:
+        if node.varies and node.op not in _ALWAYS and node.op not in RULES:
+            raise unsupported(node)
+        if node.op in ("masked_fill", "where", "add") and sum(parent.varies for parent in node.parents) < 2:
+            node.call = _without_infinity(node.call)
+
+
+def _without_infinity(call: Any) -> Any:
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+        return call(*(finite(arg, dtype) for arg in args), **kwargs)
+
+    return masked
 
 
 _ALWAYS = ("input", "batch_norm", "dropout", "channel_dropout")
 
 
-def _repeated(item: Any, batch: int, dtype: Any) -> Any:
+def _repeated(item: Any, batch: int, dtype: torch.dtype | None) -> Any:
     if not isinstance(item, Tensor) or not item.dim():
         return item
     item = item[:1].expand(batch, *item.shape[1:]).contiguous()
-    if item.is_floating_point():  # equal examples would leave batch norm nothing to divide by
+    if dtype is not None and item.is_floating_point():  # equal examples would leave batch norm nothing to divide by
         item = item.to(dtype) + torch.arange(batch, dtype=dtype, device=item.device).view(-1, *[1] * (item.dim() - 1)) / 8
     return item
 
@@ -308,12 +320,12 @@ def run_box(
     dtype = box.sample.dtype
     how = Options(options.statistics, options.detach_statistics, dtype, outward, options.update_statistics)
     with torch.autocast(box.sample.device.type, enabled=False):
-        refine = None
+        graph, refine = traced.graph(len(box.sample)), None
         if method == "crown":
-            refine = refiner(traced.graph, traced.axes(), len(box.sample), options.relu, options.intersect)
+            refine = refiner(graph, traced.axes(graph), len(box.sample), options.relu, options.intersect)
         clean = [item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item for item in clean]
         given = [box, *clean[1:]]
-        return propagate(traced.graph, given, clean, options=how, want_clean=want_clean, refine=refine)
+        return propagate(graph, given, clean, options=how, want_clean=want_clean, refine=refine)
 
 
 def specification(done: Pass, C: Tensor | None) -> Tensor | None:
@@ -342,7 +354,7 @@ def ends_of(
         if method == "ibp":
             return elided(done, spec)
         output = done.output
-        backward = Backward(done, traced.axes(), output.shape[0], options.relu)
+        backward = Backward(done, traced.axes(done.graph), output.shape[0], options.relu)
         if spec is None:
             width = output.shape[1:].numel()
             rows = torch.eye(width, dtype=output.sample.dtype, device=output.sample.device)
@@ -350,7 +362,7 @@ def ends_of(
         else:
             rows = spec.transpose(0, 1)
         count = len(rows)
-        found = backward.lower(traced.graph.output, torch.cat([rows, -rows]) if both else rows)
+        found = backward.lower(done.graph.output, torch.cat([rows, -rows]) if both else rows)
         low = found[:, :count]
         high = -found[:, count:] if both else low
         if options.intersect:

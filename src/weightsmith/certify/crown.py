@@ -283,24 +283,23 @@ def _is_exact(done: Pass, node: Node) -> bool:
 # --- where the examples are -------------------------------------------------------------------------------------------
 
 
-def example_axes(graph: Graph, run: Callable[[int], Mapping[Node, Any]]) -> Axes:
+def example_axes(graph: Graph, run: Callable[[int], Sequence[Any]], batch: int) -> Axes:
     """Find, by runs with two batch sizes, which axis of every output counts the examples.
 
     Args:
         graph: The model.
-        run: Gives a tensor of every node's shape for a batch size.
+        run: Gives a tensor of every node's shape for a batch size, in the order of the nodes.
+        batch: The smaller size.
 
     Raises:
         UnsupportedOperation: An output has no such axis, or several.
     """
-    first, second = run(2), run(3)
     found: dict[Node, tuple[int, int]] = {}
-    for node in graph.nodes:
-        one, other = first.get(node), second.get(node)
+    for node, one, other in zip(graph.nodes, run(batch), run(batch + 1), strict=True):
         if not node.varies or not isinstance(one, Tensor) or not isinstance(other, Tensor):
             continue
         different = [axis for axis, (n, m) in enumerate(zip(one.shape, other.shape, strict=True)) if n != m]
-        if len(different) != 1 or one.shape[different[0]] % 2:
+        if len(different) != 1 or one.shape[different[0]] % batch:
             raise UnsupportedOperation(f"node {node.name!r} mixes the examples of a batch: use method='ibp'")
-        found[node] = (different[0], one.shape[different[0]] // 2)
+        found[node] = (different[0], one.shape[different[0]] // batch)
     return found

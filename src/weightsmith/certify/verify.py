@@ -162,6 +162,7 @@ def _certify(
 
 def _logits(traced: Traced, inputs: list[Any]) -> Tensor:
     """Outputs by the traced operations, in the type that bounds are computed in."""
-    done = propagate(traced.graph, inputs, options=Options(dtype=inputs[0].dtype, update=False))
-    found: Tensor = done.values[traced.graph.output]
+    graph = traced.graph(len(inputs[0]))
+    done = propagate(graph, inputs, options=Options(dtype=inputs[0].dtype, update=False))
+    found: Tensor = done.values[graph.output]
     return found

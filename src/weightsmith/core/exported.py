@@ -47,10 +47,26 @@ def with_export(model: nn.Module, inputs: tuple[Any, ...], expansions: Mapping[A
         elif node.op == "output":
             signature = program.graph_signature.user_outputs
             found = [made[item] for item in node.args[0] if isinstance(item, torch.fx.Node) and item.name in signature]
-            return finished(builder, found)
+            graph = finished(builder, found)
+            graph.batch = _only_batch(program, inputs)
+            return graph
         else:
             raise UnsupportedOperation(f"node {node.name!r} ({node.op} {node.target}) cannot be followed")
     raise UnsupportedOperation(f"{type(model).__name__} returns nothing")
+
+
+@torch.no_grad()
+def _only_batch(program: Any, inputs: tuple[Any, ...]) -> int | None:
+    """The batch size that an exported program is bound to, if it is: found by a run with one example more."""
+    size = len(inputs[0])
+    more = [
+        torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in inputs
+    ]
+    try:
+        program.module()(*more)
+    except Exception:  # the guards of torch.export, or a shape that does not fit
+        return size
+    return None
 
 
 def _has(model: nn.Module, path: str) -> bool:

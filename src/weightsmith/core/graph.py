@@ -74,6 +74,7 @@ class Graph:
         inputs: One node per input of the model.
         outputs: The nodes that the model returns.
         before: Called before every use: hooks that compute a weight.
+        batch: The only batch size that it works for; ``None``: any.
     """
 
     model: nn.Module
@@ -81,6 +82,7 @@ class Graph:
     inputs: list[Node] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
     before: list[Callable[[], Any]] = field(default_factory=list)
+    batch: int | None = None
 
     @property
     def output(self) -> Node:
@@ -153,8 +155,8 @@ class Builder:
         self._spoiled: dict[Node, str] = {}
 
     def input(self, name: str) -> Node:
-        """Add an input."""
-        node = Node(name, "input", lambda: None, memory=object())
+        """Add an input; only the first one varies."""
+        node = Node(name, "input", lambda: None, varies=not self.graph.inputs, memory=object())
         self.graph.inputs.append(node)
         self.graph.nodes.append(node)
         return node

@@ -134,7 +134,7 @@ def add_module(builder: Builder, name: str, module: nn.Module, args: tuple[Any, 
     builder.graph.before += _weight_hooks(name, module)
     kind = module_class(module)
     if kind in own:
-        return builder.add(name, kind, module, (module, *args), kwargs)
+        return builder.add(name, kind, lambda own, *args, **kwargs: own(*args, **kwargs), (module, *args), kwargs)
     if kind not in MODULES or len(args) + len(kwargs) != 1:
         return builder.add(name, kind, module, args, kwargs)
     x = args[0] if args else next(iter(kwargs.values()))

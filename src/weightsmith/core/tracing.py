@@ -162,6 +162,10 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
         call = _OUT_OF_PLACE.get(call) or _plain_function(op, call)
     args, kwargs, asked = _without_inplace(call, args, kwargs)
     in_place = in_place or asked
+    if op == "reshape":
+        if any(isinstance(arg, torch.dtype) for arg in args):
+            raise UnsupportedOperation(f"node {name!r} reads a tensor as another type")
+        call = torch.Tensor.reshape  # what is bounded may lie in memory in another order
     if op == "identity":
         return builder.add(name, op, lambda x, *_, **__: x, args[:1])
     if op in ("transpose", "permute", "t") and not args:
