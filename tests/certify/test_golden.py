@@ -23,8 +23,8 @@ from weightsmith.certify.losses import fused_log_bound
 
 NETS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("networks.py"))))
 BUILDERS = {
-    "mlp": NETS.mlp, "leaky": NETS.leaky, "cnn_bn_eval": NETS.cnn_bn, "residual": NETS.Residual, "maxpool": NETS.MaxPooled,
-    "zoo_ibp": NETS.Zoo,
+    "mlp": NETS.mlp, "leaky": NETS.leaky, "cnn_bn_eval": NETS.cnn_bn, "residual": NETS.Residual, "maxpool":
+    NETS.MaxPooled, "zoo_ibp": NETS.Zoo,
 }  # fmt: skip
 METHODS = {"IBP": "ibp", "CROWN-IBP": "crown-ibp", "CROWN": "crown"}
 

@@ -110,7 +110,11 @@ def test_no_point_leaves_the_bounds(act, seed, eps, depth):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), eps=st.floats(0, 1), mode=st.sampled_from(["adaptive", "zero-lb", "one-lb", "same-slope"]))
+@given(
+    seed=st.integers(0, 10**6),
+    eps=st.floats(0, 1),
+    mode=st.sampled_from(["adaptive", "zero-lb", "one-lb", "same-slope"]),
+)
 def test_every_lower_line_of_relu_is_sound(seed, eps, mode):
     model = Tangle(seed, "relu", 3, 4).double()
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Models that others wrote: bounds of each contain its outputs, by every method, and what cannot be bounded is named."""
+"""Models that others wrote: bounds contain their outputs by every method; what cannot be bounded is named."""
 
 import pytest
 import torch
@@ -6,7 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from weightsmith.certify import BoundOptions, Interval, Planes, UnsupportedOperation, bounds, input_box, register_bound, trace
+from weightsmith.certify import (
+    BoundOptions,
+    Interval,
+    Planes,
+    UnsupportedOperation,
+    bounds,
+    input_box,
+    register_bound,
+    trace,
+)
 from weightsmith.lab.models import build_model
 
 IMAGE = (3, 2, 8, 8)
@@ -72,7 +81,9 @@ class TorchEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(8, 8)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
@@ -293,7 +304,7 @@ def test_control_flow_that_depends_on_values_is_named():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(NotImplementedError, match="Branch cannot be traced.*torch.where"):
+    with pytest.raises(NotImplementedError, match=r"Branch cannot be traced.*torch.where"):
         trace(Branch(), torch.zeros(2, 4))
 
 

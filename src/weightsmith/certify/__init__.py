@@ -3,7 +3,7 @@
 ==========================================================  =========================================================
 ``bounds``, ``margins``, ``trace``                          ends of the outputs of any model of common layers
 ``Bounds``, ``BoundOptions``, ``Traced``                    what they give, and how they are computed
-``verified_error``, ``pgd``                                 for how many examples the label is proved; an attack beside it
+``verified_error``, ``pgd``                                 for how many examples a label is proved; an attack
 ``VerifiedError``, ``Certificates``                         the number, and what was found for each example
 ``CertifiedTraining``, ``Recipe``                           certified training as a loss in your own loop
 ``IBP``, ``CrownIBP``, ``SABR``, ``MTLIBP``                 what it minimizes
@@ -15,7 +15,7 @@
 
 from weightsmith.certify.attack import pgd
 from weightsmith.certify.batchnorm import add_batchnorm_
-from weightsmith.certify.bounds import Bounds, BoundOptions, Traced, bounds, margins, trace
+from weightsmith.certify.bounds import BoundOptions, Bounds, Traced, bounds, margins, trace
 from weightsmith.certify.box import input_box
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.losses import robust_cross_entropy
@@ -34,8 +34,8 @@ __all__ = [
     "BoundOptions",
     "BoundRegularizer",
     "Bounds",
-    "CertifiedTraining",
     "Certificates",
+    "CertifiedTraining",
     "CrownIBP",
     "EpsilonSchedule",
     "Interval",

@@ -1,4 +1,5 @@
-"""Bounds of operations that are linear in what is not known: layers with weights, sums, and everything that moves elements.
+"""Bounds of operations that are linear in what is not known: layers with weights, sums, and everything that moves
+elements.
 
 ``c' = op(c; W, b)`` and ``r' = op(r; |W|)``: two kernels for both ends.
 """
@@ -59,10 +60,17 @@ def _exact(call: Any, args: Any, kwargs: Any, out: Interval) -> Tensor:
 def weighted(call: Any, args: Any, kwargs: Any) -> Interval:
     """A layer with a weight: center and radius, two kernels."""
     if kwargs:  # the usual names, in the usual order
-        names = ("weight", "bias", "stride", "padding", "dilation", "groups")
+        names: tuple[str, ...] = ("weight", "bias", "stride", "padding", "dilation", "groups")
         if call in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
             names = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-        defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0}
+        defaults: dict[str, Any] = {
+            "bias": None,
+            "stride": 1,
+            "padding": 0,
+            "dilation": 1,
+            "groups": 1,
+            "output_padding": 0,
+        }
         if call is F.linear:
             names = ("weight", "bias")
         given = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
@@ -89,10 +97,10 @@ def scale_shift(call: Any, args: Any, kwargs: Any) -> Interval:
 
 
 @register(
-    "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "expand_as",
-    "select", "slice", "narrow", "getitem", "index_select", "movedim", "t", "flip", "roll", "repeat", "repeat_interleave",
-    "pixel_shuffle", "pixel_unshuffle", "identity", "detach", "pick", "tile", "chunk", "split", "unbind", "broadcast_to",
-    affine=True, reshapes=True, rounding=_exact,
+    "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand",
+    "expand_as", "select", "slice", "narrow", "getitem", "index_select", "movedim", "t", "flip", "roll", "repeat",
+    "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "identity", "detach", "pick", "tile", "chunk", "split",
+    "unbind", "broadcast_to", affine=True, reshapes=True, rounding=_exact,
 )  # fmt: skip
 def moved(call: Any, args: Any, kwargs: Any) -> Any:
     """Elements move, repeat or drop out."""

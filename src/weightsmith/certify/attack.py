@@ -71,7 +71,9 @@ def _wrongness(model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> 
 
 
 @torch.no_grad()
-def _keep_worse(model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, worst: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def _keep_worse(
+    model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, worst: Tensor, found: Tensor
+) -> tuple[Tensor, Tensor]:
     now = _wrongness(model, x, labels)
     better = now > worst
     chosen = better.view(-1, *[1] * (x.dim() - 1))

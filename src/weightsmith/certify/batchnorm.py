@@ -26,9 +26,9 @@ _log = logging.getLogger(__name__)
 def add_batchnorm_(model: Model, example: Any, *, where: Where = None) -> Model:
     """Put batch norm behind every hidden linear and convolutional layer that has none, fully connected ones included.
 
-    Such a layer becomes ``nn.Sequential(layer, norm)`` under its own name, so that its keys in the state dict get ``.0``:
-    call this before an optimizer is made and before weights are loaded. Layers that feed the output, layers whose output
-    is not ``(B, features)`` or an image, and frozen ones stay as they are.
+    Such a layer becomes ``nn.Sequential(layer, norm)`` under its own name, so that its keys in the state dict get
+    ``.0``: call this before an optimizer is made and before weights are loaded. Layers that feed the output, layers
+    whose output is not ``(B, features)`` or an image, and frozen ones stay as they are.
 
     Args:
         model: Changed in place.
@@ -45,35 +45,40 @@ def add_batchnorm_(model: Model, example: Any, *, where: Where = None) -> Model:
     inputs = as_inputs(example)
     graph = trace(model, inputs)
     wanted = set(select(model, where, default=lambda _, m: type(m) in _NORMS).values())
-    chosen = [layer for layer in _hidden(graph) if layer in wanted and layer.weight.requires_grad]  # type: ignore[union-attr]
+    chosen = [layer for layer in _hidden(graph) if layer in wanted and _weight(layer).requires_grad]
     with evaluating(model), torch.no_grad():
         fits = _one_feature_axis(model, chosen, inputs)
         before = model(*inputs)
         replaced: list[tuple[nn.Module, str, nn.Module]] = []
         for layer in fits:
-            norm = _NORMS[type(layer)](len(layer.weight)).to(layer.weight)  # type: ignore[arg-type]
+            norm = _NORMS[type(layer)](len(_weight(layer))).to(_weight(layer))
             wrapped = nn.Sequential(layer, norm)
             wrapped.eval()
             for owner, name in _places(model, layer):
                 setattr(owner, name, wrapped)
                 replaced.append((owner, name, layer))
+        cause: Exception | None = None
         try:
             after = model(*inputs)
             same = torch.allclose(after, before, rtol=1e-2, atol=1e-3 * float(before.abs().max()))
         except Exception as error:  # whatever a model's own code raises on a module that it did not expect
-            after, same, cause = None, False, error
-        else:
-            cause = None
+            same, cause = False, error
         if not same:
             for owner, name, layer in replaced:
                 setattr(owner, name, layer)
             raise UsageError(
-                f"{type(model).__name__} uses a layer in another way than by calling it, so that batch norm cannot be put "
-                "behind it; write batch norm into the model, or choose layers with where="
+                f"{type(model).__name__} uses a layer in another way than by calling it, so that batch norm cannot be "
+                "put behind it; write batch norm into the model, or choose layers with where="
             ) from cause
     for owner, name, layer in replaced:
         getattr(owner, name).train(layer.training)
     return model
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Any = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _hidden(graph: Graph) -> list[nn.Module]:
@@ -85,7 +90,7 @@ def _hidden(graph: Graph) -> list[nn.Module]:
         if node not in last:
             last.add(node)
             due += [] if _layer(node) is not None else node.parents
-    found = {}
+    found: dict[nn.Module, bool] = {}
     for node in graph.nodes:
         layer = _layer(node)
         if layer is None or type(layer) not in _NORMS:
@@ -97,7 +102,9 @@ def _hidden(graph: Graph) -> list[nn.Module]:
 
 def _layer(node: Node) -> nn.Module | None:
     weight = node.args[1] if len(node.args) > 1 else None
-    is_weight = isinstance(weight, Live) and weight.name == "weight" and node.op in ("linear", "conv1d", "conv2d", "conv3d")
+    is_weight = (
+        isinstance(weight, Live) and weight.name == "weight" and node.op in ("linear", "conv1d", "conv2d", "conv3d")
+    )
     return weight.owner if is_weight and isinstance(weight, Live) else None
 
 
@@ -116,7 +123,7 @@ def _one_feature_axis(model: nn.Module, layers: list[nn.Module], inputs: tuple[A
             hook.remove()
     found = []
     for layer in layers:
-        expected = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()  # type: ignore[union-attr, operator]
+        expected = 2 if isinstance(layer, nn.Linear) else _weight(layer).dim()
         if shapes.get(layer) == expected:
             found.append(layer)
         else:
@@ -125,9 +132,4 @@ def _one_feature_axis(model: nn.Module, layers: list[nn.Module], inputs: tuple[A
 
 
 def _places(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    return [
-        (owner, name)
-        for owner in model.modules()
-        for name, child in owner._modules.items()
-        if child is layer
-    ]
+    return [(owner, name) for owner in model.modules() for name, child in owner._modules.items() if child is layer]

@@ -104,9 +104,7 @@ class Traced:
         """The operations of the model in its present modes, for a batch size."""
         graphs = self._graphs.setdefault(tuple(module.training for module in self.model.modules()), {})
         if None not in graphs and batch not in graphs:
-            graph = trace_graph(
-                self.model, self._example(batch, None), own=own_operations(), expansions=EXPANSIONS
-            )
+            graph = trace_graph(self.model, self._example(batch, None), own=own_operations(), expansions=EXPANSIONS)
             _check(graph)
             graphs[graph.batch] = graph
         return graphs.get(None) or graphs[batch]
@@ -133,8 +131,8 @@ def _check(graph: Graph) -> None:
     """Refuse what cannot be bounded, and take infinity out of masks."""
     if len(graph.outputs) != 1:
         raise UnsupportedOperation(
-            f"{type(graph.model).__name__} must return one tensor, returns {len(graph.outputs)}: wrap it in a module that "
-            "returns its logits"
+            f"{type(graph.model).__name__} must return one tensor, returns {len(graph.outputs)}: wrap it in a "
+            "module that returns its logits"
         )
     for node in graph.nodes:
         if node.varies and node.op not in _ALWAYS and node.op not in RULES:
@@ -159,7 +157,9 @@ def _repeated(item: Any, batch: int, dtype: torch.dtype | None) -> Any:
         return item
     item = item[:1].expand(batch, *item.shape[1:]).contiguous()
     if dtype is not None and item.is_floating_point():  # equal examples would leave batch norm nothing to divide by
-        item = item.to(dtype) + torch.arange(batch, dtype=dtype, device=item.device).view(-1, *[1] * (item.dim() - 1)) / 8
+        item = (
+            item.to(dtype) + torch.arange(batch, dtype=dtype, device=item.device).view(-1, *[1] * (item.dim() - 1)) / 8
+        )
     return item
 
 
@@ -297,7 +297,8 @@ def bound_box(
     outward = options.rounding == "outward"
     if not bool((ends.upper >= ends.lower).all()):  # an overflow inside: nothing is known
         ends = Interval(
-            torch.where(ends.lower.isnan(), -torch.inf, ends.lower), torch.where(ends.upper.isnan(), torch.inf, ends.upper)
+            torch.where(ends.lower.isnan(), -torch.inf, ends.lower),
+            torch.where(ends.upper.isnan(), torch.inf, ends.upper),
         )
     return Bounds(ends.lower, ends.upper, method, options.rounding, 0.0 if outward else _tolerance(done, ends, spec))
 

@@ -17,7 +17,8 @@ def input_box(x: Tensor, eps: Eps, lower: Any = None, upper: Any = None, *, outw
     Args:
         x: Inputs, ``(B, ...)``.
         eps: Largest change of every number, in the units of ``x``, at least 0: a number, or a tensor that broadcasts to
-            ``x`` (``eps / std`` per channel where inputs are normalized). ``None``: ``lower`` and ``upper`` are the box.
+            ``x`` (``eps / std`` per channel where inputs are normalized). ``None``: ``lower`` and ``upper`` are the
+            box.
         lower: Least valid value, a number or a tensor that broadcasts; ``None``: there is none.
         upper: Largest valid value, likewise.
         outward: Round both ends away from ``x``.
@@ -32,7 +33,9 @@ def input_box(x: Tensor, eps: Eps, lower: Any = None, upper: Any = None, *, outw
     if eps is not None:
         distance = _fitting("eps", eps, x)
         if bool((distance < 0).any()):
-            raise UsageError(f"eps must be at least 0, got {eps if not isinstance(eps, Tensor) else distance.min().item()}")
+            raise UsageError(
+                f"eps must be at least 0, got {eps if not isinstance(eps, Tensor) else distance.min().item()}"
+            )
         low, high = x - distance, x + distance
         if outward:
             low, high = low.nextafter(low.new_tensor(-torch.inf)), high.nextafter(high.new_tensor(torch.inf))
@@ -46,8 +49,8 @@ def input_box(x: Tensor, eps: Eps, lower: Any = None, upper: Any = None, *, outw
     assert high is not None
     if bool((low > high).any()):
         raise UsageError(
-            "lower must be at most upper everywhere: with these eps, lower and upper nothing is left of the box around x "
-            "(is x itself between lower and upper?)"
+            "lower must be at most upper everywhere: with these eps, lower and upper nothing is left of the box "
+            "around x (is x itself between lower and upper?)"
         )
     return Interval(low, high)
 
@@ -109,7 +112,12 @@ def check_spec(c: Tensor, batch: int, outputs: int, like: Tensor) -> Tensor:
     Raises:
         UsageError: It is neither ``(S, K)`` nor ``(B, S, K)``, or not finite.
     """
-    if not isinstance(c, Tensor) or c.dim() not in (2, 3) or c.shape[-1] != outputs or (c.dim() == 3 and len(c) != batch):
+    if (
+        not isinstance(c, Tensor)
+        or c.dim() not in (2, 3)
+        or c.shape[-1] != outputs
+        or (c.dim() == 3 and len(c) != batch)
+    ):
         got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
         raise UsageError(f"C must have the shape (S, {outputs}) or ({batch}, S, {outputs}), got {got}")
     c = c.to(like)

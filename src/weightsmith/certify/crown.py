@@ -124,7 +124,8 @@ class Backward:
     def _pull(self, node: Node, unknown: list[Node], f: Callable[..., Tensor], a: Tensor) -> tuple[Any, Tensor]:
         """Carry coefficients through any affine function, by its own transpose."""
         zeros = [torch.zeros_like(self.done.values[parent].sample) for parent in unknown]
-        offset, pull = torch.func.vjp(f, *zeros)
+        found: Any = torch.func.vjp(f, *zeros)
+        offset, pull = found
         shares = torch.func.vmap(pull)(a.expand(len(a), *offset.shape))
         return list(zip(unknown, shares, strict=True)), self._per_example(a * offset, node)
 

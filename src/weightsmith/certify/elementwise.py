@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from weightsmith.certify.affine import gamma, replaced_by_size
 from weightsmith.certify.interval import Interval, intervals, lower, upper
@@ -56,7 +55,8 @@ def _chord(f: Fn, x: Interval) -> tuple[Tensor, Tensor, Tensor]:
 
 def _tangent(f: Fn, at: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and offset of the tangent at a point."""
-    value, slope = torch.func.jvp(f, (at,), (torch.ones_like(at),))
+    found: Any = torch.func.jvp(f, (at,), (torch.ones_like(at),))
+    value, slope = found
     return slope, value - slope * at
 
 
@@ -104,8 +104,8 @@ def s_shaped(call: Any, args: Any, kwargs: Any) -> Lines:
 def _bent(curvature: float, reach: float, corners: Sequence[float] = (), points: int = 64) -> Callable[..., Lines]:
     """Two parallels to the chord for a function that is smooth apart from corners, and straight beyond ``reach``.
 
-    The largest distance to the chord is searched on a grid; between two points at distance ``h`` the function leaves its
-    own chord by at most ``curvature h^2 / 8``, which is added.
+    The largest distance to the chord is searched on a grid; between two points at distance ``h`` the function leaves
+    its own chord by at most ``curvature h^2 / 8``, which is added.
     """
 
     def crown(call: Any, args: Any, kwargs: Any) -> Lines:
@@ -155,8 +155,8 @@ def _piecewise(corners: Callable[..., Sequence[float]]) -> Callable[..., Lines]:
 def relu_lines(x: Interval, slope: float | Tensor = 0.0, mode: str = "adaptive") -> Lines:
     """Lines around ``max(x, slope x)`` for ``slope <= 1``.
 
-    With ``l' = min(l, 0)`` and ``u' = max(u, l' + 1e-8, 0)`` the upper line joins the ends; the lower one has slope 1 or
-    ``slope``, whichever leaves less between (arXiv 1811.00866), and carries no gradient.
+    With ``l' = min(l, 0)`` and ``u' = max(u, l' + 1e-8, 0)`` the upper line joins the ends; the lower one has slope 1
+    or ``slope``, whichever leaves less between (arXiv 1811.00866), and carries no gradient.
 
     Args:
         x: Interval of the input.

@@ -33,9 +33,9 @@ def fused_log_bound(
 ) -> Tensor:
     """Upper bound of ``log sum_j exp(z_j - z_y)`` over the box, from one backward pass with a single row.
 
-    With IBP bounds ``L_j <= z_j - z_y <= U_j`` and ``m = max_j U_j`` every ``exp(z_j - z_y - m)`` lies below its chord, and
-    the sum of the chords is one linear function of the logits (arXiv 2103.17268, loss fusion of 2002.12920). Nothing
-    positive is ever exponentiated.
+    With IBP bounds ``L_j <= z_j - z_y <= U_j`` and ``m = max_j U_j`` every ``exp(z_j - z_y - m)`` lies below its
+    chord, and the sum of the chords is one linear function of the logits (arXiv 2103.17268, loss fusion of
+    2002.12920). Nothing positive is ever exponentiated.
 
     Args:
         traced: The model.

@@ -4,6 +4,7 @@ Layer norm is written as three steps, ``center``, ``normalize`` (divide by the r
 attention as scores, softmax and product, so that every step has a rule of its own.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from weightsmith.certify.elementwise import monotone
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.rules import RULES, Planes, Rule, register
-from weightsmith.core.graph import Node, UnsupportedOperation
+from weightsmith.core.graph import Expansion, Node, UnsupportedOperation
 
 _WIDEST = 60.0
 """Differences of logits beyond this are not worth lines: ``exp`` of them leaves any use."""
@@ -207,7 +208,9 @@ RULES["shift"] = Rule(monotone, affine=True)
 def layer_norm(add: Any, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Node:
     """Write layer norm as three steps."""
     count = len(shape)
-    z = add("normalize", lambda t, *_: normalize_by(t, count, eps), add("center", center_of, x, count), count, eps, True)
+    z = add(
+        "normalize", lambda t, *_: normalize_by(t, count, eps), add("center", center_of, x, count), count, eps, True
+    )
     return _affine(add, z, weight, bias)
 
 
@@ -242,7 +245,9 @@ def attention(
 ) -> Node:  # fmt: skip
     """Write scaled dot-product attention as scores, softmax and product."""
     if dropout_p or enable_gqa:
-        raise UnsupportedOperation("attention with dropout or grouped queries has no rule: put the model into eval mode")
+        raise UnsupportedOperation(
+            "attention with dropout or grouped queries has no rule: put the model into eval mode"
+        )
 
     def scores(q: Tensor, k: Tensor, factor: Any, mask: Any) -> Tensor:
         from weightsmith.certify.affine import call_mask
@@ -252,12 +257,14 @@ def attention(
     factor = scale if scale is not None else add("size", lambda t: t.shape[-1] ** -0.5, q)
     mask = attn_mask
     if is_causal:
-        mask = add("size", lambda q, k: torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), q, k)
+        mask = add(
+            "size", lambda q, k: torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), q, k
+        )
     weights = add("softmax", lambda t, dim: t.softmax(dim), add("scores", scores, q, k, factor, mask), -1)
     return add("matmul", torch.matmul, weights, v)
 
 
-EXPANSIONS = {
+EXPANSIONS: Mapping[Any, Expansion] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "group_norm": group_norm,

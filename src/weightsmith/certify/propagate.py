@@ -4,7 +4,6 @@ Batch norm in training mode normalizes the clean activations and both ends with 
 clean batch, so that the clean pass is part of the graph of gradients. Its running statistics are updated once.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -235,7 +234,7 @@ def _batch_norm(done: Pass, node: Node, users: Any, need_clean: bool) -> tuple[C
     if in_training:
         clean = done.clean[x] if options.statistics == "clean" else as_interval(done.values[x]).center
         if named["training"]:
-            F._verify_batch_size(list(clean.shape))  # torch's own error for a batch of 1
+            F._verify_batch_size(clean.shape)  # type: ignore[attr-defined]  # torch's own error for a batch of 1
         mean, var = _moments(clean)
         if options.update and named["training"] and named["running_mean"] is not None:
             _update(named, mean.detach(), var.detach(), clean.numel() // clean.shape[1])
@@ -249,10 +248,12 @@ def _batch_norm(done: Pass, node: Node, users: Any, need_clean: bool) -> tuple[C
     b = -mean * a
     if named.get("bias") is not None:
         b = b + named["bias"].to(options.dtype)
-    clean = done.clean.get(x)
-    out = clean * _channels(a, clean) + _channels(b, clean) if need_clean else None
+    out = None
+    if need_clean:
+        exact = done.clean[x]
+        out = exact * _channels(a, exact) + _channels(b, exact)
     if isinstance(x, Node) and _is_folded(x, users, done):
-        _, weight, bias, *more = done.fill(tuple([None, *x.args[1:]]), {})
+        _, weight, bias, *more = done.fill((None, *x.args[1:]), {})
         folded = weight * a.view(-1, *[1] * (weight.dim() - 1))
         return Call(x.op, x.call, (x.args[0], folded, b if bias is None else b + bias * a, *more), x.kwargs), out
     like = sample(done.values[x])
@@ -294,7 +295,7 @@ def _dropout(done: Pass, node: Node, need_clean: bool) -> tuple[Call, Any]:
     like = sample(done.values[x])
     shape = like.shape if node.op == "dropout" else (*like.shape[:2], *[1] * (like.dim() - 2))
     mask = F.dropout(torch.ones(shape, dtype=like.dtype, device=like.device), p)
-    return Call("mul", torch.mul, (x, mask)), clean * mask if need_clean else None
+    return Call("mul", torch.mul, (x, mask)), done.clean[x] * mask if need_clean else None
 
 
 def working_dtype(model: nn.Module, inputs: Sequence[Any], asked: torch.dtype | None) -> torch.dtype:
@@ -309,14 +310,3 @@ def working_dtype(model: nn.Module, inputs: Sequence[Any], asked: torch.dtype | 
         return asked
     tensors = [*model.parameters(), *(x for x in inputs if isinstance(x, Tensor))]
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def finite(value: Any, name: str) -> None:
-    """Refuse what is not a finite number.
-
-    Raises:
-        UsageError: It is not.
-    """
-    bad = not bool(torch.isfinite(value).all()) if isinstance(value, Tensor) else not math.isfinite(value)
-    if bad:
-        raise UsageError(f"{name} must be finite, holds NaN or infinity")

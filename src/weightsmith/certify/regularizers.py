@@ -32,8 +32,9 @@ class BoundRegularizer:
     """Regularizers of arXiv 2103.17268, section 3.3, on the bounds ``l, u`` that enter each of ``m`` ReLUs.
 
     Tightness ``1/(tau m) sum_i relu(tau - t_0 / t_i)`` with ``t_i`` the mean radius of layer ``i`` and ``t_0`` that of
-    the input. Balance ``1/(tau m) sum_i relu(tau - q(alpha_i)) + relu(tau - q(beta_i))`` with ``q(v) = min(v, 1/v)`` and
-    the ratios ``alpha`` of the sums of centers, ``beta`` of their squared deviations, active against inactive neurons.
+    the input. Balance ``1/(tau m) sum_i relu(tau - q(alpha_i)) + relu(tau - q(beta_i))`` with ``q(v) = min(v, 1/v)``
+    and the ratios ``alpha`` of the sums of centers, ``beta`` of their squared deviations, active against inactive
+    neurons.
 
     Attributes:
         tolerance: ``tau``, in (0, 1].

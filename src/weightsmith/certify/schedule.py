@@ -10,8 +10,8 @@ Shape = Literal["smoothed", "linear"]
 class EpsilonSchedule:
     """The box's size by training step: 0, then a rise over ``length`` epochs, then ``eps``.
 
-    ``"smoothed"`` is a power ``k (s - s0)^p`` for the first quarter of the rise and, with the same slope there, a straight
-    line for the rest; ``"linear"`` a straight line. Source: arXiv 2103.17268 and its code.
+    ``"smoothed"`` is a power ``k (s - s0)^p`` for the first quarter of the rise and, with the same slope there, a
+    straight line for the rest; ``"linear"`` a straight line. Source: arXiv 2103.17268 and its code.
 
     Args:
         eps: Final size, above 0.
@@ -40,8 +40,8 @@ class EpsilonSchedule:
             raise UsageError(f"eps must be above 0 and finite, got {eps}")
         if steps_per_epoch < 1 or start < 1 or length < 0:
             raise UsageError(
-                f"steps_per_epoch and start must be at least 1 and length at least 0, got {steps_per_epoch}, {start} and "
-                f"{length}"
+                "steps_per_epoch and start must be at least 1 and length at least 0, got "
+                f"{steps_per_epoch}, {start} and {length}"
             )
         if shape not in get_args(Shape):
             raise unknown("shape", str(shape), get_args(Shape))

@@ -1,6 +1,6 @@
 """Certified training with a short warmup, as a loss in one's own loop (arXiv 2103.17268)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Recipe:
     objective: str | Objective = "ibp"
     initialize: bool = True
     batchnorm: bool = True
-    regularizer: BoundRegularizer | None = BoundRegularizer()
+    regularizer: BoundRegularizer | None = field(default_factory=BoundRegularizer)
     weight: float = 0.5
     kappa_start: float = 0.0
     kappa_end: float = 0.0
@@ -77,8 +77,8 @@ class CertifiedTraining:
     ``kappa CE + (1 - kappa) robust + lambda (tightness + balance)`` with ``lambda = lambda_0 (1 - eps / eps_target)``
     while the box grows. While the box is still a point, the clean cross-entropy takes the place of the robust loss.
 
-    Preparing the model (batch norm, first weights) happens here, so make the optimizer afterwards, and load a state dict
-    afterwards to go on from one. Clip gradients to norm 10, as the paper does.
+    Preparing the model (batch norm, first weights) happens here, so make the optimizer afterwards, and load a state
+    dict afterwards to go on from one. Clip gradients to norm 10, as the paper does.
 
     Args:
         model: Gives logits ``(B, K)``; changed in place as ``recipe`` says.

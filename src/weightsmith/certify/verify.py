@@ -63,7 +63,7 @@ class VerifiedError(float):
         made.certificates = certificates
         return made
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def __getnewargs__(self) -> Any:
         """For copies and pickles."""
         return self.certificates, self.attacked is not None
 
@@ -131,7 +131,9 @@ def verified_error(
     if not found:
         raise UsageError("loader gives no batches")
     columns = [torch.cat([part[index] for part in found]).cpu() for index in range(6)]
-    return VerifiedError(Certificates(*columns, method, options.rounding), attack_steps > 0)
+    names = ("labels", "predictions", "margins", "verified", "attacked", "tolerance")
+    table: dict[str, Any] = dict(zip(names, columns, strict=True))
+    return VerifiedError(Certificates(**table, method=method, rounding=options.rounding), attack_steps > 0)
 
 
 def _certify(

@@ -59,9 +59,7 @@ def with_export(model: nn.Module, inputs: tuple[Any, ...], expansions: Mapping[A
 def _only_batch(program: Any, inputs: tuple[Any, ...]) -> int | None:
     """The batch size that an exported program is bound to, if it is: found by a run with one example more."""
     size = len(inputs[0])
-    more = [
-        torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in inputs
-    ]
+    more = [torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in inputs]
     try:
         program.module()(*more)
     except Exception:  # the guards of torch.export, or a shape that does not fit

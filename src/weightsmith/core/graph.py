@@ -1,7 +1,7 @@
 """A model as a graph of named operations that goes on using the model's own parameters and buffers.
 
-Every node holds a plain operation on tensors (``"conv2d"``, ``"add"``), whether the model calls a module, a function or a
-method for it. Parameters and buffers are no part of a node: a :class:`Live` looks them up at every use.
+Every node holds a plain operation on tensors (``"conv2d"``, ``"add"``), whether the model calls a module, a function
+or a method for it. Parameters and buffers are no part of a node: a :class:`Live` looks them up at every use.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,8 +162,8 @@ class Builder:
         return node
 
     def add(
-        self, name: str, op: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None,
-        *, in_place: bool = False,
+        self, name: str, op: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None =
+        None, *, in_place: bool = False,
     ) -> Node:  # fmt: skip
         """Add an operation, or those that it expands to.
 
@@ -192,9 +192,7 @@ class Builder:
             self._overwritten(args[0], last)
         return last
 
-    def _append(
-        self, name: str, op: Any, call: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Node:
+    def _append(self, name: str, op: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Node:
         node = Node(name, op, call, tuple(args), kwargs)
         node.varies = op not in SHAPE_ONLY and any(parent.varies for parent in node.parents)
         shares = op in VIEWS and node.parents
@@ -228,13 +226,19 @@ class Builder:
 
 
 VIEWS = frozenset(
-    "reshape flatten unflatten squeeze unsqueeze permute transpose expand expand_as getitem select slice narrow chunk "
-    "split unbind identity contiguous to type_as movedim dropout detach t pick float double alias".split()
+    {
+        *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "movedim", "t"),
+        *("expand", "expand_as", "getitem", "select", "slice", "narrow", "chunk", "split", "unbind", "pick"),
+        *("identity", "to", "type_as", "float", "double", "detach", "dropout"),
+    }
 )
 """Operations whose output may share the memory of their first argument."""
 
-SHAPE_ONLY = frozenset("size dim numel ndimension is_floating_point getattr len new_zeros new_ones".split())
+SHAPE_ONLY = frozenset(
+    {"size", "dim", "numel", "ndimension", "is_floating_point", "getattr", "len", "new_zeros", "new_ones"}
+)
 """Operations whose result does not depend on the values of a tensor."""
+
 ALIASES: Mapping[str, str] = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "true_divide": "div",
     "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg", "absolute": "abs", "clip": "clamp",

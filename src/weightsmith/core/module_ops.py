@@ -1,6 +1,7 @@
 """What a module of ``torch.nn`` computes, as one operation on tensors with live parameters."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -141,7 +142,8 @@ def add_module(builder: Builder, name: str, module: nn.Module, args: tuple[Any, 
     mode = getattr(module, "padding_mode", "zeros")
     op, call, more, named = MODULES[kind](module)
     if mode != "zeros":
-        x = builder.add(f"{name}.pad", "pad", F.pad, (x, tuple(module._reversed_padding_repeated_twice), mode))  # type: ignore[union-attr, arg-type]
+        around: Any = module._reversed_padding_repeated_twice
+        x = builder.add(f"{name}.pad", "pad", F.pad, (x, tuple(around), mode))
         more = (*more[:3], 0, *more[4:])
     return builder.add(name, op, call, (x, *more), named, in_place=bool(getattr(module, "inplace", False)))
 
@@ -150,9 +152,11 @@ def _weight_hooks(name: str, module: nn.Module) -> list[Callable[[], Any]]:
     """Hooks by which older reparametrizations of torch (pruning, weight norm) set a weight before every use."""
     if module._forward_hooks:
         raise UnsupportedOperation(f"module {name!r} ({type(module).__name__}) has forward hooks: remove them first")
-    found = []
+    found: list[Callable[[], Any]] = []
     for hook in module._forward_pre_hooks.values():
         if not type(hook).__module__.startswith("torch.nn.utils."):
-            raise UnsupportedOperation(f"module {name!r} ({type(module).__name__}) has forward hooks: remove them first")
-        found.append(lambda hook=hook: hook(module, ()))
+            raise UnsupportedOperation(
+                f"module {name!r} ({type(module).__name__}) has forward hooks: remove them first"
+            )
+        found.append(partial(hook, module, ()))
     return found

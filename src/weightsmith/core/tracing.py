@@ -9,10 +9,20 @@ import torch
 from torch import fx, nn
 
 from weightsmith.core.errors import reason
-from weightsmith.core.graph import Builder, Expansion, Graph, Live, Node, UnsupportedOperation, canonical, leaves, replaced
+from weightsmith.core.graph import (
+    Builder,
+    Expansion,
+    Graph,
+    Live,
+    Node,
+    UnsupportedOperation,
+    canonical,
+    leaves,
+    replaced,
+)
 from weightsmith.core.module_ops import MODULES, add_module, module_class
 
-_MANY = frozenset("split chunk unbind tensor_split split_with_sizes hsplit vsplit".split())
+_MANY = frozenset(["split", "chunk", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit"])
 
 
 def trace(
@@ -57,7 +67,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in own if inspect.isfunction(f)))
         self._own = own
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         kind = module_class(m)
         return kind in self._own or kind in MODULES or _is_elementary(kind)
 

@@ -21,9 +21,7 @@ from weightsmith.core.tracing import trace
 _LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_OPS = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-)
+_OPS = frozenset(["linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger(__name__)
 
@@ -32,33 +30,33 @@ def fan_in(layer: nn.Module) -> float:
     """Number of inputs that one output of a layer adds up.
 
     Args:
-        layer: Linear, a convolution (``C_in / groups`` times the kernel), or a transposed one, of whose kernel an output
-            sees the part ``1 / stride`` per axis.
+        layer: Linear, a convolution (``C_in / groups`` times the kernel), or a transposed one, of whose kernel an
+            output sees the part ``1 / stride`` per axis.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if isinstance(layer, nn.Linear):
         return layer.in_features
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    assert isinstance(
+        layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    )
     kernel = weight[0, 0].numel()
     per_group = layer.in_channels // layer.groups
     return per_group * kernel / (math.prod(layer.stride) if layer.transposed else 1)
 
 
 @torch.no_grad()
-def ibp_(
-    model: Model, *, where: Where = None, example: Any = None, generator: torch.Generator | None = None
-) -> Model:
+def ibp_(model: Model, *, where: Where = None, example: Any = None, generator: torch.Generator | None = None) -> Model:
     """Draw the weights of all hidden linear and convolutional layers from ``N(0, 2 pi / n^2)``, in place.
 
     Layers that feed an output stay as they are, and so do biases, batch norm and frozen weights. The weight of a layer
-    that takes ``ReLU(x + y)`` directly is halved, because the sum doubles the widths. A weight that several layers share
-    is drawn once.
+    that takes ``ReLU(x + y)`` directly is halved, because the sum doubles the widths. A weight that several layers
+    share is drawn once.
 
     Args:
         model: Changed in place.
         where: Which layers; ``None``: all hidden ones.
-        example: An example input, for models that only torch.export can trace. Where a model cannot be traced at all the
-            last weight in the order of its parameters counts as the output's, and nothing is halved.
+        example: An example input, for models that only torch.export can trace. Where a model cannot be traced at all
+            the last weight in the order of its parameters counts as the output's, and nothing is halved.
         generator: Where the draws come from; ``None``: torch's global one.
 
     Returns:
