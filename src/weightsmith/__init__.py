@@ -4,12 +4,14 @@ One folder per thing that is done to a weight, imported on first use:
 
     import weightsmith as ws
 
+    ws.init       where weights start             ibp_
     ws.reparam    how weights are written         compand_, InWeightSpace
     ws.optim      how weights move                AdamP, SGDP
     ws.quantize   how finely they are kept        flexround_, prepare_ofq_, save_quantized
     ws.adapt      few weights for many            apply_bone_
     ws.average    many checkpoints into one       merge_checkpoints
     ws.continual  new beside old                  WeightAligning, align_weights_
+    ws.certify    what weights guarantee          bounds, verified_error, CertifiedTraining
     ws.fold_      bake every parametrization into plain weights
     ws.select     which modules a ``where=`` argument means
 """
@@ -18,18 +20,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightsmith import adapt, average, continual, optim, quantize, reparam
+    from weightsmith import adapt, average, certify, continual, init, optim, quantize, reparam
     from weightsmith.core.fold import fold_
     from weightsmith.core.select import select
 
 __version__ = "0.1.0"
 
-ROOMS = ("reparam", "optim", "quantize", "adapt", "average", "continual")
+ROOMS = ("init", "reparam", "optim", "quantize", "adapt", "average", "continual", "certify")
 """The folders of techniques, in the order of a weight's life. Import rules, API pages and navigation follow it."""
 
 _FUNCTIONS = {"fold_": "weightsmith.core.fold", "select": "weightsmith.core.select"}
 
-__all__ = ["ROOMS", "__version__", "adapt", "average", "continual", "fold_", "optim", "quantize", "reparam", "select"]
+__all__ = [
+    "ROOMS",
+    "__version__",
+    "adapt",
+    "average",
+    "certify",
+    "continual",
+    "fold_",
+    "init",
+    "optim",
+    "quantize",
+    "reparam",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:

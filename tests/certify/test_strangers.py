@@ -17,6 +17,7 @@ from weightsmith.certify import (
     trace,
 )
 from weightsmith.lab.models import build_model
+from weightsmith.lab.models.vit import ViT
 
 IMAGE = (3, 2, 8, 8)
 METHODS = ("ibp", "crown-ibp", "crown")
@@ -147,7 +148,7 @@ FAMILIES = {
     "functional": Functional, "grouped": Grouped, "split": Split,
     "convnet": lambda: build_model("convnet", channels=2, size=8, classes=3),
     "resnet20": lambda: build_model("resnet20", channels=2, size=8, classes=3),
-    "vit": lambda: build_model("vit_tiny", channels=2, size=8, classes=3),
+    "vit": lambda: ViT(channels=2, size=8, classes=3, width=16, depth=1, heads=2),
     "mlp": lambda: build_model("mlp", channels=2, size=8, classes=3),
 }  # fmt: skip
 IBP_ONLY = {"gated": "amax", "split": "maximum"}
