@@ -21,9 +21,12 @@ from weightsmith.certify import (
 from weightsmith.core.errors import UsageError
 
 OBJECTIVES = {
-    "ibp": "ibp", "crown-ibp": "crown-ibp", "crown-ibp, one row per class": CrownIBP(fused=False), "sabr": SABR(steps=2),
+    "ibp": "ibp",
+    "crown-ibp": "crown-ibp",
+    "crown-ibp, one row per class": CrownIBP(fused=False),
+    "sabr": SABR(steps=2),
     "mtl-ibp": MTLIBP(steps=2),
-}  # fmt: skip
+}
 
 
 def data():
@@ -93,7 +96,7 @@ def test_kappa_mixes_the_clean_loss_in():
     x, y = data()
     values = []
     for kappa in (0.0, 0.5, 1.0):
-        model, training, _ = start(kappa_start=kappa, kappa_end=kappa, regularizer=None)
+        _model, training, _ = start(kappa_start=kappa, kappa_end=kappa, regularizer=None)
         training.schedule.at = 100
         values.append(training.loss(x, y).item())
     assert values[1] == pytest.approx((values[0] + values[2]) / 2, rel=1e-5)

@@ -1,5 +1,6 @@
 """The set of inputs that a bound holds for."""
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def input_box(x: Tensor, eps: Eps, lower: Any = None, upper: Any = None, *, outw
     low = high = None
     if eps is not None:
         distance = _fitting("eps", eps, x)
-        if bool((distance < 0).any()):
+        if (eps < 0) if isinstance(eps, int | float) else bool((distance < 0).any()):
             raise UsageError(
                 f"eps must be at least 0, got {eps if not isinstance(eps, Tensor) else distance.min().item()}"
             )
@@ -56,6 +57,10 @@ def input_box(x: Tensor, eps: Eps, lower: Any = None, upper: Any = None, *, outw
 
 
 def _fitting(name: str, value: Any, x: Tensor) -> Tensor:
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise UsageError(f"{name} must be finite, holds NaN or infinity")
+        return x.new_full((), value)
     tensor = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     _finite(name, tensor)
     try:

@@ -179,6 +179,36 @@ def relu_lines(x: Interval, slope: float | Tensor = 0.0, mode: str = "adaptive")
     return Lines(below.detach() if mode != "same-slope" else below, None, above, above_at)
 
 
+class _ReluOfBall(torch.autograd.Function):
+    """ReLU from center and radius to center and radius in few passes over memory, with two masks for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        high, low = center + radius, center - radius
+        if ctx is not None and any(ctx.needs_input_grad):
+            ctx.save_for_backward(high > 0, low > 0)
+        high, low = high.clamp_(min=0), low.clamp_(min=0)
+        out = high.sub_(low).mul_(0.5)
+        return low.add_(out), out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        of_center, of_radius = grads
+        above, below = ctx.saved_tensors
+        first, second = (of_center + of_radius).mul_(above), (of_center - of_radius).mul_(below)
+        return (first + second).mul_(0.5), first.sub(second).mul_(0.5)
+
+
+def relu(call: Any, args: Any, kwargs: Any) -> Interval:
+    """ReLU, in the form that its argument is in."""
+    x = args[0]
+    if x._center is None or x._radius is None:
+        return monotone(call, args, kwargs)
+    if not torch.is_grad_enabled():
+        return Interval.ball(*_ReluOfBall.forward(None, x._center, x._radius))
+    return Interval.ball(*_ReluOfBall.apply(x._center, x._radius))
+
+
 def slope_of(x: Interval, weight: Tensor) -> Tensor:
     """The slopes of PReLU, one for all or one per channel, in the shape of the input."""
     return weight if weight.numel() == 1 else weight.view(-1, *[1] * (x.sample.dim() - 2))
@@ -292,7 +322,7 @@ def _enter(names: str, ibp: Any, crown: Any) -> None:
         RULES[name] = Rule(ibp, crown, rounding=_rounding)
 
 
-_enter("relu", monotone, lambda call, args, kwargs: relu_lines(args[0]))
+_enter("relu", relu, lambda call, args, kwargs: relu_lines(args[0]))
 _enter("leaky_relu prelu", _leaky, _leaky_lines)
 _enter("sigmoid tanh softsign atan", monotone, s_shaped)
 _enter("exp celu", monotone, _convex())

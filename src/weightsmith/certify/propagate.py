@@ -174,7 +174,7 @@ def _bound(done: Pass, node: Node, users: Mapping[Node, list[Node]], need_clean:
     if _is_folded(node, users, done):
         return  # the batch norm behind it is bounded together with it
     args, kwargs = done.arguments(node)
-    if not intervals((args, kwargs)):
+    if not any(isinstance(arg, Interval) for arg in args) and not intervals((args, kwargs)):
         same = need_clean and not any(parent.varies for parent in node.parents)
         done.values[node] = clean if same else call.call(*args, **kwargs)
         return
@@ -251,7 +251,7 @@ def _batch_norm(done: Pass, node: Node, users: Any, need_clean: bool) -> tuple[C
     out = None
     if need_clean:
         exact = done.clean[x]
-        out = exact * _channels(a, exact) + _channels(b, exact)
+        out = torch.addcmul(_channels(b, exact), exact, _channels(a, exact))
     if isinstance(x, Node) and _is_folded(x, users, done):
         _, weight, bias, *more = done.fill((None, *x.args[1:]), {})
         folded = weight * a.view(-1, *[1] * (weight.dim() - 1))

@@ -83,6 +83,7 @@ class Graph:
     outputs: list[Node] = field(default_factory=list)
     before: list[Callable[[], Any]] = field(default_factory=list)
     batch: int | None = None
+    _users: dict[Node, list[Node]] | None = None
 
     @property
     def output(self) -> Node:
@@ -102,11 +103,12 @@ class Graph:
 
     def users(self) -> dict[Node, list[Node]]:
         """The nodes that use each node."""
-        found: dict[Node, list[Node]] = {node: [] for node in self.nodes}
-        for node in self.nodes:
-            for parent in node.parents:
-                found[parent].append(node)
-        return found
+        if self._users is None:
+            self._users = {node: [] for node in self.nodes}
+            for node in self.nodes:
+                for parent in node.parents:
+                    self._users[parent].append(node)
+        return self._users
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -124,6 +126,8 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 def replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The same nested structure with every leaf changed."""
+    if type(tree) is tuple:  # nearly always: kept short
+        return tuple([replaced(item, change) for item in tree])
     if isinstance(tree, torch.Size):
         return tree
     if isinstance(tree, tuple | list):
