@@ -18,7 +18,7 @@ from weightsmith.certify import (
     trace,
     verified_error,
 )
-from weightsmith.certify.bounds import BoundOptions, make_box, run_box
+from weightsmith.certify.bounding import BoundOptions, make_box, run_box
 from weightsmith.certify.losses import fused_log_bound
 
 NETS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("networks.py"))))

@@ -26,7 +26,7 @@ from weightsmith.certify import (
     trace,
     verified_error,
 )
-from weightsmith.certify.bounds import make_box, run_box
+from weightsmith.certify.bounding import make_box, run_box
 from weightsmith.core.errors import UsageError
 
 X = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@
 
 from weightsmith.certify.attack import pgd
 from weightsmith.certify.batchnorm import add_batchnorm_
-from weightsmith.certify.bounds import BoundOptions, Bounds, Traced, bounds, margins, trace
+from weightsmith.certify.bounding import BoundOptions, Bounds, Traced, bounds, margins, trace
 from weightsmith.certify.box import input_box
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.losses import robust_cross_entropy

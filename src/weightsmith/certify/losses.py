@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightsmith.certify.bounds import BoundOptions, Traced, elided
+from weightsmith.certify.bounding import BoundOptions, Traced, elided
 from weightsmith.certify.box import margins_of
 from weightsmith.certify.crown import Backward
 from weightsmith.certify.propagate import Pass

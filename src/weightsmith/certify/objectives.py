@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightsmith.certify.attack import adversarial
-from weightsmith.certify.bounds import BoundOptions, Traced, elided, ends_of, run_box
+from weightsmith.certify.bounding import BoundOptions, Traced, elided, ends_of, run_box
 from weightsmith.certify.box import margins_of
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.losses import fused_log_bound, robust_cross_entropy

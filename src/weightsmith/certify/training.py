@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightsmith.certify.batchnorm import add_batchnorm_
-from weightsmith.certify.bounds import BoundOptions, Traced
+from weightsmith.certify.bounding import BoundOptions, Traced
 from weightsmith.certify.box import Eps, check_labels, input_box
 from weightsmith.certify.objectives import OBJECTIVES, Objective, Step
 from weightsmith.certify.propagate import working_dtype

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.certify.attack import pgd
-from weightsmith.certify.bounds import BoundOptions, Method, Rounding, Traced, bound_box
+from weightsmith.certify.bounding import BoundOptions, Method, Rounding, Traced, bound_box
 from weightsmith.certify.box import Eps, check_labels, input_box
 from weightsmith.certify.propagate import Options, propagate, working_dtype
 from weightsmith.certify.training import scaled_eps

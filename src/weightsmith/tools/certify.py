@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from weightsmith.certify import BoundOptions, VerifiedError, verified_error
-from weightsmith.certify.bounds import Method, Rounding
+from weightsmith.certify.bounding import Method, Rounding
 from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, reason, require
 from weightsmith.core.files import check_target, file_atomically, write_atomically
