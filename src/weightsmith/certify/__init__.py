@@ -1,16 +1,17 @@
 """What a network guarantees: bounds of its outputs over a box of inputs, and training that makes them good.
 
-==========================================================  =========================================================
-``bounds``, ``margins``, ``trace``                          ends of the outputs of any model of common layers
-``Bounds``, ``BoundOptions``, ``Traced``                    what they give, and how they are computed
-``verified_error``, ``pgd``                                 for how many examples a label is proved; an attack
-``VerifiedError``, ``Certificates``                         the number, and what was found for each example
-``CertifiedTraining``, ``Recipe``                           certified training as a loss in your own loop
-``IBP``, ``CrownIBP``, ``SABR``, ``MTLIBP``                 what it minimizes
-``EpsilonSchedule``, ``BoundRegularizer``                   how the box grows; what holds the warmup together
-``add_batchnorm_``, ``robust_cross_entropy``                batch norm behind every hidden layer; the loss on margins
-``register_bound``, ``Interval``, ``Lines``, ``Planes``     bounds of your own operations
-==========================================================  =========================================================
+| names | what they do |
+|---|---|
+| `bounds`, `margins`, `trace` | ends of the outputs of any model of common layers |
+| `Bounds`, `BoundOptions`, `Traced` | what they give, and how they are computed |
+| `verified_error`, `pgd` | for how many examples a label is proved, and an attack beside it |
+| `VerifiedError`, `Certificates` | the number, and what was found for each example |
+| `CertifiedTraining`, `Recipe` | certified training as a loss in your own loop |
+| `IBP`, `CrownIBP`, `SABR`, `MTLIBP` | what it minimizes |
+| `EpsilonSchedule`, `BoundRegularizer` | how the box grows; what holds the warmup together |
+| `add_batchnorm_`, `robust_cross_entropy` | batch norm behind every hidden layer; the loss on margins |
+| `register_bound`, `Interval`, `Lines`, `Planes` | bounds of your own operations |
+| `input_box`, `UnsupportedOperation` | the set of inputs; what is raised for an operation without bounds |
 """
 
 from weightsmith.certify.attack import pgd

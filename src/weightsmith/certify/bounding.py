@@ -165,7 +165,7 @@ def _repeated(item: Any, batch: int, dtype: torch.dtype | None) -> Any:
 
 
 def trace(model: nn.Module, inputs: Any) -> Traced:
-    """Trace a model once for many calls of :func:`bounds`; see :class:`Traced`.
+    """Trace a model once for many calls of `bounds`; see `Traced`.
 
     Args:
         model: The model.
@@ -197,10 +197,10 @@ def bounds(
     """Bound the outputs of a model over all inputs within ``eps`` of ``x``, elementwise (L-infinity).
 
     Bounds are computed in float32, inside autocast too, because the rounding of half precision would break them; see
-    :class:`BoundOptions`. They are differentiable. In training mode batch norm uses the batch, as the model would.
+    `BoundOptions`. They are differentiable. In training mode batch norm uses the batch, as the model would.
 
     Args:
-        model: Any model of common layers and functions, or :func:`trace` of it, which saves tracing again.
+        model: Any model of common layers and functions, or `trace` of it, which saves tracing again.
         x: Inputs ``(B, ...)``; a tuple when the model has several: the first one is perturbed, the others are known
             exactly.
         eps: Largest change of every number, in the units of ``x``; a number or a tensor that broadcasts. ``None``:
@@ -209,7 +209,7 @@ def bounds(
         lower: Least valid input, a number or a tensor that broadcasts; ``None``: inputs are not clipped.
         upper: Largest valid input, likewise.
         C: Bound ``C z`` instead of the outputs ``z``: ``(S, K)``, or ``(B, S, K)`` for rows of each example's own.
-        options: The rest; ``None``: the defaults of :class:`BoundOptions`.
+        options: The rest; ``None``: the defaults of `BoundOptions`.
 
     Returns:
         Ends of shape ``(B, K)`` (the model's output shape), or ``(B, S)`` with ``C``.
@@ -239,10 +239,10 @@ def margins(
     """Bound ``z_y - z_j`` for the label ``y`` and every other class ``j``; all lower ends above 0 prove the label.
 
     Args:
-        model: See :func:`bounds`.
+        model: See `bounds`.
         x: Likewise.
         labels: ``(B,)``.
-        eps: See :func:`bounds`.
+        eps: See `bounds`.
         method: Likewise.
         lower: Likewise.
         upper: Likewise.
@@ -252,7 +252,7 @@ def margins(
         Ends of shape ``(B, K - 1)``, the other classes in increasing order.
 
     Raises:
-        UsageError: A label is out of range, or see :func:`bounds`.
+        UsageError: A label is out of range, or see `bounds`.
     """
     inputs, options = as_inputs(x), options or BoundOptions()
     box = make_box(model, inputs, eps, lower, upper, options)

@@ -37,9 +37,9 @@ class Backward:
 
     Attributes:
         done: The forward pass, with bounds of every operation.
-        axes: See :data:`Axes`.
+        axes: See `Axes`.
         batch: Number of examples.
-        relu: The lower line of ReLU; see :func:`weightsmith.certify.elementwise.relu_lines`.
+        relu: The lower line of ReLU; see `weightsmith.certify.elementwise.relu_lines`.
     """
 
     done: Pass

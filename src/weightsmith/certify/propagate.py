@@ -48,7 +48,7 @@ class Call:
     Attributes:
         op: Name of the operation.
         call: The function.
-        args: Its arguments; what comes from other operations is a :class:`Node`.
+        args: Its arguments; what comes from other operations is a `Node`.
         kwargs: Likewise.
     """
 
@@ -125,7 +125,7 @@ def propagate(
         graph: The traced model.
         inputs: One interval, or anything known exactly, per input.
         clean: The unperturbed inputs; ``None``: the centers of the intervals.
-        options: See :class:`Options`; ``dtype`` is set.
+        options: See `Options`; ``dtype`` is set.
         want_clean: Compute the clean activations even where batch norm does not need them.
         refine: Called after every operation; may replace its interval by a tighter one.
     """

@@ -50,7 +50,7 @@ class BoundRegularizer:
         """Compute them for one pass.
 
         Args:
-            done: What :func:`weightsmith.certify.run` gave.
+            done: The pass; `CertifiedTraining` gives its own.
 
         Raises:
             UsageError: The model has no ReLU.

@@ -85,9 +85,9 @@ def register_bound(
 
     Args:
         op: A module class, which is then not looked into, or a function that models call.
-        ibp: ``(*args, **kwargs) -> Interval`` with an :class:`Interval` for every argument that is not known exactly;
+        ibp: ``(*args, **kwargs) -> Interval`` with an `Interval` for every argument that is not known exactly;
             for a module class the module comes first. It must contain every value that the operation can take.
-        crown: Likewise, returning :class:`Lines` or :class:`Planes` around the operation on these intervals; ``None``:
+        crown: Likewise, returning `Lines` or `Planes` around the operation on these intervals; ``None``:
             the methods ``"crown"`` and ``"crown-ibp"`` refuse the operation.
 
     Raises:

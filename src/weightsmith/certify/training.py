@@ -28,7 +28,7 @@ class Recipe:
 
     Attributes:
         objective: ``"ibp"``, ``"crown-ibp"``, ``"sabr"``, ``"mtl-ibp"``, or an instance such as ``SABR(share=0.1)``.
-        initialize: Draw first weights by :func:`weightsmith.init.ibp_`.
+        initialize: Draw first weights by `weightsmith.init.ibp_`.
         batchnorm: Put batch norm behind every hidden layer that has none.
         regularizer: Used until the box has its full size; ``None``: none.
         weight: Of the regularizers at first (lambda_0); it falls with the box's size to 0.
@@ -85,7 +85,7 @@ class CertifiedTraining:
         eps: Final size of the box, in the units of unnormalized inputs.
         schedule: How the box grows; it must end at ``eps``.
         example: An example input ``(B, ...)``.
-        recipe: See :class:`Recipe`; ``None``: its defaults, the paper's.
+        recipe: See `Recipe`; ``None``: its defaults, the paper's.
         std: What inputs were divided by, per channel (or a number): the box is ``eps / std``.
         lower: Least valid input, in the units of the model's input; a number or a tensor that broadcasts.
         upper: Largest valid input.

@@ -97,7 +97,7 @@ def verified_error(
         model: Gives logits ``(B, K)``.
         loader: Batches ``(x, labels)``; between both may be further inputs, which are known exactly.
         eps: Size of the box, in the units of unnormalized inputs.
-        method: See :func:`weightsmith.certify.bounds`.
+        method: See `weightsmith.certify.bounds`.
         lower: Least valid input, in the units of the model's input.
         upper: Largest valid input.
         std: What inputs were divided by, per channel; ``None``: nothing.

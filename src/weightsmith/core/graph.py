@@ -1,7 +1,7 @@
 """A model as a graph of named operations that goes on using the model's own parameters and buffers.
 
 Every node holds a plain operation on tensors (``"conv2d"``, ``"add"``), whether the model calls a module, a function
-or a method for it. Parameters and buffers are no part of a node: a :class:`Live` looks them up at every use.
+or a method for it. Parameters and buffers are no part of a node: a `Live` looks them up at every use.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ class Node:
         name: As the model has it: qualified name of the module, or name of the operation.
         op: What is computed, by one name however the model says it; a registered module class or function itself.
         call: ``(*args, **kwargs) -> output``; never changes its arguments.
-        args: Positional arguments; those that come from other nodes are :class:`Node`, parameters are :class:`Live`.
+        args: Positional arguments; those that come from other nodes are `Node`, parameters are `Live`.
         kwargs: Keyword arguments, likewise.
         varies: Whether it depends on the values of the inputs, not on their shapes alone.
         memory: Identifies the memory that the output lives in, shared by views.
@@ -172,7 +172,7 @@ class Builder:
         """Add an operation, or those that it expands to.
 
         Args:
-            name: See :class:`Node`.
+            name: See `Node`.
             op: Likewise.
             call: Likewise.
             args: Likewise.

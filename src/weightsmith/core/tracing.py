@@ -1,4 +1,4 @@
-"""Trace a model into a :class:`weightsmith.core.graph.Graph`: by torch.fx, and by torch.export where that fails."""
+"""Trace a model into a `weightsmith.core.graph.Graph`: by torch.fx, and by torch.export where that fails."""
 
 import inspect
 import operator

@@ -259,18 +259,9 @@ EXPERIMENT = Experiment(
             data="mnist", model="small_cnn", eps=0.3, train_examples=20_000, epochs=8, ramp=0.5, lr=2e-3,
             validation_fraction=0.0,
         ),
-        "laptop-0.1": Config(
-            data="mnist", model="small_cnn", eps=0.1, train_examples=20_000, epochs=8, ramp=0.5, lr=2e-3,
-            validation_fraction=0.0,
-        ),
-        "digits": Config(),
         "paper": Config(
             data="mnist", model="cnn7", eps=0.4, epochs=70, batch_size=256, lr=5e-4, validation_fraction=0.0,
             attack_steps=200,
-        ),
-        "paper-cifar10": Config(
-            data="cifar10", model="cnn7", eps=8 / 255, epochs=160, batch_size=128, ramp=0.5, lr=5e-4, augment=True,
-            validation_fraction=0.0, attack_steps=200,
         ),
     },
     arms=arms,

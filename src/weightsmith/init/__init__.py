@@ -1,8 +1,8 @@
 """Where weights start.
 
-========  ============================================================
-``ibp_``  interval widths that neither explode nor vanish with depth
-========  ============================================================
+| names | what they do |
+|---|---|
+| `ibp_` | interval widths that neither explode nor vanish with depth |
 """
 
 from weightsmith.init.ibp import ibp_
