@@ -25,6 +25,7 @@ CONFIGS = {
     "mwa": {"pretrain_steps": 3, "steps": 6, "save_every": 1, **SMALL},
     "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
     "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
+    "fast-ibp": {"epochs": 1, "kappas": (0.0,), "shares": (0.4,), "alphas": (0.5,), "attack_steps": 1, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 

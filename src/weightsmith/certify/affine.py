@@ -59,22 +59,6 @@ def _exact(call: Any, args: Any, kwargs: Any, out: Interval) -> Tensor:
 )  # fmt: skip
 def weighted(call: Any, args: Any, kwargs: Any) -> Interval:
     """A layer with a weight: center and radius, two kernels."""
-    if kwargs:  # the usual names, in the usual order
-        names: tuple[str, ...] = ("weight", "bias", "stride", "padding", "dilation", "groups")
-        if call in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
-            names = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-        defaults: dict[str, Any] = {
-            "bias": None,
-            "stride": 1,
-            "padding": 0,
-            "dilation": 1,
-            "groups": 1,
-            "output_padding": 0,
-        }
-        if call is F.linear:
-            names = ("weight", "bias")
-        given = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
-        args = (args[0], *(given.get(name, defaults.get(name)) for name in names))
     x, weight, *more = args
     if not isinstance(x, Interval) or intervals(more):
         raise UnsupportedOperation("a layer whose weight or bias depends on the input has no bounds as a layer")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from weightsmith.certify.interval import Interval, intervals, sample
@@ -235,9 +235,9 @@ def _batch_norm(done: Pass, node: Node, users: Any, need_clean: bool) -> tuple[C
         clean = done.clean[x] if options.statistics == "clean" else as_interval(done.values[x]).center
         if named["training"]:
             F._verify_batch_size(clean.shape)  # type: ignore[attr-defined]  # torch's own error for a batch of 1
-        mean, var = _moments(clean)
+        mean, var, count = _moments(clean, named.get("synced"))
         if options.update and named["training"] and named["running_mean"] is not None:
-            _update(named, mean.detach(), var.detach(), clean.numel() // clean.shape[1])
+            _update(named, mean.detach(), var.detach(), count)
         if options.detach:
             mean, var = mean.detach(), var.detach()
     else:
@@ -264,10 +264,24 @@ def _channels(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(x: Tensor, synced: Any) -> tuple[Tensor, Tensor, int]:
+    """Mean, biased variance and count per channel; over all processes of a group for synchronized batch norm."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
+    count = x.numel() // x.shape[1]
+    if (
+        synced
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size(synced[0]) > 1
+    ):
+        from torch.distributed.nn.functional import all_reduce  # not in every build of torch
+
+        sums = torch.stack([x.sum(axes), x.square().sum(axes), torch.full_like(x.sum(axes), count)])
+        total, squares, counts = all_reduce(sums, group=synced[0] or distributed.group.WORLD)
+        mean = total / counts
+        return mean, squares / counts - mean.square(), int(counts[0].item())
     var, mean = torch.var_mean(x, axes, correction=0)
-    return mean, var
+    return mean, var, count
 
 
 @torch.no_grad()

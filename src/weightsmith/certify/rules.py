@@ -53,7 +53,6 @@ class Rule:
         reshapes: It only moves, repeats or drops elements.
         rounding: ``(call, args, kwargs, out) -> error`` of ``ibp`` in floating point, for outward rounding; ``None``:
             not analyzed.
-        terms: Most numbers that are added up for one output, where ``rounding`` needs it.
     """
 
     ibp: Ibp

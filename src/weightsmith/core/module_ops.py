@@ -41,7 +41,8 @@ def _transposed(m: Any) -> Operation:
 def _batch_norm(m: Any) -> Operation:
     names = ("weight", "bias", "running_mean", "running_var", "training", "num_batches_tracked")
     named = {name: Live(m, name) for name in names}
-    return Operation("batch_norm", F.batch_norm, (), named | {"momentum": m.momentum, "eps": m.eps})
+    group = (m.process_group,) if isinstance(m, nn.SyncBatchNorm) else ()
+    return Operation("batch_norm", F.batch_norm, (), named | {"momentum": m.momentum, "eps": m.eps, "synced": group})
 
 
 def _max_pool(m: Any) -> Operation:

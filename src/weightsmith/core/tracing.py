@@ -182,6 +182,9 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
         raise UnsupportedOperation(f"node {name!r} has no arguments")
     if op == "dropout" and isinstance(key, str) and key.rstrip("_") != "dropout":
         op = "channel_dropout"
+    if op in _LAYERS and kwargs:
+        given = dict(zip(_LAYERS[op], args, strict=False)) | kwargs
+        args, kwargs = tuple(given.get(name, _DEFAULTS.get(name)) for name in _LAYERS[op]), {}
     if op == "batch_norm":
         return builder.add(name, op, torch.nn.functional.batch_norm, args[:1], _batch_norm(args, kwargs, call))
     if op == "getitem" and isinstance(args[0], Node) and args[0].op in _MANY and isinstance(args[1], int):
@@ -194,6 +197,16 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
     if op == "mul" and len(args) == 2 and args[0] is args[1] and isinstance(args[0], Node):
         return builder.add(name, "square", torch.square, args[:1])
     return builder.add(name, op, call, args, kwargs, in_place=in_place)
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_LAYERS = {
+    "linear": ("input", "weight", "bias"),
+    **{f"conv{dims}d": _CONVOLUTION for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": _TRANSPOSED for dims in (1, 2, 3)},
+}
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 
 
 def _plain_function(op: str, call: Any) -> Any:

@@ -4,6 +4,7 @@ Every arm sees the same data under the same schedule: the box grows over the fir
 clean accuracy for proofs are trained at several settings, so that fronts are compared and not points.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,6 +137,8 @@ def check(config: Config) -> None:
         values = getattr(config, name)
         if not values or not all(0 <= value <= 1 for value in values):
             raise UsageError(f"{name} must hold numbers between 0 and 1, got {values}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("fast-ibp trains in one process: run it without torchrun or accelerate launch")
     if config.task != "images" or config.loss or config.metric:
         raise UsageError(f"task must be images with its own loss and metric, got {config.task!r}")
 
