@@ -289,6 +289,51 @@ class Calls(nn.Module):
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.T.mT.T,
+        lambda x: x.max(1)[0][:, None] + x.min(dim=1).values[:, None],
+        lambda x: x.max(dim=1, keepdim=True).values,
+        lambda x: torch.addmm(torch.ones(3, dtype=x.dtype), x, torch.ones(4, 3, dtype=x.dtype) * -1),
+        lambda x: x + torch.zeros_like(x) - torch.ones_like(x),
+        lambda x: F.linear(input=x, weight=torch.eye(4, dtype=x.dtype) * -2, bias=None),
+        lambda x: F.conv1d(x[:, None], torch.ones(2, 1, 3, dtype=x.dtype), stride=2, padding=1).flatten(1),
+        lambda x: 1 / (x.abs() + 1) - 2 ** torch.tensor(2.0),
+        lambda x: x[:, [0, 2]] * x[:, 1:3],
+        lambda x: torch.stack(x.unbind(1), -1).repeat(1, 2).view(x.shape[0], -1),
+        lambda x: x.clone().mul_(2).sub_(1).clamp_(-0.5, 0.5),
+        lambda x: x.log_softmax(1).exp(),
+        lambda x: torch.cumsum(x, 1).roll(1, 1).flip(1),
+        lambda x: F.interpolate(x[:, None], scale_factor=2.0, mode="linear").squeeze(1),
+        lambda x: x.pow(2) - x**3 + x.sqrt().rsqrt() if x.dim() else x,
+        lambda x: torch.minimum(x, x.flip(1)) - torch.einsum("bi,bj->bij", x, x).sum(2),
+    ],
+)
+def test_functions_and_methods_of_tensors_have_bounds(function):
+    class Calls(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    x, model = torch.rand(2, 4, dtype=torch.float64) + 0.5, Calls()
+    found, box = bounds(model, x, 0.2), input_box(x, 0.2)
+    for seed in range(20):
+        share = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+        values = model(box.lower + share * (box.upper - box.lower))
+        assert (values >= found.lower - 1e-9).all()
+        assert (values <= found.upper + 1e-9).all()
+    assert (found.upper - found.lower).max() < 30
+
+
+def test_attributes_of_unknown_effect_are_refused():
+    class Real(nn.Module):
+        def forward(self, x):
+            return x.real * 2
+
+    with pytest.raises(NotImplementedError, match="attribute real"):
+        trace(Real(), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
     ("module", "named"),
     [
         (nn.Sequential(nn.Linear(4, 4), nn.Softshrink()), "Softshrink"),

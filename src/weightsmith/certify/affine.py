@@ -218,6 +218,15 @@ def matrix_product(call: Any, args: Any, kwargs: Any) -> Interval:
     return pairwise(x, y)
 
 
+@register("addmm", affine=True)
+def added_product(call: Any, args: Any, kwargs: Any) -> Interval:
+    """``bias + x @ W``."""
+    bias, x, weight = args
+    if kwargs or not isinstance(x, Interval) or intervals((bias, weight)):
+        raise UnsupportedOperation("addmm has bounds for a known bias and a known second factor only")
+    return Interval.ball(call(bias, x.center, weight), x.radius @ weight.abs())
+
+
 def pairwise(x: Interval, y: Interval) -> Interval:
     """Interval of ``x @ y`` row by row, so that the products of one row are in memory at a time."""
     if min(x.sample.dim(), y.sample.dim()) < 2:

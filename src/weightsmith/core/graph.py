@@ -232,14 +232,31 @@ class Builder:
 VIEWS = frozenset(
     {
         *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "movedim", "t"),
-        *("expand", "expand_as", "getitem", "select", "slice", "narrow", "chunk", "split", "unbind", "pick"),
+        *(
+            "expand",
+            "expand_as",
+            "reshape_as",
+            "as_strided",
+            "diagonal",
+            "getitem",
+            "select",
+            "slice",
+            "narrow",
+            "chunk",
+            "split",
+            "unbind",
+            "pick",
+        ),
         *("identity", "to", "type_as", "float", "double", "detach", "dropout"),
     }
 )
 """Operations whose output may share the memory of their first argument."""
 
 SHAPE_ONLY = frozenset(
-    {"size", "dim", "numel", "ndimension", "is_floating_point", "getattr", "len", "new_zeros", "new_ones"}
+    {
+        *("size", "dim", "numel", "ndimension", "is_floating_point", "getattr", "len"),
+        *("new_zeros", "new_ones", "zeros_like", "ones_like"),
+    }
 )
 """Operations whose result does not depend on the values of a tensor."""
 

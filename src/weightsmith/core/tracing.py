@@ -22,6 +22,8 @@ from weightsmith.core.graph import (
 )
 from weightsmith.core.module_ops import MODULES, add_module, module_class
 
+_SHAPES = frozenset(["shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout", "itemsize", "names"])
+_WITH_INDICES = ("max", "min")
 _MANY = frozenset(["split", "chunk", "unbind", "tensor_split", "split_with_sizes", "hsplit", "vsplit"])
 
 
@@ -162,8 +164,10 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
         kwargs: Its keyword arguments.
     """
     op, in_place = canonical(key) if isinstance(key, str) else (key, False)
-    if op == "getattr" and isinstance(args[0], Live):
-        return getattr(args[0].get(), args[1])
+    if op == "getattr":
+        if isinstance(args[0], Live):
+            return getattr(args[0].get(), args[1])
+        return _attribute_of(builder, name, *args[:2])
     for first in ("input", "self"):
         if first in kwargs and not args:
             args = (kwargs.pop(first),)
@@ -194,6 +198,8 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
             return parent.call(*args, **kwargs)[index]
 
         return builder.add(name, "pick", pick, parent.args, parent.kwargs)
+    if op == "getitem" and isinstance(args[0], Node) and args[0].op in _WITH_INDICES and args[1] == 0:
+        return _extreme(builder, name, args[0])
     if op == "mul" and len(args) == 2 and args[0] is args[1] and isinstance(args[0], Node):
         return builder.add(name, "square", torch.square, args[:1])
     return builder.add(name, op, call, args, kwargs, in_place=in_place)
@@ -207,6 +213,24 @@ _LAYERS = {
     **{f"conv_transpose{dims}d": _TRANSPOSED for dims in (1, 2, 3)},
 }
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+
+
+def _attribute_of(builder: Builder, name: str, x: Any, attribute: str) -> Node:
+    """``x.shape`` and its like are known exactly; ``x.T`` moves elements; others are refused where they are bounded."""
+    if isinstance(x, Node) and x.op in _WITH_INDICES and attribute == "values":
+        return _extreme(builder, name, x)
+    op = "getattr" if attribute in _SHAPES else "transpose" if attribute in ("T", "mT") else f"attribute {attribute}"
+    op = "detach" if attribute == "data" else op
+    return builder.add(name, op, lambda x: getattr(x, attribute), (x,))
+
+
+def _extreme(builder: Builder, name: str, parent: Node) -> Node:
+    """The values of ``max`` or ``min`` along an axis, without the indices."""
+
+    def values(*args: Any, **kwargs: Any) -> Any:
+        return parent.call(*args, **kwargs)[0]
+
+    return builder.add(name, f"a{parent.op}", values, parent.args, parent.kwargs)
 
 
 def _plain_function(op: str, call: Any) -> Any:
