@@ -16,7 +16,7 @@
 
 from weightsmith.certify.attack import pgd
 from weightsmith.certify.batchnorm import add_batchnorm_
-from weightsmith.certify.bounding import BoundOptions, Bounds, Traced, bounds, margins, trace
+from weightsmith.certify.bounding import BoundOptions, Bounds, bounds, margins
 from weightsmith.certify.box import input_box
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.losses import robust_cross_entropy
@@ -24,6 +24,7 @@ from weightsmith.certify.objectives import IBP, MTLIBP, SABR, CrownIBP
 from weightsmith.certify.regularizers import BoundRegularizer
 from weightsmith.certify.rules import Lines, Planes, register_bound
 from weightsmith.certify.schedule import EpsilonSchedule
+from weightsmith.certify.traced import Traced, trace
 from weightsmith.certify.training import CertifiedTraining, Recipe
 from weightsmith.certify.verify import Certificates, VerifiedError, verified_error
 from weightsmith.core.graph import UnsupportedOperation

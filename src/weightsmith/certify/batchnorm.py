@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weightsmith.certify.bounding import as_inputs
+from weightsmith.certify.traced import as_inputs
 from weightsmith.core.errors import UsageError
 from weightsmith.core.graph import Graph, Live, Node
 from weightsmith.core.modes import evaluating

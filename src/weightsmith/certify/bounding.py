@@ -13,16 +13,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from weightsmith.certify.affine import finite
 from weightsmith.certify.box import Eps, check_spec, input_box, margins_of
-from weightsmith.certify.crown import Axes, Backward, ReluMode, example_axes, refiner
+from weightsmith.certify.crown import Backward, ReluMode
+from weightsmith.certify.elision import elided, tolerance_of
 from weightsmith.certify.interval import Interval
-from weightsmith.certify.norms import EXPANSIONS
-from weightsmith.certify.propagate import Options, Pass, Statistics, propagate, unsupported, working_dtype
-from weightsmith.certify.rules import RULES, own_operations
+from weightsmith.certify.passes import Options, Pass, Statistics, working_dtype
+from weightsmith.certify.propagate import propagate
+from weightsmith.certify.refine import refiner
+from weightsmith.certify.traced import Traced, as_inputs
 from weightsmith.core.errors import UsageError, unknown
-from weightsmith.core.graph import Graph, Node, UnsupportedOperation
-from weightsmith.core.tracing import trace as trace_graph
 
 Method = Literal["ibp", "crown-ibp", "crown"]
 Rounding = Literal["nearest", "outward"]
@@ -76,111 +75,6 @@ class BoundOptions:
         for name, kind in (("relu", ReluMode), ("rounding", Rounding), ("statistics", Statistics)):
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, str(getattr(self, name)), get_args(kind))
-
-
-class Traced:
-    """A model that has been traced, for many calls; parameters, buffers and modes stay the model's own.
-
-    It is traced anew when a module changes between training and evaluation mode. After a module was replaced, trace it
-    again.
-
-    Args:
-        model: The model.
-        inputs: An example input ``(B, ...)``, or a tuple of all of them.
-
-    Raises:
-        UnsupportedOperation: The model cannot be traced, or has an operation without bounds; the message names it.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = model
-        self._inputs = tuple(
-            item[:2].detach() if isinstance(item, Tensor) and item.dim() else item for item in as_inputs(inputs)
-        )
-        self._graphs: dict[tuple[bool, ...], dict[int | None, Graph]] = {}
-        self._axes: dict[Graph, Axes] = {}
-        self.graph(len(as_inputs(inputs)[0]))
-
-    def graph(self, batch: int) -> Graph:
-        """The operations of the model in its present modes, for a batch size."""
-        graphs = self._graphs.setdefault(tuple(module.training for module in self.model.modules()), {})
-        if None not in graphs and batch not in graphs:
-            graph = trace_graph(self.model, self._example(batch, None), own=own_operations(), expansions=EXPANSIONS)
-            _check(graph)
-            graphs[graph.batch] = graph
-        return graphs.get(None) or graphs[batch]
-
-    def axes(self, graph: Graph) -> Axes:
-        """Which axis of every operation's output counts the examples."""
-        if graph not in self._axes:
-            options = Options(dtype=working_dtype(self.model, self._inputs, None), update=False)
-
-            def run(batch: int) -> list[Any]:
-                of_size = self.graph(batch)
-                done = propagate(of_size, self._example(batch, options.dtype), options=options)
-                return [done.values.get(node) for node in of_size.nodes]
-
-            with torch.no_grad():
-                self._axes[graph] = example_axes(graph, run, graph.batch or 2)
-        return self._axes[graph]
-
-    def _example(self, batch: int, dtype: torch.dtype | None) -> tuple[Any, ...]:
-        return tuple(_repeated(item, batch, dtype) for item in self._inputs)
-
-
-def _check(graph: Graph) -> None:
-    """Refuse what cannot be bounded, and take infinity out of masks."""
-    if len(graph.outputs) != 1:
-        raise UnsupportedOperation(
-            f"{type(graph.model).__name__} must return one tensor, returns {len(graph.outputs)}: wrap it in a "
-            "module that returns its logits"
-        )
-    for node in graph.nodes:
-        if node.varies and node.op not in _ALWAYS and node.op not in RULES:
-            raise unsupported(node)
-        if node.op in ("masked_fill", "where", "add") and sum(parent.varies for parent in node.parents) < 2:
-            node.call = _without_infinity(node.call)
-
-
-def _without_infinity(call: Any) -> Any:
-    def masked(*args: Any, **kwargs: Any) -> Any:
-        dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
-        return call(*(finite(arg, dtype) for arg in args), **kwargs)
-
-    return masked
-
-
-_ALWAYS = ("input", "batch_norm", "dropout", "channel_dropout")
-
-
-def _repeated(item: Any, batch: int, dtype: torch.dtype | None) -> Any:
-    if not isinstance(item, Tensor) or not item.dim():
-        return item
-    item = item[:1].expand(batch, *item.shape[1:]).contiguous()
-    if dtype is not None and item.is_floating_point():  # equal examples would leave batch norm nothing to divide by
-        item = (
-            item.to(dtype) + torch.arange(batch, dtype=dtype, device=item.device).view(-1, *[1] * (item.dim() - 1)) / 8
-        )
-    return item
-
-
-def trace(model: nn.Module, inputs: Any) -> Traced:
-    """Trace a model once for many calls of `bounds`; see `Traced`.
-
-    Args:
-        model: The model.
-        inputs: An example input ``(B, ...)``, or a tuple of all of them.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from weightsmith import certify
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> traced = certify.trace(net, torch.zeros(1, 4))
-        >>> bool((certify.bounds(traced, torch.zeros(2, 4), 0.1).upper >= net(torch.zeros(2, 4))).all())
-        True
-    """
-    return Traced(model, inputs)
 
 
 def bounds(
@@ -260,19 +154,6 @@ def margins(
     return bound_box(traced, (box, *inputs[1:]), inputs, method=method, C=labels, options=options)
 
 
-def as_inputs(x: Any) -> tuple[Any, ...]:
-    """All inputs of a model as a tuple.
-
-    Raises:
-        UsageError: The first one is no floating-point tensor.
-    """
-    inputs = tuple(x) if isinstance(x, tuple | list) else (x,)
-    if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].is_floating_point():
-        got = inputs[0].dtype if inputs and isinstance(inputs[0], Tensor) else type(x).__name__
-        raise UsageError(f"x must be a floating-point tensor, or a tuple that begins with one, got {got}")
-    return inputs
-
-
 def make_box(model: Any, inputs: Sequence[Any], eps: Eps, lower: Any, upper: Any, options: BoundOptions) -> Interval:
     """The box around the first input, in the type that bounds are computed in."""
     dtype = _dtype(model.model if isinstance(model, Traced) else model, inputs, options)
@@ -301,7 +182,7 @@ def bound_box(
             torch.where(ends.lower.isnan(), -torch.inf, ends.lower),
             torch.where(ends.upper.isnan(), torch.inf, ends.upper),
         )
-    return Bounds(ends.lower, ends.upper, method, options.rounding, 0.0 if outward else _tolerance(done, ends, spec))
+    return Bounds(ends.lower, ends.upper, method, options.rounding, 0.0 if outward else tolerance_of(done, ends, spec))
 
 
 def run_box(
@@ -379,53 +260,3 @@ def ends_of(
             low, high = torch.maximum(low, first), torch.minimum(high, second) if both else low
         shape = output.shape if spec is None else low.shape
         return Interval(low.reshape(shape), high.reshape(shape))
-
-
-def elided(done: Pass, spec: Tensor | None) -> Interval:
-    """IBP ends of ``C z``: of a last linear layer ``C W c + C b -+ |C W| r``, tighter than bounding ``z`` first."""
-    output = done.output
-    if spec is None:
-        return output
-    layer = last_linear(done)
-    if layer is None:
-        center, radius, bias, weight = output.center, output.radius, None, spec
-    else:
-        x, matrix, offset = layer
-        center, radius, weight = x.center, x.radius, spec @ matrix
-        bias = None if offset is None else spec @ offset
-    middle = (weight @ center.unsqueeze(-1)).squeeze(-1)
-    middle = middle if bias is None else middle + bias
-    half = (weight.abs() @ radius.unsqueeze(-1)).squeeze(-1)
-    if done.options.outward:
-        terms = weight.shape[-1] + spec.shape[-1] + 8
-        unit = terms * torch.finfo(weight.dtype).eps
-        size = (spec.abs() @ (matrix if layer else torch.eye(spec.shape[-1]).to(spec)).abs()) @ (
-            center.abs() + radius
-        ).unsqueeze(-1)
-        extra = 0 if bias is None or layer is None or layer[2] is None else spec.abs() @ layer[2].abs()
-        half = half + unit * (size.squeeze(-1) + extra)
-    return Interval(middle - half, middle + half)
-
-
-def last_linear(done: Pass) -> tuple[Interval, Tensor, Tensor | None] | None:
-    """Input interval, weight and bias of the last operation, where it is a linear layer on ``(B, features)``."""
-    node: Node = done.graph.output
-    call = done.calls.get(node)
-    if call is None or call.op != "linear" or len(done.output.shape) != 2:
-        return None
-    args, kwargs = done.arguments(node)
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
-    return args[0], weight, args[2] if len(args) > 2 else kwargs.get("bias")
-
-
-@torch.no_grad()
-def _tolerance(done: Pass, ends: Interval, spec: Tensor | None) -> float:
-    """Unit roundoff, times the operations in a row, times the size of what the last one adds up."""
-    size = torch.maximum(ends.lower.abs().max(), ends.upper.abs().max())
-    layer = last_linear(done)
-    if layer is not None:
-        x, weight, bias = layer
-        terms = (x.center.abs() + x.radius) @ weight.abs().T
-        largest = terms.max() if bias is None else (terms + bias.abs()).max()
-        size = torch.maximum(size, largest * (2 if spec is not None else 1))
-    return float(size) * (8 + len(done.calls)) * torch.finfo(ends.lower.dtype).eps

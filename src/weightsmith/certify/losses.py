@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightsmith.certify.bounding import BoundOptions, Traced, elided
+from weightsmith.certify.bounding import BoundOptions
 from weightsmith.certify.box import margins_of
 from weightsmith.certify.crown import Backward
-from weightsmith.certify.propagate import Pass
+from weightsmith.certify.elision import elided
+from weightsmith.certify.passes import Pass
+from weightsmith.certify.traced import Traced
 
 Reduction = Literal["mean", "sum", "none"]
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from weightsmith.certify.elementwise import monotone
 from weightsmith.certify.interval import Interval
+from weightsmith.certify.products import call_mask
 from weightsmith.certify.rules import RULES, Planes, Rule, register
 from weightsmith.core.graph import Expansion, Node, UnsupportedOperation
 
@@ -250,8 +251,6 @@ def attention(
         )
 
     def scores(q: Tensor, k: Tensor, factor: Any, mask: Any) -> Tensor:
-        from weightsmith.certify.affine import call_mask
-
         return call_mask(q @ k.transpose(-1, -2) * factor, mask)
 
     factor = scale if scale is not None else add("size", lambda t: t.shape[-1] ** -0.5, q)

@@ -7,11 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weightsmith.certify.attack import adversarial
-from weightsmith.certify.bounding import BoundOptions, Traced, elided, ends_of, run_box
+from weightsmith.certify.bounding import BoundOptions, ends_of, run_box
 from weightsmith.certify.box import margins_of
+from weightsmith.certify.elision import elided
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.losses import fused_log_bound, robust_cross_entropy
-from weightsmith.certify.propagate import Pass
+from weightsmith.certify.passes import Pass
+from weightsmith.certify.traced import Traced
 from weightsmith.core.errors import UsageError
 
 

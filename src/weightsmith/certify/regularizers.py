@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.certify.interval import Interval
-from weightsmith.certify.propagate import Pass, as_interval
+from weightsmith.certify.passes import Pass, as_interval
 from weightsmith.core.errors import UsageError
 
 _RELUS = ("relu", "leaky_relu", "prelu")

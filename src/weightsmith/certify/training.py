@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightsmith.certify.batchnorm import add_batchnorm_
-from weightsmith.certify.bounding import BoundOptions, Traced
+from weightsmith.certify.bounding import BoundOptions
 from weightsmith.certify.box import Eps, check_labels, input_box
 from weightsmith.certify.objectives import OBJECTIVES, Objective, Step
-from weightsmith.certify.propagate import working_dtype
+from weightsmith.certify.passes import working_dtype
 from weightsmith.certify.regularizers import BoundRegularizer, Regularization
 from weightsmith.certify.schedule import EpsilonSchedule
+from weightsmith.certify.traced import Traced
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.modes import evaluating
 from weightsmith.init import ibp_

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.certify.attack import pgd
-from weightsmith.certify.bounding import BoundOptions, Method, Rounding, Traced, bound_box
+from weightsmith.certify.bounding import BoundOptions, Method, Rounding, bound_box
 from weightsmith.certify.box import Eps, check_labels, input_box
-from weightsmith.certify.propagate import Options, propagate, working_dtype
+from weightsmith.certify.passes import Options, working_dtype
+from weightsmith.certify.propagate import propagate
+from weightsmith.certify.traced import Traced
 from weightsmith.certify.training import scaled_eps
 from weightsmith.core.errors import UsageError
 from weightsmith.core.modes import evaluating
