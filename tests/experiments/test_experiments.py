@@ -35,6 +35,7 @@ CONFIGS = {
     "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
     "mir-l": {"steps": 4, "warmup": 1, **SMALL},
     "meta-rescaling": {"epochs": 2, "batch_size": 8, "trusted": 4, "noises": ("symmetric",), **SMALL},
+    "fast-ibp": {"epochs": 1, "kappas": (0.0,), "shares": (0.4,), "alphas": (0.5,), "attack_steps": 1, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 

@@ -24,6 +24,10 @@ _COMMANDS = {
     "compare": ("weightsmith.cli.compare", "Compare your own training with and without techniques, or any commands."),
     "report": ("weightsmith.cli.reports", "Rebuild the report of one or several run folders."),
     "verify": ("weightsmith.cli.reports", "Repeat one seed of a committed result and compare."),
+    "certify": (
+        "weightsmith.tools.certify",
+        "Measure for how many images no small change of the pixels can change a classifier's answer.",
+    ),
     "merge": ("weightsmith.tools.merge", "Merge the checkpoints of one training run, weighted by what it has logged."),
     "prune": (
         "weightsmith.tools.prune",

@@ -120,6 +120,20 @@ def _meta_rescaling(model: nn.Module) -> tuple[bool, str]:
     return True, f"the classifier {name}, {head.out_features} classes; where labels may be wrong{more}"
 
 
+def _fast_ibp(model: nn.Module) -> tuple[bool, str]:
+    layers = [module for module in model.modules() if isinstance(module, _MATRICES)]
+    relus = sum(isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU) for module in model.modules())
+    if len(layers) < 2:
+        return False, "fewer than two linear or convolution layers"
+    if any("attention" in type(module).__name__.lower() for module in model.modules()):
+        return (
+            False,
+            "interval bounds grow too loose through attention to train for; certify.bounds still computes them",
+        )
+    more = f" and {relus} ReLUs" if relus else "; with ReLUs as functions, or none"
+    return True, f"a classifier of {len(layers)} layers{more}; for training from the start with a proof as the aim"
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
@@ -133,6 +147,7 @@ def _experts(model: nn.Module) -> list[str]:
 
 
 RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
+    "fast-ibp": _fast_ibp,
     "weight-compander": _compander,
     "adamp": _adamp,
     "meta-rescaling": _meta_rescaling,

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.lab.models.certified import cnn7, resnext_certified, small_cnn, wide_resnet8
 from weightsmith.lab.models.convnet import convnet
 from weightsmith.lab.models.external import from_function, from_hugging_face
 from weightsmith.lab.models.mlp import mlp
@@ -25,6 +26,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16_bn": partial(vgg, depths=(2, 2, 3, 3, 3)),
     "vgg19_bn": partial(vgg, depths=(2, 2, 4, 4, 4)),
     "vit_tiny": ViT,
+    "cnn7": cnn7,
+    "cnn7_small": partial(cnn7, width=16, hidden=128),
+    "small_cnn": small_cnn,
+    "wide_resnet8": wide_resnet8,
+    "resnext_certified": resnext_certified,
 }
 """Our own architectures, by name."""
 

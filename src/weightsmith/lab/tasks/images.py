@@ -1,6 +1,6 @@
 """Classify images."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 from torch import nn
 
@@ -13,9 +13,10 @@ from weightsmith.lab.tasks.config import TaskConfig
 from weightsmith.lab.tasks.scoring import load_weights, supervised
 
 
-def make(config: TaskConfig) -> Task:
-    """Load the images and make the task."""
-    images = load_images(
+@lru_cache(maxsize=2)
+def images_of(config: TaskConfig) -> Images:
+    """Load the images that a configuration names, with the mean and deviation that they are normalized by."""
+    return load_images(
         config.data_name,
         train_examples=config.train_examples,
         test_examples=config.test_examples,
@@ -25,6 +26,11 @@ def make(config: TaskConfig) -> Task:
         columns=config.columns,
         subset_name=config.subset,
     )
+
+
+def make(config: TaskConfig) -> Task:
+    """Load the images and make the task."""
+    images = images_of(config)
     splits: dict[str, Batches] = {"train": images.train, "validation": images.validation, "test": images.test}
     first = range(min(8, len(images.train)))
     color = "gray" if images.channels == 1 else "color"
