@@ -335,7 +335,7 @@ def test_a_conv1d_takes_every_form(name, shake):
     assert torch.allclose(adapt.merge_bone_(layer)(x), adapted, atol=1e-5)
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """Integer weights with a scale, as libraries make them: no float weight to be seen."""
 
     def __init__(self, linear):
@@ -349,8 +349,8 @@ class Quantised(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["miss", "mini", "row", "free1"])
-def test_forms_that_need_no_weight_train_on_quantised_layers(name, net, x):
-    model = nn.Sequential(Quantised(net[0]), nn.Tanh(), Quantised(net[2]))
+def test_forms_that_need_no_weight_train_on_quantized_layers(name, net, x):
+    model = nn.Sequential(Quantized(net[0]), nn.Tanh(), Quantized(net[2]))
     before = model(x)
     apply_bone_(model, CONFIGS[name])
     assert torch.equal(model(x), before)
@@ -359,7 +359,7 @@ def test_forms_that_need_no_weight_train_on_quantised_layers(name, net, x):
     assert torch.equal(unload_bone_(model)(x), before)
 
 
-def test_a_torchao_layer_is_a_quantised_layer(x):
+def test_a_torchao_layer_is_a_quantized_layer(x):
     quantization = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())

@@ -114,7 +114,7 @@ def test_layers_whose_forward_or_weight_is_somebody_elses_are_refused(net):
         apply_bone_(net, BoneConfig(r=4, where="0"))
 
 
-def test_a_quantised_layer_refuses_forms_that_need_its_weight_and_merging():
+def test_a_quantized_layer_refuses_forms_that_need_its_weight_and_merging():
     layer = type("Packed", (nn.Module,), {"in_features": 8, "out_features": 8, "forward": lambda self, x: x})()
     with pytest.raises(UsageError, match="variant must be row, miss or mini"):
         apply_bone_(layer, BoneConfig(r=4, variant="col"))

@@ -246,7 +246,7 @@ def test_initialisations_that_change_the_base_only_allow_what_keeps_rank_and_sca
     run = adapter_run(tmp_path / "run", count=2, config={**LORA, "init_lora_weights": start})
     with pytest.raises(UsageError, match="PEFT changes the base weights by their rank and scaling"):
         merge_checkpoints(folders(run), tmp_path / "out", scheme="uniform")
-    with pytest.warns(WeightsmithWarning, match="only fit the base weights that this initialisation has changed"):
+    with pytest.warns(WeightsmithWarning, match="only fit the base weights that this initialization has changed"):
         merge_checkpoints(folders(run), tmp_path / "out", scheme="uniform", lora_mode="factors")
 
 
@@ -346,12 +346,12 @@ def test_the_run_folder_may_hold_the_result(tmp_path):
     assert len(folders(run)) == 3
 
 
-def test_quantised_checkpoints_are_refused(tmp_path):
+def test_quantized_checkpoints_are_refused(tmp_path):
     run = model_run(tmp_path / "by-config", count=2, quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(UsageError, match="is quantised: codes cannot be averaged"):
+    with pytest.raises(UsageError, match="is quantized: codes cannot be averaged"):
         merge_checkpoints(folders(run), tmp_path / "out")
     write_model(tmp_path / "checkpoint-1", {"layer.qweight": torch.ones(2, dtype=torch.int32)})
-    with pytest.raises(UsageError, match=r"is quantised \(layer\.qweight\)"):
+    with pytest.raises(UsageError, match=r"is quantized \(layer\.qweight\)"):
         merge_checkpoints(folders(tmp_path), tmp_path / "out", scheme="uniform")
 
 

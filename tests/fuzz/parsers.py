@@ -20,7 +20,7 @@ from torch import nn
 from weightsmith.adapt import BoneConfig, apply_bone_, load_bone, save_bone
 from weightsmith.average.adapters import open_adapters
 from weightsmith.average.checkpoints import RunCheckpoint, checkpoint_losses
-from weightsmith.average.sources import check_alike, open_places
+from weightsmith.average.sources import check_same_tensors, open_places
 from weightsmith.average.stream import Mean
 from weightsmith.core import json_files
 from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
@@ -198,7 +198,7 @@ def _adapters(folder: Path) -> Callable[[], None]:
             places = [open_places(one) for one in saved]
             adapters, _ = open_adapters(saved, places, mode)
             free = [name for pair in adapters.pairs.values() for name in (pair.a, pair.b)] if mode == "svd" else []
-            check_alike(places, free=free)
+            check_same_tensors(places, free=free)
             rank = adapters.rank(mode, None) if adapters.pairs else 0
             layout = adapters.layout(mode, rank, mean)
             list(adapters.pieces(layout, mode, rank, [0.5, 0.5], mean))

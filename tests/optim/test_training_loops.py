@@ -69,7 +69,7 @@ def test_every_form_of_the_step_gives_the_same_weights(optimizer_class):
 
 @FORMS
 @BOTH
-def test_maximising_the_negative_is_minimising(optimizer_class, options):
+def test_maximising_the_negative_is_minimizing(optimizer_class, options):
     down, up = network(), network()
     want = train(down, optimizer_class(down.parameters(), **options))
 

@@ -77,7 +77,7 @@ def test_the_parameter_keeps_its_identity_through_companding_and_folding() -> No
     assert fold_(layer).weight is weight
 
 
-def test_learnt_pairs_are_one_per_layer_or_one_per_model() -> None:
+def test_learned_pairs_are_one_per_layer_or_one_per_model() -> None:
     fine, coarse = compand_(small(), learnable=True), compand_(small(), learnable=True, share="model")
     assert len({id(site.compander.a) for site in sites(fine)}) == 2
     assert len({id(site.compander.a) for site in sites(coarse)}) == 1
@@ -99,7 +99,7 @@ def test_tied_weights_are_inverted_once_and_stay_tied() -> None:
     assert_close(model(tokens), expected)
 
 
-def test_a_weight_tied_to_a_parametrised_one_is_refused() -> None:
+def test_a_weight_tied_to_a_parametrized_one_is_refused() -> None:
     model = Tied()
     parametrize.register_parametrization(model.embed, "weight", nn.Identity())
     with pytest.raises(ValueError, match="tied to a tensor that is parametrized already"):
@@ -169,14 +169,14 @@ def test_frozen_weights_are_left_alone_unless_asked_for() -> None:
     assert not fold_(model)[0].weight.requires_grad
 
 
-def test_lazy_and_meta_weights_ask_to_be_materialised() -> None:
+def test_lazy_and_meta_weights_ask_to_be_materialized() -> None:
     with pytest.raises(ValueError, match="weight has no values yet: run one batch"):
         compand_(nn.Sequential(nn.LazyLinear(3)))
     with pytest.raises(ValueError, match="weight has no values yet, as it is on the meta device"):
         compand_(nn.Sequential(nn.Linear(2, 3, device="meta")))
 
 
-def test_sparse_complex_and_quantised_weights_are_a_type_error() -> None:
+def test_sparse_complex_and_quantized_weights_are_a_type_error() -> None:
     with pytest.raises(TypeError, match="complex64"):
         compand_(nn.Linear(2, 3, dtype=torch.complex64))
     layer = nn.Linear(2, 3)
@@ -246,7 +246,7 @@ def test_saturation_is_reported_per_weight() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -0.2, float("nan")])
-def test_a_learnt_pair_that_left_its_range_is_named(value) -> None:
+def test_a_learned_pair_that_left_its_range_is_named(value) -> None:
     model = compand_(small(), learnable=True)
     assert_valid(model)
     model[4].parametrizations.weight[0].b.data.fill_(value)
@@ -263,7 +263,7 @@ def test_saturated_weights_have_tiny_but_finite_gradients() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("a", -0.2), ("b", -0.1), ("b", 0.0)])
-def test_fold_refuses_a_learnt_pair_that_has_left_its_range(name, value):
+def test_fold_refuses_a_learned_pair_that_has_left_its_range(name, value):
     model = compand_(nn.Linear(3, 2), learnable=True)
     with torch.no_grad():
         getattr(model.parametrizations.weight[0], name).fill_(value)

@@ -92,7 +92,7 @@ def test_companded_checkpoints_carry_their_pair_and_warn_when_it_differs() -> No
     model.load_state_dict(source.state_dict())  # the same pair: no warning, which would be an error here
 
 
-def test_learnt_pairs_load_without_a_warning() -> None:
+def test_learned_pairs_load_without_a_warning() -> None:
     source, model = compand_(small(), 0.5, 1.0, learnable=True), compand_(small(), learnable=True)
     model.load_state_dict(source.state_dict())
     assert torch.equal(model[3].weight, source[3].weight)

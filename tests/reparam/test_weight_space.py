@@ -93,12 +93,12 @@ def test_decay_on_the_weight_is_scaled_by_the_slope(golden) -> None:
     assert_close(original(layer).grad, tensors["l2_grad_v"], rtol=1e-12, atol=1e-12)
 
 
-def test_decay_passes_by_learnt_pairs_and_weights_without_gradient() -> None:
-    learnt, unused = compand_(nn.Linear(2, 2), learnable=True), compand_(nn.Linear(2, 2))
-    original(learnt).grad = torch.zeros(2, 2)
-    add_weight_decay_grad_(learnt, 0.1)
+def test_decay_passes_by_learned_pairs_and_weights_without_gradient() -> None:
+    learned, unused = compand_(nn.Linear(2, 2), learnable=True), compand_(nn.Linear(2, 2))
+    original(learned).grad = torch.zeros(2, 2)
+    add_weight_decay_grad_(learned, 0.1)
     add_weight_decay_grad_(unused, 0.1)
-    assert not original(learnt).grad.any()
+    assert not original(learned).grad.any()
     assert original(unused).grad is None
 
 

@@ -56,7 +56,7 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
     """Freeze a model and put a new adapter on it, in place; outputs do not change at the start.
 
     The adapter becomes the only one that acts and trains. The model keeps its class and its keys, and gains
-    ``<layer>.bone.<adapter_name>``; these are float32, or float64 where the weight is. Build the optimiser afterwards.
+    ``<layer>.bone.<adapter_name>``; these are float32, or float64 where the weight is. Build the optimizer afterwards.
 
     Args:
         model: Any module; changed after everything has been checked.
@@ -361,7 +361,7 @@ def _is_empty(weight: object) -> bool:
 
 
 def _warn_of_frozen_heads(model: nn.Module, layers: Mapping[str, nn.Module], saved: Sequence[str]) -> None:
-    """Say that a classifier does not train: if it is new, nothing can be learnt through it."""
+    """Say that a classifier does not train: if it is new, nothing can be learned through it."""
     if output_head(model) is not None:
         return
     heads = classifiers(model)

@@ -165,7 +165,7 @@ def bone_linear(
 def activations(x: Tensor, block: Tensor, variant: Variant) -> tuple[Tensor | None, Tensor]:
     """Split an update that needs no weight: what is added to the layer's input, and what to its output.
 
-    The layer itself may be anything linear, a quantised one too: ``layer(x + change) + tiled(correction)``.
+    The layer itself may be anything linear, a quantized one too: ``layer(x + change) + tiled(correction)``.
 
     Args:
         x: ``(..., in)``, the input.

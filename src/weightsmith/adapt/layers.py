@@ -195,7 +195,7 @@ def kind_of(module: nn.Module) -> type[BoneLayer] | None:
         return _Linear
     sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
     is_leaf = next(module.children(), None) is None
-    return _Linear if is_leaf and all(isinstance(side, int) for side in sides) else None  # quantised by some library
+    return _Linear if is_leaf and all(isinstance(side, int) for side in sides) else None  # quantized by some library
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -32,7 +32,7 @@ _LINEAR = frozenset(
 )
 """Adapters whose effect is their tensors themselves: their plain average is exact."""
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that also change the base weights, by the adapter's rank and scaling."""
+"""Initializations that also change the base weights, by the adapter's rank and scaling."""
 _SAME = ("peft_type", "base_model_name_or_path", "target_modules", "use_dora", "fan_in_fan_out", "bias", "lora_bias")
 _CONFIG = {
     "peft_type?": (str, None),
@@ -215,7 +215,7 @@ def open_adapters(
                 "PEFT changes the base weights by their rank and scaling, which this mode replaces"
             )
         caveat = (
-            f"adapters initialized by {brief(start)} only fit the base weights that this initialisation has changed"
+            f"adapters initialized by {brief(start)} only fit the base weights that this initialization has changed"
         )
     pairs = _pairs(places[-1]) if plain_lora else {}
     adapters = Adapters(configs, places, pairs)

@@ -138,7 +138,7 @@ def cast_(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _spell_out_(config: Any, modules: Sequence[str], where: Path) -> None:
-    """Put names in the place of patterns, so that PEFT need not match those of a stranger, which can take for ever."""
+    """Replace patterns by names, so that PEFT does not match untrusted patterns, which can take forever."""
     for key in ("target_modules", "exclude_modules"):
         pattern = getattr(config, key, None)
         if isinstance(pattern, str) and pattern != "all-linear":

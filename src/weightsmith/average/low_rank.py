@@ -1,8 +1,8 @@
 """Averages of low-rank updates ``s B A``, which are not the products of averaged factors.
 
 With bars for weighted means, ``sum_i w_i s B_i A_i = s Bbar Abar + s sum_i w_i (B_i - Bbar)(A_i - Abar)``: averaging
-the factors drops the second term, the *covariance gap*. It is small for neighbouring checkpoints of one run and large
-for adapters that were initialised differently. The exact sum has the factors ``[w_i s B_i]`` and ``[A_i]`` at ``n``
+the factors drops the second term, the *covariance gap*. It is small for neighboring checkpoints of one run and large
+for adapters that were initialized differently. The exact sum has the factors ``[w_i s B_i]`` and ``[A_i]`` at ``n``
 times the rank, and its best approximation of a given rank needs only small decompositions.
 """
 

@@ -28,8 +28,8 @@ from weightsmith.average.checkpoints import (
     refuse_incomplete,
 )
 from weightsmith.average.dense import Dense, cast_, merged_by_peft
-from weightsmith.average.sources import Place, check_alike, open_places
-from weightsmith.average.state_dicts import normalised
+from weightsmith.average.sources import Place, check_same_tensors, open_places
+from weightsmith.average.state_dicts import normalized
 from weightsmith.average.stream import Mean
 from weightsmith.average.weights import Decay, Metric, Scheme, decay_weights, metric_weights
 from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
@@ -127,7 +127,7 @@ def weigh_checkpoints(
     refuse_incomplete(found)
     if decay is not None or weights is not None:
         steps = [checkpoint.step for checkpoint in found]
-        shares = normalised(weights, len(found)) if decay is None else decay_weights(steps, decay).tolist()
+        shares = normalized(weights, len(found)) if decay is None else decay_weights(steps, decay).tolist()
         return [Share(checkpoint, None, share) for checkpoint, share in zip(found, shares, strict=True)]
     if values is not None and len(values) != len(found):
         raise UsageError(f"values must be {len(found)} numbers, one per checkpoint, got {len(values)}")
@@ -172,7 +172,7 @@ def merge_checkpoints(
 ) -> MergeReport:
     """Merge checkpoints of one run into a folder that ``from_pretrained`` loads unchanged.
 
-    The folder appears whole or not at all. Configuration, tokeniser and shard layout are the newest checkpoint's.
+    The folder appears whole or not at all. Configuration, tokenizer and shard layout are the newest checkpoint's.
 
     Args:
         checkpoints: A run folder (its last four are taken), or checkpoints: see `find_checkpoints`.
@@ -252,10 +252,10 @@ def merge_checkpoints(
     places = [open_places(checkpoint, allow_pickle=allow_pickle) for checkpoint in chosen]
     with folder_atomically(target) as fresh:
         if chosen[0].kind == "bone":
-            check_alike(places, mixed_dtypes=dtype is not None)
+            check_same_tensors(places, mixed_dtypes=dtype is not None)
             _write_bone(fresh, chosen, places, mean)
         elif not adapters:
-            check_alike(places, mixed_dtypes=dtype is not None)
+            check_same_tensors(places, mixed_dtypes=dtype is not None)
             _write_model(fresh, chosen[-1].path, places, mean, dtype)
             if any(name.endswith("running_mean") for name in places[-1]):
                 report.notes.append("batch norm's statistics were averaged; measure them anew: swa_utils.update_bn")
@@ -355,7 +355,7 @@ def _write_adapter(
     if caveat:
         report.notes.append(caveat)
     free = [name for pair in adapters.pairs.values() for name in (pair.a, pair.b)] if mode != "factors" else []
-    check_alike(places, mixed_dtypes=dtype is not None, free=free)
+    check_same_tensors(places, mixed_dtypes=dtype is not None, free=free)
     for name in free:
         found = [tensors[name] for tensors in places]
         if all(place.shape == found[-1].shape for place in found):

@@ -15,7 +15,7 @@ from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pickles import read_pickles
 
-_QUANTISED = ("qweight", "absmax", "quant_state", "SCB", "weight_packed")
+_QUANTIZED = ("qweight", "absmax", "quant_state", "SCB", "weight_packed")
 _MOST = 5  # differences that an error lists
 
 
@@ -108,13 +108,13 @@ def open_places(checkpoint: RunCheckpoint, *, allow_pickle: bool = False) -> dic
         places: dict[str, Place] = {name: Pickled(file, tensor) for name, (file, tensor) in found.items()}
     else:
         places = {**Checkpoint(safe).stored()}
-        _refuse_quantised(checkpoint, places)
+        _refuse_quantized(checkpoint, places)
     if checkpoint.kind == "model":
         refuse_adapter_tensors(path, places)
     return places
 
 
-def check_alike(
+def check_same_tensors(
     sources: Sequence[Mapping[str, Place]], *, mixed_dtypes: bool = False, free: Sequence[str] = ()
 ) -> None:
     """Make sure that all checkpoints hold the same tensors.
@@ -147,14 +147,14 @@ def check_alike(
             raise UsageError(f"{files} do not match: " + "; ".join(sorted(found)[:_MOST]) + more)
 
 
-def _refuse_quantised(checkpoint: RunCheckpoint, places: Mapping[str, Place]) -> None:
+def _refuse_quantized(checkpoint: RunCheckpoint, places: Mapping[str, Place]) -> None:
     config = checkpoint.path / "config.json"
-    quantised = config.is_file() and "quantization_config" in read_json(config) and checkpoint.kind == "model"
+    quantized = config.is_file() and "quantization_config" in read_json(config) and checkpoint.kind == "model"
     marked = [
         name
         for name, place in places.items()
-        if name.rpartition(".")[2] in _QUANTISED or (place.dtype.is_floating_point and place.dtype.itemsize == 1)
+        if name.rpartition(".")[2] in _QUANTIZED or (place.dtype.is_floating_point and place.dtype.itemsize == 1)
     ]
-    if quantised or marked:
+    if quantized or marked:
         what = f" ({marked[0]})" if marked else ""
-        raise UsageError(f"{checkpoint.path} is quantised{what}: codes cannot be averaged; merge before quantising")
+        raise UsageError(f"{checkpoint.path} is quantized{what}: codes cannot be averaged; merge before quantizing")

@@ -30,7 +30,7 @@ def average_state_dicts(
     Raises:
         UsageError: There is none, or names, shapes, dtypes or the number of weights differ.
     """
-    shares = normalised(weights, len(states))
+    shares = normalized(weights, len(states))
     newest = states[-1]
     for index, state in enumerate(states):
         if state.keys() != newest.keys():
@@ -45,7 +45,7 @@ def average_state_dicts(
     return {name: _mean([state[name] for state in states], shares) for name in newest}
 
 
-def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
+def normalized(weights: Sequence[float] | None, count: int) -> list[float]:
     """Scale weights to sum 1, after checking that there are ``count`` of them and none is negative."""
     if not count:
         raise UsageError("there is nothing to average")

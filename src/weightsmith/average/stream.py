@@ -2,7 +2,7 @@
 
 ``theta = theta_n + sum_i w_i (theta_i - theta_n)`` equals ``sum_i w_i theta_i`` because weights sum to 1; written so,
 equal checkpoints average to exactly themselves, and each one's distance from the newest comes for free. Sums are kept
-in float64: in float32 some ten in a million bfloat16 results would be rounded to the wrong neighbour.
+in float64: in float32 some ten in a million bfloat16 results would be rounded to the wrong neighbor.
 """
 
 import math

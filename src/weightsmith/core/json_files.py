@@ -173,7 +173,7 @@ def read_text(path: Path | str) -> str:
 def _open(path: Path) -> BinaryIO:
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} must be a file")  # a pipe or a device could block for ever
+            raise UsageError(f"{path} must be a file")  # a pipe or a device could block forever
         return path.open("rb")
     except (OSError, ValueError) as error:  # of a name with a null character
         if isinstance(error, UsageError):

@@ -1,4 +1,4 @@
-"""Rounding and clamping that gradients pass through, and the integer ranges that go with them.
+"""Rounding that gradients pass through, and the integer ranges that go with them.
 
 Rounding has zero gradient almost everywhere; the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432)
 takes the gradient of the identity instead.

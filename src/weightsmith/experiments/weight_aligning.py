@@ -86,7 +86,7 @@ def arms(_: Config) -> list[Arm]:
         Arm("wa-grow", "as WA; the head keeps its old rows", "WA, growing head"),
         Arm("kd-grow", "as distillation; the head keeps its old rows", "distillation, growing head"),
         Arm("official", "the authors' settings: L1 norms, weights of at least 0", "WA, authors' settings"),
-        Arm("bic", "as the growing head; two numbers per step learnt on held-out exemplars", "BiC"),
+        Arm("bic", "as the growing head; two numbers per step learned on held-out exemplars", "BiC"),
         Arm("joint", "all classes at once: an upper bound", "joint training"),
     ]
 

@@ -20,7 +20,7 @@ class AnnealingCallback(TrainerCallback):
 
     Args:
         annealing: Of the model that is trained.
-        start: The part of all optimiser steps after which it begins, in [0, 1]; the default anneals the last tenth.
+        start: The part of all optimizer steps after which it begins, in [0, 1]; the default anneals the last tenth.
         lr: Learning rate of all parameter groups from then on; ``None``: that of the schedule.
 
     Raises:

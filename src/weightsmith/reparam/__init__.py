@@ -3,11 +3,11 @@
 | name | what it is |
 |---|---|
 | ``compand_`` | write weights as ``a * arctan(v / b)`` (Weight Compander) |
-| ``WeightCompander``, ``Curve`` | the parametrisation, and the functions that it can bend weights with |
+| ``WeightCompander``, ``Curve`` | the parametrization, and the functions that it can bend weights with |
 | ``param_groups``, ``add_weight_decay_grad_`` | decay where the method wants it |
-| ``InWeightSpace`` | any optimiser, seeing the weight instead of what trains |
+| ``InWeightSpace`` | any optimizer, seeing the weight instead of what trains |
 | ``load_plain_state_dict``, ``plain_state_dict`` | checkpoints of the plain model, in and out |
-| ``saturation_report``, ``assert_valid`` | is every weight and every learnt pair in good health? |
+| ``saturation_report``, ``assert_valid`` | saturated weights, and whether every learned pair is valid |
 """
 
 from weightsmith.reparam.apply import assert_valid, compand_, saturation_report

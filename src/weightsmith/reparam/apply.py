@@ -1,4 +1,4 @@
-"""Put companders on a model's weights, find them again, and ask after their health."""
+"""Put companders on a model's weights; list and validate them."""
 
 from collections.abc import Iterator
 from functools import reduce
@@ -46,7 +46,7 @@ def compand_(
     """Write weights as ``w = a * phi(v / b)`` and train ``v``; outputs do not change at the start.
 
     Each weight parameter keeps its identity and now holds ``v = b * phi^-1(w / a)``. A tied weight is one weight:
-    choosing one of its owners compands all of them, with a single inversion. Build the optimiser afterwards.
+    choosing one of its owners compands all of them, with a single inversion. Build the optimizer afterwards.
 
     Args:
         model: Changed in place, after everything has been checked.
@@ -54,13 +54,13 @@ def compand_(
         b: Width of the curve; the paper's best lie in 0.5 to 1.0, for ``learnable=True`` it starts from 1.0.
         fn: ``"arctan"`` (the Weight Compander), ``"arcsinh"``, ``"erf"`` or your own `Curve`.
         learnable: Train ``a`` and ``b`` along with the weights.
-        share: One learnt pair per ``"layer"`` (the paper's *fine*) or one for the whole ``"model"`` (*coarse*).
+        share: One learned pair per ``"layer"`` (the paper's *fine*) or one for the whole ``"model"`` (*coarse*).
         where: Which modules: ``None`` (every linear and convolution layer, first and last included), glob(s) over
             module names, or a predicate; any module with a parameter ``weight`` can be named.
         overflow: What to do with weights that the curve cannot reach: ``"error"``, or ``"clip"`` to 0.95 of the bound.
-        positive: Keep learnt ``a`` and ``b`` above 0 through a softplus.
+        positive: Keep learned ``a`` and ``b`` above 0 through a softplus.
         allow_existing: Put the compander on top of a parametrization that is already there (spectral norm, ...). The
-            start is then not matched, and `add_weight_decay_grad_` and `InWeightSpace` pass such weights by.
+            start is then not matched, and `add_weight_decay_grad_` and `InWeightSpace` skip such weights.
         include_frozen: Also compand weights that do not require gradients; they and their own pairs stay frozen.
 
     Returns:
@@ -68,8 +68,8 @@ def compand_(
 
     Raises:
         UsageError: An argument is out of range, nothing matches, a weight is out of the curve's reach, not
-            materialised, companded already, or made by something else.
-        TypeError: A weight is sparse, complex, quantised, or has sparse gradients.
+            materialized, companded already, or made by something else.
+        TypeError: A weight is sparse, complex, quantized, or has sparse gradients.
     """
     if share not in ("layer", "model"):
         raise unknown("share", share, ("layer", "model"))
@@ -147,7 +147,7 @@ def saturation_report(model: nn.Module) -> dict[str, float]:
 
 
 def assert_valid(model: nn.Module) -> None:
-    """Check that every ``a`` and ``b`` is finite and above 0; call it before folding a model with learnt pairs.
+    """Check that every ``a`` and ``b`` is finite and above 0; call it before folding a model with learned pairs.
 
     Raises:
         UsageError: One is not; the message names it.
@@ -187,7 +187,7 @@ def _is_written_already(name: str, module: nn.Module, allow_existing: bool) -> b
 
 
 def _sample(module: nn.Module) -> Tensor:
-    """Return a parameter that tells where a parametrised module lives."""
+    """Return a parameter that tells where a parametrized module lives."""
     return next(module.parameters())
 
 

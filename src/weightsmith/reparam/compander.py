@@ -5,7 +5,7 @@ lets gradients move weights near zero more than large ones; after training ``fol
 
     w     = a * phi(v / b)                       phi = arctan (eq. 1-3), arcsinh or erf (section IV-F)
     dL/dv = dL/dw * (a / b) * phi'(v / b)
-    dL/da = sum(dL/dw * w) / a                   only when the pair is learnt
+    dL/da = sum(dL/dw * w) / a                   only when the pair is learned
     dL/db = -sum(v * dL/dv) / b
 
 Source: "Weight Compander: A Simple Weight Reparameterization for Regularization", Rinor Cakaj, Jens Mehnert, Bin Yang,
@@ -29,7 +29,7 @@ CLIP = 0.95  # of the bound: there arctan still has 0.6 % of its slope at zero; 
 
 
 class WeightCompander(nn.Module):
-    """The parametrisation ``v -> w = a * phi(v / b)``, for ``torch.nn.utils.parametrize``.
+    """The parametrization ``v -> w = a * phi(v / b)``, for ``torch.nn.utils.parametrize``.
 
     Arithmetic is in float32 at least; results have the dtype and memory format of their argument.
 
@@ -38,7 +38,7 @@ class WeightCompander(nn.Module):
         b: Width of the curve, > 0; the slope at zero is ``a / b`` (erf: 1.13 times that).
         fn: ``"arctan"``, ``"arcsinh"``, ``"erf"`` or your own `Curve`.
         learnable: Train ``a`` and ``b``. They are plain parameters as in the paper and may reach 0.
-        positive: Keep learnt ``a`` and ``b`` above 0 through a softplus.
+        positive: Keep learned ``a`` and ``b`` above 0 through a softplus.
         overflow: What `right_inverse` does with weights that the curve cannot reach: ``"error"``, or ``"clip"`` to
             0.95 of the bound with a warning.
 
@@ -195,7 +195,7 @@ class _Positive(nn.Module):
 
 
 class _Compand(torch.autograd.Function):
-    """Keeps only ``v`` for the backward pass (and ``w``, which the layer keeps anyway, when ``a`` is learnt)."""
+    """Keeps only ``v`` for the backward pass (and ``w``, which the layer keeps anyway, when ``a`` is learned)."""
 
     # forward takes ctx although setup_context is the newer way: the latter binds arguments by signature at every call,
     # which takes longer than the arctangents of a small layer

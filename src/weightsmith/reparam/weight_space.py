@@ -1,6 +1,6 @@
-"""Optimise a companded model the way the method means it: decay on the weight, adaptive rules in weight space.
+"""Optimize a companded model the way the method means it: decay on the weight, adaptive rules in weight space.
 
-Weight decay belongs on ``w``, not on ``v`` (eq. 5). And a rule that normalises gradients, like Adam's, would cancel
+Weight decay belongs on ``w``, not on ``v`` (eq. 5). And a rule that normalizes gradients, like Adam's, would cancel
 the slope ``dw/dv`` which is the method; so the rule runs on ``w`` and ``dL/dw``, and its step is scaled by the slope:
 
     v <- v + dw/dv * (w_after - w)
@@ -23,23 +23,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def param_groups(model: nn.Module, weight_decay: float, **kw: Any) -> list[dict[str, Any]]:
-    """Group parameters for an optimiser that works on ``v`` directly, such as SGD.
+    """Group parameters for an optimizer that works on ``v`` directly, such as SGD.
 
     Args:
         model: A companded model.
-        weight_decay: Decay of the parameters that are not companded, and of ``v`` where the pair is learnt. Fixed
+        weight_decay: Decay of the parameters that are not companded, and of ``v`` where the pair is learned. Fixed
             pairs decay on ``w``: see `add_weight_decay_grad_`.
         **kw: Further options of every group, for example ``momentum=0.9``.
 
     Returns:
-        Groups of the rest, of ``v``, and of the learnt ``a`` and ``b`` (never decayed); empty ones are left out.
+        Groups of the rest, of ``v``, and of the learned ``a`` and ``b`` (never decayed); empty ones are left out.
     """
     pairs = {id(p): p for m in model.modules() if isinstance(m, WeightCompander) for p in m.parameters()}
-    learnt = [site.v for site in sites(model) if site.compander.learnable]
+    learned = [site.v for site in sites(model) if site.compander.learnable]
     fixed = [site.v for site in sites(model) if not site.compander.learnable]
-    special = {*pairs, *map(id, learnt), *map(id, fixed)}
+    special = {*pairs, *map(id, learned), *map(id, fixed)}
     rest = [p for p in model.parameters() if id(p) not in special]
-    groups = ((rest, weight_decay), (learnt, weight_decay), (fixed, 0.0), (list(pairs.values()), 0.0))
+    groups = ((rest, weight_decay), (learned, weight_decay), (fixed, 0.0), (list(pairs.values()), 0.0))
     return [{"params": params, "weight_decay": decay, **kw} for params, decay in groups if params]
 
 
@@ -49,8 +49,8 @@ def add_weight_decay_grad_(
 ) -> Model:
     """Add the decay on ``w`` to the gradients of ``v``: ``v.grad += weight_decay * w * dw/dv`` (eq. 5, as torch's SGD).
 
-    Call it after unscaling and clipping, right before ``optimizer.step()``. Weights without a gradient are passed by,
-    and so are those with a learnt pair: the paper decays their ``v``, by the optimiser.
+    Call it after unscaling and clipping, right before ``optimizer.step()``. Weights without a gradient are skipped,
+    and so are those with a learned pair: the paper decays their ``v``, by the optimizer.
 
     Args:
         model: A companded model.
@@ -79,20 +79,20 @@ def add_weight_decay_grad_(
 
 
 class InWeightSpace(torch.optim.Optimizer):
-    """Let any optimiser see ``w`` and ``dL/dw`` in place of ``v`` and ``dL/dv``, then scale its step by ``dw/dv``.
+    """Let any optimizer see ``w`` and ``dL/dw`` in place of ``v`` and ``dL/dv``, then scale its step by ``dw/dv``.
 
-    State, decay and projections (AdamP) of the wrapped optimiser then live in weight space: with AdamW, decoupled
+    State, decay and projections (AdamP) of the wrapped optimizer then live in weight space: with AdamW, decoupled
     decay acts on ``w``. Everything else passes through to it: groups, state, hooks, `state_dict`. Parameters that are
-    not companded, and learnt ``a`` and ``b``, are stepped as usual. During a step each companded weight that has a
+    not companded, and learned ``a`` and ``b``, are stepped as usual. During a step each companded weight that has a
     gradient takes four more tensors of its size.
 
     Args:
-        optimizer: Any optimiser over the parameters of ``model`` that does not need to re-evaluate the loss.
+        optimizer: Any optimizer over the parameters of ``model`` that does not need to re-evaluate the loss.
         model: A companded model. Its weights are looked up at every step, so that folding it is harmless.
 
     Raises:
-        TypeError: The optimiser re-evaluates the loss inside its step (LBFGS).
-        UsageError: No companded weight of ``model`` is in the optimiser.
+        TypeError: The optimizer re-evaluates the loss inside its step (LBFGS).
+        UsageError: No companded weight of ``model`` is in the optimizer.
 
     Example:
         >>> from weightsmith.reparam import compand_
@@ -100,7 +100,7 @@ class InWeightSpace(torch.optim.Optimizer):
         >>> optimizer = InWeightSpace(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     """
 
-    # A fused optimiser would unscale by itself, with scaled gradients divided by the slope here: let GradScaler do it.
+    # A fused optimizer would unscale by itself, with scaled gradients divided by the slope here: let GradScaler do it.
     _step_supports_amp_scaling = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -111,7 +111,7 @@ class InWeightSpace(torch.optim.Optimizer):
         held = {id(p) for group in _groups(optimizer) for p in group["params"]}
         if not any(id(site.v) in held for site in sites(model)):
             raise UsageError("optimizer holds no companded weight of model: call compand_ first, then build it")
-        # No super().__init__: groups, state and hooks are the wrapped optimiser's, found through __getattr__.
+        # No super().__init__: groups, state and hooks are the wrapped optimizer's, found through __getattr__.
         self.optimizer = optimizer
         self.model = model
 
@@ -128,7 +128,7 @@ class InWeightSpace(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the wrapped optimiser in weight space.
+        """Step the wrapped optimizer in weight space.
 
         Args:
             closure: Evaluates the loss and its gradients; called once, before anything is swapped.
@@ -159,19 +159,19 @@ class InWeightSpace(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of the wrapped optimiser's parameters."""
+        """Reset the gradients of the wrapped optimizer's parameters."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimiser."""
+        """Add a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimiser's state; it lives in weight space."""
+        """Return the wrapped optimizer's state; it lives in weight space."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the wrapped optimiser's state."""
+        """Restore the wrapped optimizer's state."""
         self.optimizer.load_state_dict(state_dict)
 
 
