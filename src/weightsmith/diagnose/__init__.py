@@ -1,0 +1,1 @@
+from weightsmith.diagnose.rank import effective_rank
