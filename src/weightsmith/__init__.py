@@ -4,6 +4,7 @@ One folder per thing that is done to a weight, imported on first use:
 
     import weightsmith as ws
 
+    ws.init       where weights start             low_rank_, soft_rank_, apply_
     ws.reparam    how weights are written         compand_, InWeightSpace
     ws.optim      how weights move                AdamP, SGDP
     ws.prune      which weights stay              MagnitudePruner, iterate, save_sparse
@@ -11,6 +12,7 @@ One folder per thing that is done to a weight, imported on first use:
     ws.adapt      few weights for many            apply_bone_
     ws.average    many checkpoints into one       merge_checkpoints
     ws.continual  new beside old                  WeightAligning, align_weights_
+    ws.diagnose   what weights tell               effective_rank, LazinessProbe
     ws.fold_      bake every parametrization into plain weights
     ws.select     which modules a ``where=`` argument means
 """
@@ -19,13 +21,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightsmith import adapt, average, continual, optim, prune, quantize, reparam
+    from weightsmith import adapt, average, continual, diagnose, init, optim, prune, quantize, reparam
     from weightsmith.core.fold import fold_
     from weightsmith.core.select import select
 
 __version__ = "0.1.0"
 
-ROOMS = ("reparam", "optim", "prune", "quantize", "adapt", "average", "continual")
+ROOMS = ("init", "reparam", "optim", "prune", "quantize", "adapt", "average", "continual", "diagnose")
 """The folders of techniques, in the order of a weight's life. Import rules, API pages and navigation follow it."""
 
 _FUNCTIONS = {"fold_": "weightsmith.core.fold", "select": "weightsmith.core.select"}
@@ -36,7 +38,9 @@ __all__ = [
     "adapt",
     "average",
     "continual",
+    "diagnose",
     "fold_",
+    "init",
     "optim",
     "prune",
     "quantize",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -151,18 +153,18 @@ def rows(returned: Any, outputs: Outputs, batch_dim: int, samples: int) -> Tenso
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UsageError(f"outputs must return (N, O) for N = {samples} samples, got {shape}")
     else:
-        found = first_tensor(returned)
-        if found is None:
+        first = first_tensor(returned)
+        if first is None:
             raise UsageError(
                 f"the model returns {type(returned).__name__}, in which no tensor is found: "
                 "give outputs=, a function that maps it to (N, O)"
             )
-        if found.dim() <= batch_dim or found.shape[batch_dim] != samples:
+        if first.dim() <= batch_dim or first.shape[batch_dim] != samples:
             raise UsageError(
-                f"the model returns shape {tuple(found.shape)}, without the {samples} samples along dimension "
+                f"the model returns shape {tuple(first.shape)}, without the {samples} samples along dimension "
                 f"{batch_dim}: give outputs=, a function that maps it to (N, O)"
             )
-        found = found.movedim(batch_dim, 0)
+        found = first.movedim(batch_dim, 0)
     if found.is_complex():
         found = torch.view_as_real(found)
     if not found.is_floating_point():
@@ -213,20 +215,31 @@ def chosen(model: nn.Module, where: WhereParameter) -> dict[str, nn.Parameter]:
 def quietly(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients for all parameters, random generators and buffers as they were afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(module, name, buffer.clone()) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
-    devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    buffers = [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it passes by the layers inside
         with (
             evaluating(model),
             torch.random.fork_rng(devices),
             torch.enable_grad(),
             torch.backends.cudnn.flags(enabled=False),  # its recurrent layers have no second or forward derivative
+            sdpa_kernel(SDPBackend.MATH),  # nor have fused attentions
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", ".*performance drop.*batching rule")
             for parameter, _ in flags:
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.requires_grad_(True)
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         with torch.no_grad():

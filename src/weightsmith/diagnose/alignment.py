@@ -79,7 +79,7 @@ def weight_change(
         relative: Divide by ``|W0|``.
 
     Returns:
-        At least 0; NaN if values are not finite, or if ``relative`` and ``before`` is zero.
+        At least 0; NaN if values are not finite, or if ``relative`` and only ``before`` is zero.
 
     Raises:
         UsageError: Names or shapes differ.
@@ -98,6 +98,8 @@ def weight_change(
         size += _squares(w0)
     if not relative:
         return math.sqrt(change)
+    if not change:
+        return 0.0
     return math.sqrt(change / size) if size else math.nan
 
 

@@ -64,7 +64,7 @@ def write(w: Tensor, matrix: Tensor, reference: Tensor, norm: Norm) -> Tensor:
     """Scale a matrix to the norm of ``reference`` and write it into ``w``."""
     if norm != "none":
         order: str | int = "fro" if norm == "frobenius" else 2
-        wanted, found = (float(torch.linalg.matrix_norm(m, order)) for m in (reference, matrix))  # type: ignore[call-overload]
+        wanted, found = (float(torch.linalg.matrix_norm(m, order)) for m in (reference, matrix))
         if not (math.isfinite(wanted) and wanted > 0 and found > 0):
             raise UsageError(f"norm={norm!r} cannot be kept: it is {wanted:g} of the base and {found:g} of the result")
         matrix = matrix * (wanted / found)

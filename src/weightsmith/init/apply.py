@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,7 @@ def _matrices(w: Tensor, slot: Slot) -> Iterator[tuple[Callable[[Tensor], object
     """Each matrix as a copy with outputs as rows, and what writes it back."""
     module, attribute = slot.module, slot.attribute
     if isinstance(module, TRANSPOSED) and attribute == "weight":
-        parts = [part.movedim(1, 0) for part in w.chunk(cast(int, module.groups))]
+        parts = [part.movedim(1, 0) for part in w.chunk(module.groups)]
     elif is_conv1d(module) and attribute == "weight":
         parts = [w.T]
     else:
