@@ -24,6 +24,10 @@ _COMMANDS = {
     "compare": ("weightsmith.cli.compare", "Compare your own training with and without techniques, or any commands."),
     "report": ("weightsmith.cli.reports", "Rebuild the report of one or several run folders."),
     "verify": ("weightsmith.cli.reports", "Repeat one seed of a committed result and compare."),
+    "diagnose": (
+        "weightsmith.tools.diagnose",
+        "Measure how far a model has moved between two checkpoints: lazily, or by learning features.",
+    ),
     "merge": ("weightsmith.tools.merge", "Merge the checkpoints of one training run, weighted by what it has logged."),
     "prune": (
         "weightsmith.tools.prune",
