@@ -60,7 +60,7 @@ def diagnose(
         data: What the model is looked at on: a name (digits, mnist ...), a file, a folder or a hub id, as
             `weightsmith run` takes it, or file.py:function that returns the model's inputs.
         task: What kind of data: images, sentences, language, questions, or your own.
-        model: The architecture of checkpoints: a name, a Hugging Face folder or id, module:function or file.py:function.
+        model: Architecture of checkpoints: a name, a Hugging Face folder or id, module:function or file.py:function.
         samples: Inputs whose activity is compared.
         kernel_samples: The first of these whose tangent kernel is computed.
         method: How: by an explicit Jacobian, a contraction, or a sketch; by default what fits.
