@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments import adamp, bone, flexround, mwa, ofq, weight_aligning, weight_compander
+from weightsmith.experiments import adamp, bone, flexround, mwa, ofq, rich_lazy, weight_aligning, weight_compander
 from weightsmith.lab import report
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import JobResult, Recorder, plain_metrics, read_jobs
@@ -26,6 +26,7 @@ CONFIGS = {
     "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
     "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
     "mir-l": {"steps": 4, "warmup": 1, **SMALL},
+    "rich-lazy": {"steps": 4, "units": 12, "probe": 12, "kernel_probe": 4, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 
@@ -95,6 +96,7 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("flexround", "flexround"),
         ("weight-aligning", "bic"),
         ("mir-l", "imp"),
+        ("rich-lazy", "r1-spectral"),
     ],
 )
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):
@@ -228,6 +230,7 @@ def test_a_taught_student_has_the_gradients_of_the_distillation_loss():
         (flexround, {"flexround_lrs": (0.1, 0.2)}, "the same number of"),
         (adamp, {"epochs": 0}, "epochs must be above 0"),
         (weight_aligning, {"increments": 0}, "increments must be above 0"),
+        (rich_lazy, {"lr": 0.0}, "lr must be above 0"),
         (weight_aligning, {"task": "language"}, "task must be a classification"),
     ],
 )

@@ -78,7 +78,8 @@ def rows(
     width = sum(sizes.values())
     found = torch.empty(last - first, outputs, width, dtype=dtype, device=function.device)
     itemsize = max(function.params[name].dtype.itemsize for name in group)
-    chunk = max(1, min(last - first, budget // (4 * outputs * width * itemsize)))
+    # a backward pass through several uses of a weight holds several such pieces
+    chunk = max(1, min(last - first, budget // (16 * outputs * width * itemsize)))
     by_vmap = True
     for start in range(first, last, chunk):
         stop = min(start + chunk, last)

@@ -6,63 +6,84 @@ with ``i != j``, and so are unbiased: with equal directions the noise of a sketc
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 
 from weightsmith.diagnose._function import Function
 from weightsmith.diagnose.alignment import ratio
 
 _log = logging.getLogger(__name__)
+_MOST_AT_ONCE = 32
+
+Direction = dict[str, Tensor]
 
 
-def factors(function: Function, probes: int, seed: int, dtype: torch.dtype) -> Tensor:
+def factors(function: Function, probes: int, seed: int, dtype: torch.dtype, budget: int) -> Tensor:
     """``J v`` for the directions that belong to ``seed``, the same before and after training: ``(N, O, probes)``."""
     found: list[Tensor] = []
-    forward = True
-    for probe in range(probes):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + probe)
-        directions = {
-            name: torch.randn(parameter.shape, generator=generator, dtype=_drawn(parameter)).to(parameter)
-            for name, parameter in function.params.items()
-        }
-        if forward:
-            try:
-                found.append(_forward(function, directions).to(dtype))
-                continue
-            except (RuntimeError, NotImplementedError) as error:  # an operation without a forward derivative
-                _log.debug("no forward derivatives, two backward passes instead: %s", error)
-                forward = False
-        found.append(_twice(function, directions).to(dtype))
+    size = sum(parameter.numel() * parameter.itemsize for parameter in function.params.values())
+    at_once = max(1, min(_MOST_AT_ONCE, budget // (8 * size)))
+    ways = [_several, _one_by_one, _twice]
+    while len(found) < probes:
+        count = min(at_once, probes - len(found))
+        directions = [_direction(function, seed * 1_000_003 + len(found) + index) for index in range(count)]
+        try:
+            found += [part.to(dtype) for part in ways[0](function, directions)]
+        except (RuntimeError, NotImplementedError) as error:  # an operation without a batched or forward derivative
+            if len(ways) == 1:
+                raise
+            _log.debug("%s cannot differentiate this model: %s", ways.pop(0).__name__, error)
     return torch.stack(found, -1)
+
+
+def _direction(function: Function, seed: int) -> Direction:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(parameter.shape, generator=generator, dtype=_drawn(parameter)).to(parameter)
+        for name, parameter in function.params.items()
+    }
 
 
 def _drawn(parameter: Tensor) -> torch.dtype:
     return torch.complex128 if parameter.is_complex() else torch.float64
 
 
-def _forward(function: Function, directions: dict[str, Tensor]) -> Tensor:
+def _several(function: Function, directions: list[Direction]) -> list[Tensor]:
+    values = {name: parameter.detach() for name, parameter in function.params.items()}
+    stacked = {name: torch.stack([direction[name] for direction in directions]) for name in values}
+    with torch.no_grad():
+        found = vmap(lambda direction: jvp(function.batch, (values,), (direction,))[1])(stacked)
+    return list(found.detach())
+
+
+def _one_by_one(function: Function, directions: list[Direction]) -> list[Tensor]:
     values = {name: parameter.detach() for name, parameter in function.params.items()}
     with torch.no_grad():
-        return jvp(function.batch, (values,), (directions,))[1].detach()
+        return [jvp(function.batch, (values,), (direction,))[1].detach() for direction in directions]
 
 
-def _twice(function: Function, directions: dict[str, Tensor]) -> Tensor:
+def _twice(function: Function, directions: list[Direction]) -> list[Tensor]:
     """``J v`` as the derivative of ``J^T u . v`` by ``u``, which needs no forward mode."""
     params = list(function.params.values())
     with torch.backends.mkldnn.flags(enabled=False):
         out = function.batch()
         u = torch.zeros_like(out, requires_grad=True)
         back = torch.autograd.grad(out, params, u, create_graph=True, allow_unused=True)
-        total = sum(
-            (torch.view_as_real(grad) * torch.view_as_real(v)).sum() if grad.is_complex() else (grad * v).sum()
-            for grad, v in zip(back, directions.values(), strict=True)
-            if grad is not None
-        )
-        if not isinstance(total, Tensor) or not total.requires_grad:
-            return torch.zeros_like(out)
-        return torch.autograd.grad(total, u)[0].detach()
+        return [_along(back, list(direction.values()), u) for direction in directions]
+
+
+def _along(back: Sequence[Tensor | None], direction: list[Tensor], u: Tensor) -> Tensor:
+    total = sum(
+        (torch.view_as_real(grad) * torch.view_as_real(v)).sum() if grad.is_complex() else (grad * v).sum()
+        for grad, v in zip(back, direction, strict=True)
+        if grad is not None
+    )
+    if not isinstance(total, Tensor) or not total.requires_grad:
+        return torch.zeros_like(u)
+    return torch.autograd.grad(total, u, retain_graph=True)[0].detach()
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:

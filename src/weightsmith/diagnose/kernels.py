@@ -258,7 +258,7 @@ def _prepare(function: Function, options: KernelOptions) -> tuple[KernelPlan, Fu
     def jacobian() -> tuple[int, float]:
         groups = _jacobian.groups(function, list(widths), n, item, options.budget)
         largest = max(sum(widths[name] for name in group) for group in groups)
-        held = min(2 * n * largest * item, max(options.budget, 2 * outputs * largest * item))
+        held = min(4 * n * largest * item, max(options.budget, 4 * outputs * largest * item))
         return kernels + held, len(groups) * outputs * 2 * forward + 2 * n * n * parameters / flops
 
     def contract(recorded: _contract.Recorded) -> tuple[int, float]:
@@ -303,7 +303,7 @@ def _compute(
     function: Function, plan: KernelPlan, recorded: _contract.Recorded | None, options: KernelOptions
 ) -> TangentKernel:
     if plan.method == "sketch":
-        found = _sketch.factors(function, plan.probes, options.seed, plan.dtype)
+        found = _sketch.factors(function, plan.probes, options.seed, plan.dtype, plan.budget)
         return TangentKernel({"": found if plan.reduce == "trace" else found.flatten(0, 1)[:, None]}, plan)
     trace, rows, device = plan.reduce == "trace", plan.rows, function.device
     parts = {

@@ -111,9 +111,14 @@ def rows_of_images(config: Any) -> Task:
 
 def _task(config: Any, name: str, draw: Callable[[int, torch.Generator], Trials]) -> Task:
     fresh = config.batch_size * (config.steps or 1000)  # no trial is seen twice
-    counts = {"train": config.train_examples or fresh, "validation": _HELD_OUT, "test": config.test_examples or _HELD_OUT}
+    counts = {
+        "train": config.train_examples or fresh,
+        "validation": _HELD_OUT,
+        "test": config.test_examples or _HELD_OUT,
+    }
     splits = {
-        split: Stored(*draw(count, torch.Generator().manual_seed(index))) for index, (split, count) in enumerate(counts.items())
+        split: Stored(*draw(count, torch.Generator().manual_seed(index)))
+        for index, (split, count) in enumerate(counts.items())
     }
     return _made(config, name, splits, 3, f"{name} {counts}")
 

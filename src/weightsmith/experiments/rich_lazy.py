@@ -83,7 +83,9 @@ def arms(config: Config) -> list[Arm]:
     """Ranks at equal Frobenius norm, at equal spectral norm, and what people would use today."""
     found = [Arm("full", "full rank", "full rank")]
     for norm, text in (("frobenius", ""), ("spectral", ", spectral norm")):
-        found += [Arm(f"r{rank}-{norm}", f"rank {rank}, {norm} norm kept", f"rank {rank}{text}") for rank in config.ranks]
+        found += [
+            Arm(f"r{rank}-{norm}", f"rank {rank}, {norm} norm kept", f"rank {rank}{text}") for rank in config.ranks
+        ]
     return [*found, Arm("orthogonal", "all singular values equal, Frobenius norm kept", "orthogonal")]
 
 
