@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kernels.py [--units N] [--rounds N] [--skip-loop]
 
-The network is that of the experiment: ReLU units without biases, 8 steps, 3 outputs per step, 32 samples, so 768 rows; the
-kernel of the recurrent matrix alone. Every peak is of a process of its own, beyond what the process had before the call.
+The network is that of the experiment: ReLU units without biases, 8 steps, 3 outputs per step, 32 samples, so 768 rows;
+the kernel of the recurrent matrix alone. Every peak is of a process of its own, beyond what it had before the call.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Tasks of systems neuroscience for recurrent networks, and the network: what the paper on rich and lazy learning trains.
+"""Decision tasks for recurrent networks, and the network: what the paper on rich and lazy learning trains.
 
-A trial has 8 steps of 100 ms: a fixation input is on during the first 7, a decision is due at the last, where the network
-has to tell the choice and until then 0. Inputs carry noise of standard deviation 0.1. The tasks are those of arXiv
-2310.08513 (after neurogym 0.0.2), written anew from their description.
+A trial has 8 steps of 100 ms. A fixation input is on during the first 7, where the label is 0; at the last step the label
+is the choice. Inputs carry noise of standard deviation 0.1. The tasks are those of arXiv 2310.08513 (after neurogym
+0.0.2), written anew from their description.
 """
 
 import math
@@ -90,7 +90,7 @@ def context(config: Any) -> Task:
 
 
 def rows_of_images(config: Any) -> Task:
-    """Which class is an image whose rows arrive one after the other? (sMNIST, with ``data``: MNIST or the bundled digits)"""
+    """Which class is an image whose rows arrive one after the other? (sMNIST with ``data="mnist"``; else digits)"""
     images = load_images(
         config.data or "digits",
         train_examples=config.train_examples,

@@ -1,15 +1,15 @@
 """A two-layer linear network, where the alignment of the tangent kernel is known in closed form.
 
-``f(x) = w^T W x`` with whitened inputs learns a teacher ``beta^T x`` by gradient descent on the squared loss. Its tangent
-kernel, as an operator on inputs, is ``K = W^T W + |w|^2 I``. From a small start the solution is balanced, ``W^T W =
+``f(x) = w^T W x`` with whitened inputs learns a teacher ``beta^T x`` by gradient descent on the squared loss. Its
+tangent kernel, as an operator on inputs, is ``K = W^T W + |w|^2 I``. From a small start the solution is balanced, ``W^T W =
 |beta| b b^T`` and ``|w|^2 = |beta|`` with ``b = beta / |beta|``, whatever the start; so with ``M = W(0)^T W(0)`` and
 ``q = |w(0)|^2``:
 
     KA = (b^T M b + tr M + q (d + 1)) / (|M + q I| sqrt(d + 3))
 
 and for ``q = 0``, on average over isotropic tasks, ``(d + 1) / (d sqrt(d + 3)) sqrt(PR)``, with the participation ratio
-``PR = (tr M)^2 / |M|^2``. It rises with the rank. A start of rank one that points at the task is the exception: balanced,
-its alignment is 1.
+``PR = (tr M)^2 / |M|^2``. It rises with the rank. A start of rank one that points at the task is the exception:
+balanced, its alignment is 1.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Does the rank of initial weights decide how lazily a network learns, or only their largest singular value?
 
-A recurrent network starts from the same random matrix, cut to several ranks at the same Frobenius norm, and again at the
-same spectral norm: a cut at equal Frobenius norm also raises the largest singular value. Beside it a linear network in
+A recurrent network starts from the same random matrix, cut to several ranks at the same Frobenius norm, and again at
+the same spectral norm: a cut at equal Frobenius norm also raises the largest singular value. Beside it a linear network in
 which the alignment of the kernel is known in closed form.
 """
 
@@ -33,8 +33,8 @@ class Config(TrainConfig):
     """What the experiment on rich and lazy learning compares, and how."""
 
     task: str = f"{_TASKS}two_alternatives"
-    """What to train on: two_alternatives, matching, context or rows_of_images of weightsmith.experiments.decisions, or any
-    other task, with --where."""
+    """What to train on: two_alternatives, matching, context or rows_of_images of weightsmith.experiments.decisions,
+    or any other task, with --where and --layers."""
     more_tasks: tuple[str, ...] = ()
     """Further tasks; measures are means over all of them."""
     batch_sizes: tuple[int, ...] = ()
@@ -90,7 +90,7 @@ def arms(config: Config) -> list[Arm]:
 
 
 def claims(config: Config) -> list[Claim]:
-    """Lazier with a higher rank, at either norm; in activity and weights too; in the linear network as the theory says."""
+    """Lazier with a higher rank, at either norm, in kernel, activity and weights; and in the linear network."""
     low = f"r{config.ranks[0]}-"
     name = f"rank {config.ranks[0]}"
     return [
@@ -247,7 +247,7 @@ def _last_step(returned: Any) -> Tensor:
 
 
 def _linear(config: Config, job: Job) -> tuple[float, float]:
-    """Kernel alignment of a linear network from a small start of the arm's share of ranks, and how far the theory is off."""
+    """Kernel alignment of a linear network that starts with the arm's share of ranks, and its distance to the theory."""
     generator = torch.Generator().manual_seed(job.seed)
     beta = torch.randn(_INPUTS, generator=generator, dtype=torch.float64)
     arm = job.arm
@@ -291,10 +291,10 @@ EXPERIMENT = Experiment(
     steps=steps,
     check=check,
     reading=(
-        "Alignments near 1 mean that a network has stayed close to the kernel machine that it was; higher is lazier, not "
-        "better. A cut at equal Frobenius norm raises the largest singular value, so rank and gain change together; the "
-        "arms at equal spectral norm hold that value and let the Frobenius norm fall instead. Only if both orders agree "
-        "is it the rank. All ranks of a seed are cut from one random matrix. The linear network starts from weights of "
-        "norm 0.001, where the theory is exact."
+        "Alignments near 1 mean that a network has stayed close to the kernel machine that it was; higher is lazier, "
+        "not better. A cut at equal Frobenius norm raises the largest singular value, so rank and gain change together; "
+        "the arms at equal spectral norm hold that value and let the Frobenius norm fall instead. Only if both orders "
+        "agree is it the rank. All ranks of a seed are cut from one random matrix. The linear network starts from "
+        "weights of norm 0.001, where the theory is exact."
     ),
 )  # fmt: skip
