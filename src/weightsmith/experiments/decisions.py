@@ -1,8 +1,8 @@
 """Decision tasks for recurrent networks, and the network: what the paper on rich and lazy learning trains.
 
-A trial has 8 steps of 100 ms. A fixation input is on during the first 7, where the label is 0; at the last step the label
-is the choice. Inputs carry noise of standard deviation 0.1. The tasks are those of arXiv 2310.08513 (after neurogym
-0.0.2), written anew from their description.
+A trial has 8 steps of 100 ms. A fixation input is on during the first 7, where the label is 0; at the last step the
+label is the choice. Inputs carry noise of standard deviation 0.1. The tasks are those of arXiv 2310.08513 (after
+neurogym 0.0.2), written anew from their description.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Does the rank of initial weights decide how lazily a network learns, or only their largest singular value?
 
 A recurrent network starts from the same random matrix, cut to several ranks at the same Frobenius norm, and again at
-the same spectral norm: a cut at equal Frobenius norm also raises the largest singular value. Beside it a linear network in
-which the alignment of the kernel is known in closed form.
+the same spectral norm: a cut at equal Frobenius norm also raises the largest singular value. Beside it a linear network
+in which the alignment of the kernel is known in closed form.
 """
 
 from collections.abc import Mapping
@@ -247,7 +247,7 @@ def _last_step(returned: Any) -> Tensor:
 
 
 def _linear(config: Config, job: Job) -> tuple[float, float]:
-    """Kernel alignment of a linear network that starts with the arm's share of ranks, and its distance to the theory."""
+    """Kernel alignment of a linear network that starts with the arm's share of ranks, and how far the theory is off."""
     generator = torch.Generator().manual_seed(job.seed)
     beta = torch.randn(_INPUTS, generator=generator, dtype=torch.float64)
     arm = job.arm
@@ -292,8 +292,8 @@ EXPERIMENT = Experiment(
     check=check,
     reading=(
         "Alignments near 1 mean that a network has stayed close to the kernel machine that it was; higher is lazier, "
-        "not better. A cut at equal Frobenius norm raises the largest singular value, so rank and gain change together; "
-        "the arms at equal spectral norm hold that value and let the Frobenius norm fall instead. Only if both orders "
+        "not better. A cut at equal Frobenius norm raises the largest singular value: rank and gain change together. "
+        "The arms at equal spectral norm hold that value and let the Frobenius norm fall instead. Only if both orders "
         "agree is it the rank. All ranks of a seed are cut from one random matrix. The linear network starts from "
         "weights of norm 0.001, where the theory is exact."
     ),
