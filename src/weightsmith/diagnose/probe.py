@@ -52,7 +52,7 @@ class LazinessProbe:
         activity: Maps what a layer returns to ``(N, units)``, for example the last step of a recurrent one. ``None``:
             its first tensor with all positions.
         kernel: How the tangent kernel is computed: its `KernelOptions`, or the name of a method; ``None``: no kernel.
-        kernel_samples: The first so and so many samples have the kernel; the paper takes 32.
+        kernel_samples: How many of the first samples have the tangent kernel; the paper takes 32.
         targets: ``(N, O)`` for the kernel-target alignment, as many numbers per sample as outputs.
         batch_dim: Dimension of inputs, activity and outputs that counts samples.
         rank: Kind of `weightsmith.diagnose.effective_rank` that is reported for every matrix.

@@ -2,8 +2,8 @@
 
 ``f(x) = w^T W x`` with whitened inputs learns a teacher ``beta^T x`` by gradient descent on the squared loss. Its
 tangent kernel, as an operator on inputs, is ``K = W^T W + |w|^2 I``. From a small start the solution is balanced,
-``W^T W = |beta| b b^T`` and ``|w|^2 = |beta|`` with ``b = beta / |beta|``, whatever the start; so with ``M = W(0)^T W(0)`` and
-``q = |w(0)|^2``:
+``W^T W = |beta| b b^T`` and ``|w|^2 = |beta|`` with ``b = beta / |beta|``, whatever the start; so with
+``M = W(0)^T W(0)`` and ``q = |w(0)|^2``:
 
     KA = (b^T M b + tr M + q (d + 1)) / (|M + q I| sqrt(d + 3))
 
