@@ -4,7 +4,7 @@ One folder per thing that is done to a weight, imported on first use:
 
     import weightsmith as ws
 
-    ws.init       where weights start             ibp_
+    ws.init       where weights start             ibp_, low_rank_, apply_
     ws.reparam    how weights are written         compand_, InWeightSpace
     ws.optim      how weights move                AdamP, SGDP
     ws.reweight   what counts, and how much       MetaRescaler
@@ -14,6 +14,7 @@ One folder per thing that is done to a weight, imported on first use:
     ws.average    many checkpoints into one       merge_checkpoints
     ws.continual  new beside old                  WeightAligning, align_weights_
     ws.certify    what weights guarantee          bounds, verified_error, CertifiedTraining
+    ws.diagnose   what weights tell               effective_rank, LazinessProbe
     ws.fold_      bake every parametrization into plain weights
     ws.select     which modules a ``where=`` argument means
 """
@@ -22,13 +23,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightsmith import adapt, average, certify, continual, init, optim, prune, quantize, reparam, reweight
+    from weightsmith import (
+        adapt,
+        average,
+        certify,
+        continual,
+        diagnose,
+        init,
+        optim,
+        prune,
+        quantize,
+        reparam,
+        reweight,
+    )
     from weightsmith.core.fold import fold_
     from weightsmith.core.select import select
 
 __version__ = "0.1.0"
 
-ROOMS = ("init", "reparam", "optim", "reweight", "prune", "quantize", "adapt", "average", "continual", "certify")
+ROOMS = (
+    "init",
+    "reparam",
+    "optim",
+    "reweight",
+    "prune",
+    "quantize",
+    "adapt",
+    "average",
+    "continual",
+    "certify",
+    "diagnose",
+)
 """The folders of techniques, in the order of a weight's life. Import rules, API pages and navigation follow it."""
 
 _FUNCTIONS = {"fold_": "weightsmith.core.fold", "select": "weightsmith.core.select"}
@@ -40,6 +65,7 @@ __all__ = [
     "average",
     "certify",
     "continual",
+    "diagnose",
     "fold_",
     "init",
     "optim",

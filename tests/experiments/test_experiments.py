@@ -14,6 +14,7 @@ from weightsmith.experiments import (
     flexround,
     mwa,
     ofq,
+    rich_lazy,
     weight_aligning,
     weight_compander,
 )
@@ -36,6 +37,7 @@ CONFIGS = {
     "mir-l": {"steps": 4, "warmup": 1, **SMALL},
     "meta-rescaling": {"epochs": 2, "batch_size": 8, "trusted": 4, "noises": ("symmetric",), **SMALL},
     "fast-ibp": {"epochs": 1, "kappas": (0.0,), "shares": (0.4,), "alphas": (0.5,), "attack_steps": 1, **SMALL},
+    "rich-lazy": {"steps": 4, "units": 12, "probe": 12, "kernel_probe": 4, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
 
@@ -106,6 +108,7 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("weight-aligning", "bic"),
         ("mir-l", "imp"),
         ("meta-rescaling", "rescaling"),
+        ("rich-lazy", "r1-spectral"),
     ],
 )
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):
@@ -239,6 +242,7 @@ def test_a_taught_student_has_the_gradients_of_the_distillation_loss():
         (flexround, {"flexround_lrs": (0.1, 0.2)}, "the same number of"),
         (adamp, {"epochs": 0}, "epochs must be above 0"),
         (weight_aligning, {"increments": 0}, "increments must be above 0"),
+        (rich_lazy, {"lr": 0.0}, "lr must be above 0"),
         (weight_aligning, {"task": "language"}, "task must be a classification"),
     ],
 )

@@ -28,6 +28,10 @@ _COMMANDS = {
         "weightsmith.tools.certify",
         "Measure for how many images no small change of the pixels can change a classifier's answer.",
     ),
+    "diagnose": (
+        "weightsmith.tools.diagnose",
+        "Measure how far a model has moved between two checkpoints: lazily, or by learning features.",
+    ),
     "merge": ("weightsmith.tools.merge", "Merge the checkpoints of one training run, weighted by what it has logged."),
     "prune": (
         "weightsmith.tools.prune",

@@ -134,6 +134,16 @@ def _fast_ibp(model: nn.Module) -> tuple[bool, str]:
     return True, f"a classifier of {len(layers)} layers{more}; for training from the start with a proof as the aim"
 
 
+def _rich_lazy(model: nn.Module) -> tuple[bool, str]:
+    recurrent = [name for name, _ in model.named_parameters() if name.rpartition(".")[2].startswith("weight_hh")]
+    if recurrent:
+        return True, f"{len(recurrent)} recurrent matrices: low_rank_ through init.apply_ before training"
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    if not matrices:
+        return False, "no weight of two dimensions: there is no rank to choose"
+    return True, "no recurrent matrix to initialize; weightsmith diagnose measures how lazily any model has learnt"
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
@@ -148,6 +158,7 @@ def _experts(model: nn.Module) -> list[str]:
 
 RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
     "fast-ibp": _fast_ibp,
+    "rich-lazy": _rich_lazy,
     "weight-compander": _compander,
     "adamp": _adamp,
     "meta-rescaling": _meta_rescaling,
