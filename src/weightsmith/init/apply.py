@@ -25,7 +25,7 @@ class Initialized:
     Attributes:
         model: The model.
         changed: Names of the parameters, with the number of matrices in each: gates, groups or experts.
-        skipped: Names of the chosen parameters that have fewer than two dimensions.
+        skipped: Names of the chosen parameters that have fewer than two dimensions, or no elements.
     """
 
     model: nn.Module
@@ -34,7 +34,7 @@ class Initialized:
 
     def __str__(self) -> str:
         lines = [f"{name}: {count} matrices" if count > 1 else name for name, count in self.changed.items()]
-        return "\n".join([*lines, *(f"{name}: left as it is, a vector" for name in self.skipped)])
+        return "\n".join([*lines, *(f"{name}: left as it is, no matrix" for name in self.skipped)])
 
 
 def apply_(model: nn.Module, fn: Callable[[Tensor], object], where: WhereParameter = None) -> Initialized:
@@ -64,7 +64,7 @@ def apply_(model: nn.Module, fn: Callable[[Tensor], object], where: WhereParamet
         {'weight_hh_l0': 4}
     """
     chosen = select_parameters(model, where, default=lambda name, _: name.rpartition(".")[2].startswith("weight_hh"))
-    skipped = tuple(name for name, (parameter, _) in chosen.items() if parameter.dim() < 2)
+    skipped = tuple(name for name, (parameter, _) in chosen.items() if parameter.dim() < 2 or not parameter.numel())
     written: dict[str, tuple[nn.Parameter, Tensor, int]] = {}
     for name, (parameter, slots) in chosen.items():
         if name in skipped:
@@ -76,7 +76,7 @@ def apply_(model: nn.Module, fn: Callable[[Tensor], object], where: WhereParamet
             fn(matrix)
             put(matrix)
         written[name] = (parameter, copy, len(matrices))
-    if not written:
+    if not written and all(parameter.dim() < 2 for parameter, _ in chosen.values()):
         raise UsageError(f"where={where!r} matches vectors alone ({', '.join(skipped)}): they have no rank")
     with torch.no_grad():
         for parameter, values, _ in written.values():

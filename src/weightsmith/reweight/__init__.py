@@ -1,15 +1,15 @@
 """What counts, and how much: weights of samples whose labels may be wrong.
 
-=============================  =======================================================================
-``MetaRescaler``               trains a classifier on noisy labels and learns which of them to trust
-``RescalingSettings``          its options
-``LossRescaler``               the network that gives a loss its weight
-``rescaler_features``          what it reads of a model's behavior on a sample
-``SampleStatsMemory``          the recent samples that these are compared with
-``directional_derivatives``    per-sample derivatives through the virtual step, in three exact ways
-``RandomBatches``              validation batches from the same noisy data
-``AuditTable``                 which labels are suspicious
-=============================  =======================================================================
+| name | what it is |
+|---|---|
+| `MetaRescaler` | trains a classifier on noisy labels and learns which of them to trust |
+| `RescalingSettings` | its options |
+| `LossRescaler` | the network that gives a loss its weight |
+| `rescaler_features` | what it reads of a model's behavior on a sample |
+| `SampleStatsMemory` | the recent samples that these are compared with |
+| `directional_derivatives` | per-sample derivatives through the virtual step, in three exact ways |
+| `RandomBatches` | validation batches from the same noisy data |
+| `AuditTable` | which labels are suspicious |
 """
 
 from weightsmith.reweight.audit import AuditTable

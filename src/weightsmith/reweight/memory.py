@@ -47,7 +47,7 @@ class SampleStatsMemory:
         """Append the samples of a batch, in order.
 
         Args:
-            values: ``(B, 5)``, see :meth:`Signals.stored`.
+            values: ``(B, 5)``, see `Signals.stored`.
             labels: ``(B,)``, int64.
 
         Returns:
@@ -103,7 +103,7 @@ class SampleStatsMemory:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
-        """Take the samples of :meth:`state_dict` back.
+        """Take the samples of `state_dict` back.
 
         Raises:
             UsageError: They are those of another number of classes.

@@ -1,6 +1,6 @@
 """The gradient of the meta loss through a virtual step, without a second-order graph.
 
-With ``theta'(w) = theta - eta * grad sum_i w_i l_i(theta)`` and the meta loss ``M(theta')``::
+With ``theta'(w) = theta - eta * grad sum_i w_i l_i(theta)`` and the meta loss ``M(theta')``:
 
     dM/dw_i = -eta <grad l_i(theta), v>,    v = grad M(theta')
 
@@ -63,7 +63,7 @@ def directional_derivatives(
     Args:
         losses: Gives ``(B,)`` from the module as it is when it is called: no dropout, no side effects.
         module: Whose trainable parameters theta are; they are as before afterwards, to the bit.
-        direction: ``v``, a tensor for each of :func:`trainable`.
+        direction: ``v``, a tensor for each of `trainable`.
         mode: ``"finite_difference"``: two forward passes at ``theta ± e v``, ``e = 0.01 / |v|`` (``1e-5 / |v|`` in
             float64); works with every kernel. ``"jvp"``: one pass with forward-mode derivatives.
             ``"double_backward"``: reverse over reverse. Attention falls back to the math kernel in the latter two.

@@ -2,13 +2,13 @@
 
 A small network, the rescaler, reads how the model behaves on a sample and gives its loss a weight in (0, 1). It learns
 on the fly: the model takes a virtual step with the weighted losses, and the rescaler lowers the loss that a second
-batch of the *same noisy data*, weighted by the rescaler itself, then has::
+batch of the *same noisy data*, weighted by the rescaler itself, then has:
 
     theta'(omega) = theta - eta * grad sum_i w_i(omega) l_i(theta)
     omega <- Adam(omega, grad sum_j w'_j(omega) l_j(theta'(omega)))
 
 Source: "Learning from Noisy Labels via Self-Taught On-the-Fly Meta Loss Rescaling", AAAI 2025, arXiv 2412.12955,
-section 3. What the released code does in addition, or instead, is said at ``mode`` of :class:`RescalingSettings`.
+section 3. What the released code does in addition, or instead, is said at ``mode`` of `RescalingSettings`.
 """
 
 import warnings
@@ -37,21 +37,21 @@ _HALF = (torch.float16, torch.bfloat16)
 class MetaRescaler:
     """Weighs the losses of a classifier's training samples and learns on the way which to trust.
 
-    In a loop of one's own, either let it make the whole step::
+    In a loop of one's own, either let it make the whole step:
 
         rescaler = MetaRescaler(model, optimizer, 10)
         for x, y, ids in loader:
             rescaler.step((x, y), ids=ids)
 
     or keep the loop and call ``loss`` and ``update`` around ``backward``, with gradient clipping, accumulation or loss
-    scaling where they were::
+    scaling where they were:
 
         loss = rescaler.loss((x, y), ids=ids)
         loss.backward()
         rescaler.update()
         optimizer.step()
 
-    Ask :meth:`audit` for the suspicious labels. Labels below 0 are ignored: weight 0, and no part in any statistics.
+    Ask `audit` for the suspicious labels. Labels below 0 are ignored: weight 0, and no part in any statistics.
     Under DDP give the wrapped model: gradients of the validation loss and of the rescaler are averaged over processes,
     memories and the audit are each process's own.
 
@@ -63,9 +63,9 @@ class MetaRescaler:
             mappings with ``"labels"``, and models that return logits or an object that holds them.
         loss_fn: ``(logits, labels) -> (B,)``; the default is the cross-entropy.
         val_sampler: Gives a validation batch when it is called, from the same noisy data
-            (:class:`~weightsmith.reweight.RandomBatches`) or, with ``outer=False``, from clean data; ``None``: the
+            (`weightsmith.reweight.RandomBatches`) or, with ``outer=False``, from clean data; ``None``: the
             training batch before takes that part.
-        settings: See :class:`RescalingSettings`.
+        settings: See `RescalingSettings`.
         **changes: Options of ``settings`` by name, for example ``meta_grad="head"``.
 
     Raises:
@@ -223,7 +223,7 @@ class MetaRescaler:
         In official mode the model takes its step here and its gradients are removed.
 
         Args:
-            val_batch: See :meth:`step`.
+            val_batch: See `step`.
             scale: What the loss was multiplied by before ``backward``, where that was not undone.
 
         Returns:
@@ -288,7 +288,7 @@ class MetaRescaler:
 
     @property
     def steps(self) -> int:
-        """How often :meth:`update` was called."""
+        """How often `update` was called."""
         return self._steps
 
     @property

@@ -1,4 +1,4 @@
-"""How a :class:`weightsmith.reweight.MetaRescaler` works: its options and what a step gives."""
+"""How a `weightsmith.reweight.MetaRescaler` works: its options and what a step gives."""
 
 import math
 from dataclasses import dataclass

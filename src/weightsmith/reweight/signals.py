@@ -105,7 +105,7 @@ def rescaler_features(
 
 
 def features_of(found: Signals, labels: Tensor, memory: SampleStatsMemory, *, clamp: float | None = None) -> Tensor:
-    """:func:`rescaler_features` of signals that are already there."""
+    """`rescaler_features` of signals that are already there."""
     own = found.stored()
     places = memory.add(own, labels)
     keys, at = torch.unique(2 * memory.groups(labels) + found.agreement.long(), return_inverse=True)
