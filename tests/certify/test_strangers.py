@@ -148,7 +148,7 @@ FAMILIES = {
     "functional": Functional, "grouped": Grouped, "split": Split,
     "convnet": lambda: build_model("convnet", channels=2, size=8, classes=3),
     "resnet20": lambda: build_model("resnet20", channels=2, size=8, classes=3),
-    "vit": lambda: ViT(channels=2, size=8, classes=3, width=16, depth=1, heads=2),
+    "vit": lambda: ViT(channels=2, size=8, classes=3, width=16, depth=1, heads=2, patch=4),
     "mlp": lambda: build_model("mlp", channels=2, size=8, classes=3),
 }  # fmt: skip
 IBP_ONLY = {"gated": "amax", "split": "maximum"}
