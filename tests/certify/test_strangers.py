@@ -384,6 +384,21 @@ def test_autocast_does_not_lower_the_precision_of_bounds(method):
     assert half.lower.dtype == torch.float32
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_lower_precision_of_float32_products_does_not_reach_bounds(method):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3)), torch.randn(32, 256)
+    expected = bounds(net, x, 0.01, method=method)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # products of bfloat16 numbers, on a CPU that has them
+        found = bounds(net, x, 0.01, method=method)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found.lower, expected.lower, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_bounds_are_the_same():
     net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)
