@@ -1,5 +1,8 @@
 """Models that others wrote: bounds contain their outputs by every method; what cannot be bounded is named."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -388,19 +391,37 @@ def test_autocast_does_not_lower_the_precision_of_bounds(method):
     assert half.lower.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_lower_precision_of_float32_products_does_not_reach_bounds(method):
-    torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3)), torch.randn(32, 256)
-    expected = bounds(net, x, 0.01, method=method)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")  # products of bfloat16 numbers, on a CPU that has them
-        found = bounds(net, x, 0.01, method=method)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    torch.testing.assert_close(found.lower, expected.lower, rtol=1e-5, atol=1e-5)
+_PRECISION = """
+import torch
+from torch import nn
+from weightsmith.certify import bounds
+from weightsmith.certify.precision import full_precision
+
+torch.manual_seed(0)
+net, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3)), torch.randn(32, 256)
+expected = [bounds(net, x, 0.01, method=method) for method in ("ibp", "crown-ibp", "crown")]
+{lower}
+before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+for method, wanted in zip(("ibp", "crown-ibp", "crown"), expected):
+    torch.testing.assert_close(bounds(net, x, 0.01, method=method).lower, wanted.lower, rtol=1e-5, atol=1e-5)
+with full_precision("cuda"):
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee" or not torch.backends.cudnn.allow_tf32
+assert before == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize(
+    "lower",
+    [
+        "torch.set_float32_matmul_precision('medium')",  # products of bfloat16 numbers, on a CPU that has them
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+    ],
+)
+def test_lower_precision_of_float32_products_does_not_reach_bounds(lower):
+    """In a process of its own: torch cannot take back which of its two ways was used."""
+    subprocess.run([sys.executable, "-c", _PRECISION.format(lower=lower)], check=True)
 
 
 @pytest.mark.slow
