@@ -1,5 +1,8 @@
 """Models that others wrote: bounds contain their outputs by every method; what cannot be bounded is named."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -148,7 +151,7 @@ FAMILIES = {
     "functional": Functional, "grouped": Grouped, "split": Split,
     "convnet": lambda: build_model("convnet", channels=2, size=8, classes=3),
     "resnet20": lambda: build_model("resnet20", channels=2, size=8, classes=3),
-    "vit": lambda: ViT(channels=2, size=8, classes=3, width=16, depth=1, heads=2),
+    "vit": lambda: ViT(channels=2, size=8, classes=3, width=16, depth=1, heads=2, patch=4),
     "mlp": lambda: build_model("mlp", channels=2, size=8, classes=3),
 }  # fmt: skip
 IBP_ONLY = {"gated": "amax", "split": "maximum"}
@@ -366,10 +369,14 @@ def test_memory_that_is_overwritten_through_a_view_is_refused():
 
 
 def test_forward_hooks_are_refused():
-    net = nn.Sequential(nn.Linear(2, 2))
-    net[0].register_forward_hook(lambda module, args, out: out + 1)
-    with pytest.raises(NotImplementedError, match="hooks"):
-        trace(net, torch.zeros(1, 2))
+    for place in ("", "0", "1"):
+        net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU()))
+        net.get_submodule(place).register_forward_hook(lambda module, args, out: out + 1)
+        if place == "1":  # torch.fx sees what the hook of a container does
+            torch.testing.assert_close(bounds(net, torch.zeros(1, 2), 0.0).lower, net(torch.zeros(1, 2)))
+            continue
+        with pytest.raises(NotImplementedError, match="hooks"):
+            trace(net, torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -382,6 +389,39 @@ def test_autocast_does_not_lower_the_precision_of_bounds(method):
     torch.testing.assert_close(inside.lower, plain.lower, rtol=0, atol=0)
     half = bounds(net.bfloat16(), x.bfloat16(), 0.1, method=method)
     assert half.lower.dtype == torch.float32
+
+
+_PRECISION = """
+import torch
+from torch import nn
+from weightsmith.certify import bounds
+from weightsmith.certify.precision import full_precision
+
+torch.manual_seed(0)
+net, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3)), torch.randn(32, 256)
+expected = [bounds(net, x, 0.01, method=method) for method in ("ibp", "crown-ibp", "crown")]
+{lower}
+before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+for method, wanted in zip(("ibp", "crown-ibp", "crown"), expected):
+    torch.testing.assert_close(bounds(net, x, 0.01, method=method).lower, wanted.lower, rtol=1e-5, atol=1e-5)
+with full_precision("cuda"):
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee" or not torch.backends.cudnn.allow_tf32
+assert before == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize(
+    "lower",
+    [
+        "torch.set_float32_matmul_precision('medium')",  # products of bfloat16 numbers, on a CPU that has them
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+    ],
+)
+def test_lower_precision_of_float32_products_does_not_reach_bounds(lower):
+    """In a process of its own: torch cannot take back which of its two ways was used."""
+    subprocess.run([sys.executable, "-c", _PRECISION.format(lower=lower)], check=True)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ dearer; CROWN-IBP takes the intervals of IBP inside and one backward pass. Sourc
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,7 @@ from weightsmith.certify.crown import Backward, ReluMode
 from weightsmith.certify.elision import elided, tolerance_of
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.passes import Options, Pass, Statistics, working_dtype
+from weightsmith.certify.precision import full_precision
 from weightsmith.certify.propagate import propagate
 from weightsmith.certify.refine import refiner
 from weightsmith.certify.traced import Traced, as_inputs
@@ -202,18 +202,13 @@ def run_box(
     box = inputs[0]
     dtype = box.sample.dtype
     how = Options(options.statistics, options.detach_statistics, dtype, outward, options.update_statistics)
-    with without_autocast(box.sample.device.type):
+    with full_precision(box.sample.device.type):
         graph, refine = traced.graph(len(box.sample)), None
         if method == "crown":
             refine = refiner(graph, traced.axes(graph), len(box.sample), options.relu, options.intersect)
         clean = [item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item for item in clean]
         given = [box, *clean[1:]]
         return propagate(graph, given, clean, options=how, want_clean=want_clean, refine=refine)
-
-
-def without_autocast(device: str) -> Any:
-    """Leave autocast for a while; where it is off, at no cost."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def specification(done: Pass, C: Tensor | None) -> Tensor | None:
@@ -238,7 +233,7 @@ def ends_of(
     traced: Traced, done: Pass, spec: Tensor | None, *, method: Method, options: BoundOptions, both: bool = True
 ) -> Interval:
     """The ends that a method gives for ``C z``, or for all outputs."""
-    with without_autocast(done.output.sample.device.type):
+    with full_precision(done.output.sample.device.type):
         if method == "ibp":
             return elided(done, spec)
         output = done.output

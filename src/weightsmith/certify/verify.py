@@ -12,6 +12,7 @@ from weightsmith.certify.attack import pgd
 from weightsmith.certify.bounding import BoundOptions, Method, Rounding, bound_box
 from weightsmith.certify.box import Eps, check_labels, input_box
 from weightsmith.certify.passes import Options, working_dtype
+from weightsmith.certify.precision import full_precision
 from weightsmith.certify.propagate import propagate
 from weightsmith.certify.traced import Traced
 from weightsmith.certify.training import scaled_eps
@@ -118,7 +119,7 @@ def verified_error(
     """
     options, found = options or BoundOptions(), []
     place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), full_precision(place.type):
         traced = None
         for batch in loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:

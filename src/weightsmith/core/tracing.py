@@ -45,6 +45,8 @@ def trace(
     Raises:
         UnsupportedOperation: Neither of the two tracers can follow the model.
     """
+    if model._forward_hooks or model._forward_pre_hooks:  # torch.fx calls forward alone
+        raise UnsupportedOperation(f"{type(model).__name__} has forward hooks: remove them first")
     try:
         return _with_fx(model, len(inputs), own, expansions or {})
     except UnsupportedOperation:
