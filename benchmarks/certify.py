@@ -1,6 +1,6 @@
 """Bounds beside a plain forward pass and a plain training step, on CNN7 and on a small network.
 
-The peer, auto_LiRPA 0.7.1, is not on the Python index (0.3 there does not run on present torch), so its times are not
+The peer, auto_LiRPA 0.7.1, is not on the Python index (0.3 is there, and was not tried), so its times are not
 measured here: the table names the ratios to the same plain pass that were measured for it on another machine.
 """
 
