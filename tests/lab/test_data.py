@@ -226,7 +226,8 @@ def test_a_missing_data_folder_is_named(tmp_path, monkeypatch):
         load_images("mnist")
 
 
-def test_a_path_that_does_not_exist_is_no_hub_id():
+def test_a_path_that_does_not_exist_is_no_hub_id(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(
         UsageError, match=r"the hub shows no dataset '/no/such/folder': correct the name, give an existing"
     ):
@@ -251,6 +252,7 @@ def test_without_network_the_error_says_what_to_do(monkeypatch):
 def test_a_hub_that_answers_is_asked_for_the_data_set(tmp_path, monkeypatch):
     root = write(tmp_path / "tiny", train=plain(10), test=plain(4))
     load, asked = datasets.load_dataset, []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, hub_id, **_: asked.append(hub_id))
     monkeypatch.setattr(datasets, "load_dataset", lambda path: asked.append(path) or load(str(root / "tiny")))
     assert load_images("cifar100").classes == 2

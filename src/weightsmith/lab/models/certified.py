@@ -35,10 +35,11 @@ def cnn7(*, channels: int, size: int, classes: int, width: int = 64, hidden: int
 
 def small_cnn(*, channels: int, size: int, classes: int) -> nn.Sequential:
     """Two 4x4 convolutions with stride 2, of 16 and 32 channels, and two linear layers: trains in minutes."""
-    side = size // 2 // 2
+    kernel, stride = (4, 2) if size >= 4 else (3, 1)  # smaller images cannot be halved twice
+    side = size // stride // stride
     layers: list[nn.Module] = []
     for before, after in ((channels, 16), (16, 32)):
-        layers += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, kernel, stride, 1), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, *_classifier(32 * side**2, 100, classes))
 
 

@@ -1,6 +1,6 @@
 """Classify images."""
 
-from functools import lru_cache, partial
+from functools import partial
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from weightsmith.lab.tasks.config import TaskConfig
 from weightsmith.lab.tasks.scoring import load_weights, supervised
 
 
-@lru_cache(maxsize=2)
 def images_of(config: TaskConfig) -> Images:
     """Load the images that a configuration names, with the mean and deviation that they are normalized by."""
     return load_images(
