@@ -15,6 +15,7 @@ from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.reweight.tokens import Effect, TokenRule, Tokens, check_range, masked_mean
 
 _PATIENCE = 64
+UNCLIPPED = (1e6, 1e6)
 
 
 @torch.no_grad()
@@ -76,11 +77,11 @@ class ClipCov(TokenRule):
 
     def state_dict(self) -> dict[str, Any]:
         """The random generator."""
-        return {"generator": self._generator.get_state()}
+        return {"generator": self._generator.get_state().tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._generator.set_state(state["generator"].cpu())
+        self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
 
 
 class KLCov(TokenRule):
@@ -97,7 +98,7 @@ class KLCov(TokenRule):
         arXiv 2505.22617.
     """
 
-    clip = (1e6, 1e6)
+    clip = UNCLIPPED
 
     def __init__(self, ratio: float = 2e-4, *, beta: float = 1.0) -> None:
         check_range("ratio", ratio, 0, 1, open_low=True)
