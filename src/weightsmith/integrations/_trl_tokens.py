@@ -222,7 +222,8 @@ def _joined(seen: list[Tokens]) -> Tokens:
         parts = [getattr(tokens, name) for tokens in seen]
         return None if parts[0] is None else torch.cat(parts)
 
-    return replace(seen[0], **{name: cat(name) for name in (*_FIELDS, "rewards")})
+    parts: dict[str, Any] = {name: cat(name) for name in (*_FIELDS, "rewards")}
+    return replace(seen[0], **parts)
 
 
 def _gathered(accelerator: Any, tokens: Tokens) -> Tokens:
@@ -235,7 +236,8 @@ def _gathered(accelerator: Any, tokens: Tokens) -> Tokens:
         found: Tensor = accelerator.gather(value.contiguous())
         return found > 0 if name == "mask" else found
 
-    return replace(tokens, **{name: gather(name) for name in (*_FIELDS, "rewards")})
+    parts: dict[str, Any] = {name: gather(name) for name in (*_FIELDS, "rewards")}
+    return replace(tokens, **parts)
 
 
 def _cut(effect: Effect, rows: slice, width: int) -> Effect:

@@ -120,10 +120,8 @@ class _LinearLogprob(torch.autograd.Function):
                     second[part] = _dots(e.square_(), z) / total.square() + (h - log_total) * squares
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.options = temperature, chunk_rows, entropy_grad
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        if second is not None:
-            ctx.mark_non_differentiable(second)
+        constant = [second] if entropy_grad else [entropy, second]
+        ctx.mark_non_differentiable(*[part for part in constant if part is not None])  # a second call would undo it
         return logp, entropy, second
 
     @staticmethod
