@@ -7,7 +7,7 @@ every shuffle follows from the seed and the step, so that arms differ in nothing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,21 @@ class PolicyTask(Protocol):
         end: Token that ends an answer; ``None``: all answers have ``new_tokens``.
     """
 
-    vocabulary: int
-    prompt_length: int
-    new_tokens: int
-    end: int | None
+    @property
+    def vocabulary(self) -> int:
+        """See above."""
+
+    @property
+    def prompt_length(self) -> int:
+        """See above."""
+
+    @property
+    def new_tokens(self) -> int:
+        """See above."""
+
+    @property
+    def end(self) -> int | None:
+        """See above."""
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw prompts ``(n, prompt_length)``, and a right answer to each, ``(n, new_tokens)``."""
@@ -176,6 +187,7 @@ def optimize_policy(
     seed: int,
     device: torch.device,
     clip_norm: float = 1.0,
+    after_step: Callable[[int], None] | None = None,
     measure: Callable[[int], Row] | None = None,
     measure_every: int = 5,
     states: Mapping[str, Stateful] | None = None,
@@ -198,6 +210,7 @@ def optimize_policy(
         seed: Of prompts, samples and shuffles.
         device: Where the model is.
         clip_norm: Largest norm of all gradients.
+        after_step: Called with the number of rollouts done, after the updates of each.
         measure: ``step -> numbers``, to record before the first and after every ``measure_every``-th step.
         measure_every: See ``measure``; the last step always has a row.
         states: What else changes on the way, saved with the run in flight.
@@ -250,6 +263,8 @@ def optimize_policy(
             optimizer.step()
             total += found.item()
         progress.count(total)
+        if after_step is not None:
+            after_step(progress.step)
         if progress.step % measure_every == 0 or progress.step == steps:
             note(progress.step)
         progress.save_if_due()
@@ -257,9 +272,11 @@ def optimize_policy(
     return progress.diverged
 
 
-def held_out_prompts(task: PolicyTask, n: int, device: torch.device) -> Tensor:
+def held_out_prompts(
+    task: PolicyTask, n: int, device: torch.device, split: Literal["validation", "test"] = "test"
+) -> Tensor:
     """Prompts that are the same for all seeds and arms."""
-    return task.draw(n, torch.Generator().manual_seed(7919))[0].to(device)
+    return task.draw(n, torch.Generator().manual_seed(7919 if split == "test" else 6007))[0].to(device)
 
 
 def pass_at_least_once(right: Tensor, k: int) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.reweight.tokens import per_token
@@ -31,7 +32,8 @@ def objective_influence(
     - ``"jvp"``: ``u = sum_k g_k`` from one backward pass, then one forward-mode product ``d_t`` along ``u``, and
       ``I_k = -sum_t mask A_k d_t / n`` for all objectives at once. The same number, without clipping.
 
-    ``.grad`` of the parameters is left alone.
+    ``.grad`` of the parameters is left alone. Forward mode computes torch's attention by its plain formula, because the
+    fast kernels lack it.
 
     Args:
         logp: ``(B, T)`` with gradient, or for ``"jvp"`` a function that computes it from ``params``, for example
@@ -140,7 +142,8 @@ def _forward_mode(
     slopes = _slopes(advantages, mask, found, normalizer)
     parts = torch.autograd.grad(found, leaves, slopes.sum(0).to(found.dtype), allow_unused=True)
     direction = tuple(torch.zeros_like(p) if part is None else part for p, part in zip(leaves, parts, strict=True))
-    with torch.no_grad():
+    # torch's fast attention kernels cannot be differentiated forward
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         moved = torch.func.jvp(lambda *values: logp(values), tuple(p.detach() for p in leaves), direction)[1]
     return (slopes * moved.detach().to(slopes.dtype)).sum((1, 2))
 

@@ -11,6 +11,7 @@ The reference, in four lines, holds ``(N, V)`` several times::
 logits once more.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weightsmith.core.errors import UsageError
+
+_CACHED = 2**18
 
 
 def fused_linear_logprob(
@@ -98,10 +101,8 @@ class _LinearLogprob(torch.autograd.Function):
         second = torch.empty_like(logp) if moment else None
         with torch.autocast(hidden.device.type, enabled=False):
             logits = _Logits(hidden, weight, bias, temperature, chunk_rows)
-            e_buffer = torch.empty_like(logits.buffer)
-            for start in range(0, n, chunk_rows):
-                part = slice(start, min(n, start + chunk_rows))
-                z = logits(part)
+            e_buffer, product = (torch.empty_like(logits.buffer[: _block(weight)]) for _ in range(2))
+            for part, z in logits.blocks():
                 # unshifted, ln Z - sum(p z) would cancel for large logits
                 top = z.amax(1, keepdim=True)
                 z.sub_(top)
@@ -112,12 +113,13 @@ class _LinearLogprob(torch.autograd.Function):
                 logp[part] = picked - log_total
                 # a logit of -inf has probability 0 and adds nothing
                 z.clamp_(min=torch.finfo(precise).min / 4)
-                h = log_total - _dots(e, z) / total
+                h = log_total - torch.mul(e, z, out=product[: len(z)]).sum(1) / total
                 entropy[part] = h
                 lse[part] = top[:, 0] + log_total
                 if second is not None:
-                    squares = _dots(e, e) / total.square()
-                    second[part] = _dots(e.square_(), z) / total.square() + (h - log_total) * squares
+                    norm = total.square()
+                    squares = e.square_().sum(1) / norm
+                    second[part] = e.mul_(z).sum(1) / norm + (h - log_total) * squares
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.options = temperature, chunk_rows, entropy_grad
         constant = [second] if entropy_grad else [entropy, second]
@@ -138,18 +140,18 @@ class _LinearLogprob(torch.autograd.Function):
             logits = _Logits(hidden, weight, bias, temperature, chunk_rows)
             for start in range(0, len(hidden), chunk_rows):
                 part = slice(start, min(len(hidden), start + chunk_rows))
-                log_p = logits(part).sub_(lse[part, None])
-                g = grad_logp[part, None].to(precise)
-                if entropy_grad:
-                    p = log_p.exp()
-                    log_p.clamp_(min=torch.finfo(precise).min / 4)
-                    slope = log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None].to(precise)).add_(g)
-                    dz = slope.mul_(p).neg_()
-                else:
-                    dz = log_p.exp_().mul_(-g)
-                dz.scatter_add_(1, targets[part, None], g)
-                if temperature != 1:
-                    dz.div_(temperature)
+                dz = logits(part)
+                for rows in _blocks(part, weight):
+                    log_p = dz[rows.start - start : rows.stop - start].sub_(lse[rows, None])
+                    g = grad_logp[rows, None].to(precise) / temperature
+                    if entropy_grad:
+                        p = log_p.exp()
+                        log_p.clamp_(min=torch.finfo(precise).min / 4)
+                        pull = grad_entropy[rows, None].to(precise) / temperature
+                        log_p.add_(entropy[rows, None]).mul_(pull).add_(g).mul_(p).neg_()
+                    else:
+                        log_p.exp_().mul_(-g)
+                    log_p.scatter_add_(1, targets[rows, None], g)
                 low = dz.to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = low @ weight
@@ -186,10 +188,25 @@ class _Logits:
             z.add_(self._bias)
         return z if self._temperature == 1 else z.div_(self._temperature)
 
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """All rows, a few at a time."""
+        n, chunk = len(self._hidden), max(1, len(self.buffer))
+        for start in range(0, n, chunk):
+            part = slice(start, min(n, start + chunk))
+            z = self(part)
+            for rows in _blocks(part, self._weight):
+                yield rows, z[rows.start - start : rows.stop - start]
 
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, without a product of the size of ``a``."""
-    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+
+def _block(weight: Tensor) -> int:
+    """Rows whose logits stay in a core's cache while they are read several times; on a GPU all of a chunk."""
+    return max(1, _CACHED // len(weight)) if weight.device.type == "cpu" else _CACHED
+
+
+def _blocks(part: slice, weight: Tensor) -> Iterator[slice]:
+    step = _block(weight)
+    for start in range(part.start, part.stop, step):
+        yield slice(start, min(part.stop, start + step))
 
 
 def _check(
