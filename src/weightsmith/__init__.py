@@ -7,7 +7,7 @@ One folder per thing that is done to a weight, imported on first use:
     ws.init       where weights start             ibp_, low_rank_, apply_
     ws.reparam    how weights are written         compand_, InWeightSpace
     ws.optim      how weights move                AdamP, SGDP
-    ws.reweight   what counts, and how much       MetaRescaler
+    ws.reweight   what counts, and how much       MetaRescaler, Steer, GradientWeights
     ws.prune      which weights stay              MagnitudePruner, iterate, save_sparse
     ws.quantize   how finely they are kept        flexround_, prepare_ofq_, save_quantized
     ws.adapt      few weights for many            apply_bone_

@@ -120,6 +120,21 @@ def _meta_rescaling(model: nn.Module) -> tuple[bool, str]:
     return True, f"the classifier {name}, {head.out_features} classes; where labels may be wrong{more}"
 
 
+def _steer(model: nn.Module) -> tuple[bool, str]:
+    if output_head(model) is None:
+        return False, "not a language model: there are no tokens to weigh"
+    return (
+        True,
+        "its tokens, in reinforcement learning with checkable rewards, through TRL's GRPOTrainer or your own loop",
+    )
+
+
+def _dynamic_rewards(model: nn.Module) -> tuple[bool, str]:
+    if output_head(model) is None:
+        return False, "not a language model: there is no policy that several rewards could train"
+    return True, "where it is trained on several rewards; gradients are measured on the middle half of its blocks"
+
+
 def _fast_ibp(model: nn.Module) -> tuple[bool, str]:
     layers = [module for module in model.modules() if isinstance(module, _MATRICES)]
     relus = sum(isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU) for module in model.modules())
@@ -162,6 +177,8 @@ RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
     "weight-compander": _compander,
     "adamp": _adamp,
     "meta-rescaling": _meta_rescaling,
+    "steer": _steer,
+    "dynamic-reward-weighting": _dynamic_rewards,
     "mir-l": _mir_l,
     "flexround": _flexround,
     "ofq": _ofq,

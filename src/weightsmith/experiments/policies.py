@@ -1,0 +1,147 @@
+"""What the experiments on policy optimization share: the small policy, its supervised start, and how it is measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightsmith.core.errors import UsageError
+from weightsmith.lab.models.policy import PolicyTransformer
+from weightsmith.lab.policy import PolicyTask, Rollout, sample, warm_up
+from weightsmith.lab.progress import seed_everything
+from weightsmith.reweight import fused_linear_logprob
+
+_MEASURE_SEED = 104_729
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """A small policy and how it is optimized."""
+
+    width: int = 64
+    """Of the transformer."""
+    depth: int = 2
+    """Number of its blocks."""
+    heads: int = 4
+    """Of each attention."""
+    warmup_steps: int = 500
+    """Supervised steps on right answers, shared by all arms of a seed."""
+    warmup_batch: int = 256
+    """Answers per supervised step."""
+    warmup_lr: float = 2e-3
+    """Learning rate of AdamW in supervised steps."""
+    steps: int = 60
+    """Rollouts."""
+    prompts: int = 64
+    """Prompts per rollout."""
+    samples: int = 8
+    """Answers per prompt."""
+    mini_batches: int = 4
+    """Optimizer steps per rollout."""
+    lr: float = 3e-4
+    """Learning rate of AdamW, constant."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradients."""
+    test_prompts: int = 400
+    """Prompts on which the result is measured, the same for all arms and seeds."""
+    test_samples: int = 16
+    """Answers to each of them."""
+    measure_every: int = 5
+    """Rollouts between two points of the curves."""
+    measure_prompts: int = 96
+    """Prompts for a point of the curves."""
+    measure_samples: int = 4
+    """Answers to each of them."""
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            UsageError: A number is out of range.
+        """
+        names = (
+            "width", "depth", "heads", "warmup_batch", "steps", "prompts", "samples", "mini_batches", "test_prompts",
+            "test_samples", "measure_every", "measure_prompts", "measure_samples",
+        )  # fmt: skip
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.warmup_steps < 0 or not self.lr > 0 or not self.warmup_lr > 0:
+            raise UsageError("warmup_steps must be at least 0, lr and warmup_lr above 0")
+        if self.samples < 2:
+            raise UsageError(f"samples must be at least 2, so that a group has a mean, got {self.samples}")
+        if self.mini_batches > self.prompts * self.samples:
+            raise UsageError(f"mini_batches must be at most prompts * samples, got {self.mini_batches}")
+        if self.width % self.heads:
+            raise UsageError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+
+    def network(self, task: PolicyTask) -> PolicyTransformer:
+        """A policy that nobody has trained."""
+        length = task.prompt_length + task.new_tokens
+        return PolicyTransformer(
+            vocabulary=task.vocabulary, length=length, width=self.width, depth=self.depth, heads=self.heads
+        )
+
+
+class RunningMean:
+    """A mean that goes on after a kill."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Count one more value."""
+        self.total, self.count = self.total + value, self.count + 1
+
+    def value(self, otherwise: float) -> float:
+        """The mean so far."""
+        return self.total / self.count if self.count else otherwise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sum and the count."""
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.total, self.count = float(state["total"]), int(state["count"])
+
+
+def start(config: PolicyConfig, task: PolicyTask, seed: int, _: Path) -> Any:
+    """Train a policy on right answers; all arms of a seed begin with it."""
+    seed_everything(seed)
+    model = config.network(task)
+    warm_up(
+        model, task, steps=config.warmup_steps, batch_size=config.warmup_batch, lr=config.warmup_lr, seed=seed,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    return model.state_dict()
+
+
+def begin(config: PolicyConfig, task: PolicyTask, state: Any, device: torch.device) -> tuple[PolicyTransformer, Any]:
+    """The policy of `start`, and its optimizer."""
+    model = config.network(task)
+    model.load_state_dict(state)
+    model.to(device)
+    return model, torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+
+
+def scored(
+    model: PolicyTransformer, rollout: Rollout, *, entropy_grad: bool = False, second_moment: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities, entropies and second moments of a rollout's answers under the policy."""
+    return fused_linear_logprob(
+        rollout.hidden(model), model.head.weight, rollout.answers, mask=rollout.mask, entropy_grad=entropy_grad,
+        return_second_moment=second_moment,
+    )  # fmt: skip
+
+
+def measured(model: PolicyTransformer, task: PolicyTask, prompts: Tensor, samples: int) -> Rollout:
+    """Answers on which all arms are measured with the same random numbers."""
+    return sample(model, task, prompts, samples, torch.Generator().manual_seed(_MEASURE_SEED))
+
+
+def mean_entropy(rollout: Rollout) -> float:
+    """Mean entropy of the answers' tokens, in nats."""
+    return (rollout.entropy * rollout.mask).sum().item() / max(1, int(rollout.mask.sum()))
