@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zlib import crc32
 
 from weightsmith.core.errors import UsageError, near
+from weightsmith.core.own_code import is_own
 
-# what loading brought in from the user's folder: by module name, its file and the text it was run from
+# what loading brought in of the user's own: by module name, its file and the text it was run from
 _texts: dict[str, tuple[Path, bytes]] = {}
 
 
 def load_module(name: str, argument: str) -> ModuleType:
     """Import a module by name, from the current folder too, or a Python file by path.
 
-    Files that were edited since they were loaded here are run anew, and what was loaded beside them too.
+    Files that were edited since they were loaded here are run anew, and what was loaded with them too.
 
     Args:
         name: ``"package.module"`` or ``"path/to/file.py"``; what the file imports from its own folder is found.
@@ -27,19 +29,12 @@ def load_module(name: str, argument: str) -> ModuleType:
     """
     _forget_edited()
     before = set(sys.modules)
-    by_path = name.endswith(".py")
-    module = _load_file(Path(name), argument) if by_path else _import(name, argument)
-    _remember(set(sys.modules) - before, Path(name).resolve().parent if by_path else Path.cwd())
+    module = _load_file(Path(name), argument) if name.endswith(".py") else _import(name, argument)
+    for loaded in set(sys.modules) - before:
+        path = Path(getattr(sys.modules[loaded], "__file__", None) or "")
+        if path.suffix == ".py" and path.is_file() and is_own(path):
+            _texts[loaded] = (path, path.read_bytes())
     return module
-
-
-def _remember(names: set[str], folder: Path) -> None:
-    for name in names:
-        file = getattr(sys.modules[name], "__file__", None)
-        path = Path(file or "")
-        own = path.is_relative_to(folder) and "site-packages" not in path.parts
-        if own and path.suffix == ".py" and name.partition(".")[0] != "weightsmith":
-            _texts[name] = (path, path.read_bytes())
 
 
 def _forget_edited() -> None:
@@ -93,14 +88,17 @@ def _load_file(path: Path, argument: str) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise UsageError(f"{argument}: there is no file {str(path)!r}")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
     folder = str(path.parent)
+    # a file named like a module that is loaded already gets a name of its own
+    names = [path.stem] if path.stem.isidentifier() else []
+    for name in [*names, f"_{path.stem}_{crc32(folder.encode())}"]:
+        loaded = sys.modules.get(name)
+        if loaded is None:
+            break
+        if getattr(loaded, "__file__", None) == str(path):
+            return loaded
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    # a file named like a module that is loaded already gets a name of its own
-    name = path.stem if loaded is None and path.stem.isidentifier() else f"_{path.stem}_{abs(hash(folder))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

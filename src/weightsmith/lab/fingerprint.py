@@ -7,14 +7,19 @@ import ast
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import weightsmith
+from weightsmith.core.own_code import is_own, own_path
 from weightsmith.lab.experiment import Experiment
+from weightsmith.lab.identity import bound, bound_words
+from weightsmith.lab.notebook import code_without_file
 
 _CONTENT_BYTES = 2**30  # beyond that, files are told apart by name, size and time of change
 _NO_RESULT_DEPENDS_ON = ("cards", "cli", "lab/report", "lab/watching.py", "lab/track.py", "tools")
@@ -46,36 +51,72 @@ def files_digest(files: Iterable[Path]) -> str:
 
 
 def code_digest(module: ModuleType) -> str:
-    """Changes when a module's source does, or that of a module beside it which it imports, directly or not."""
+    """Changes when a module's source does, or that of a module of the user's own that it imports, directly or not."""
     file = getattr(module, "__file__", None)
     if file is None or not Path(file).is_file():
         return ""
-    root, waiting, seen = Path(file).resolve().parent, [Path(file).resolve()], set[Path]()
+    start = Path(file).resolve()
+    depth = module.__name__.count(".") + (start.name == "__init__.py")
+    root = start.parents[min(depth, len(start.parents) - 1)]
+    # of an installed package its own files count, not all that lies beside them
+    package = root / module.__name__.partition(".")[0] if depth else start
+    places, waiting, seen = [root, *own_path()], [start], set[Path]()
     while waiting:
         path = waiting.pop()
         if path not in seen:
             seen.add(path)
-            waiting += _imports(path, root)
-    return digest(*(path.read_bytes() for path in sorted(seen)))
+            found = (other.resolve() for other in _imports(path, places))
+            waiting += [other for other in found if is_own(other) or other.is_relative_to(package)]
+    return digest(*sorted(path.read_bytes() for path in seen))
 
 
-def _imports(path: Path, root: Path) -> list[Path]:
-    """Files below ``root`` that a source file imports, read from its text: what has been imported so far varies."""
+def _imports(path: Path, places: Sequence[Path]) -> set[Path]:
+    """Files that a source file imports, read from its text: what has been imported so far varies."""
     try:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return []
-    names = []
+        return set()
+    found = {path.with_name("__init__.py"), path.parent.with_name("__init__.py")}
     for node in ast.walk(tree):
+        bases, names = places, list[str]()
         if isinstance(node, ast.Import):
-            names += [(root, alias.name) for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = path.parents[node.level - 1] if node.level else root
-            names += [(base, node.module)] if node.module else []
-            names += [(base, f"{node.module}.{alias.name}" if node.module else alias.name) for alias in node.names]
-    files = [base.joinpath(*name.split(".")) for base, name in names]
-    found = [place for file in files for place in (file.with_suffix(".py"), file / "__init__.py")]
-    return [place for place in found if place.is_file() and place.resolve().is_relative_to(root)]
+            if node.level:
+                bases = path.parents[node.level - 1 : node.level]
+            names = [f"{node.module or ''}.{alias.name}".removeprefix(".") for alias in node.names]
+        for parts in (name.split(".") for name in names):
+            if parts[0] == "weightsmith":  # counts as a whole, and another copy of it may be on the path
+                continue
+            for length in range(1, len(parts) + 1):
+                for place in (base.joinpath(*parts[:length]) for base in bases):
+                    found |= {place.with_name(f"{place.name}.py"), place / "__init__.py"}
+    return {place for place in found if place.is_file()}
+
+
+def function_digest(function: Any, depth: int = 3) -> str:
+    """Changes when the source behind a function or callable object does; ``""`` for ours: the package counts whole.
+
+    Where there is no file, as in a notebook, the compiled function counts, and what it uses.
+
+    Args:
+        function: May be a ``partial`` or a closure.
+        depth: How many functions bound to functions are looked into.
+    """
+    inner = [value for value in bound(function) if isinstance(value, partial) or inspect.isroutine(value)]
+    found = [function_digest(value, depth - 1) for value in inner if depth]
+    while isinstance(function, partial):
+        function = function.func
+    plain = inspect.unwrap(function if inspect.isroutine(function) else type(function).__call__)
+    module = sys.modules.get(getattr(plain, "__module__", None) or "")
+    if module is not None and module.__name__.partition(".")[0] != "weightsmith":
+        found.append(code_digest(module) or _without_file(plain))
+    return " ".join(sorted({*found} - {""}))
+
+
+def _without_file(function: Any) -> str:
+    words, modules = code_without_file(function)
+    return digest(*sorted(words), *sorted(map(code_digest, modules)))
 
 
 def package_digest() -> str:
@@ -93,11 +134,11 @@ def identity(experiment: Experiment[Any], config: Any, data: str) -> Mapping[str
         config: The configuration.
         data: Fingerprint of the task: its data and the user's own code.
     """
-    module = inspect.getmodule(experiment.job)
-    ours = module is not None and module.__name__.startswith("weightsmith.")
+    parts = [part for part in (experiment.job, experiment.start, experiment.task, experiment.arms) if part is not None]
+    code = {function_digest(part) for part in parts} | {bound_words(part) for part in parts}
     return {
         "configuration": config_digest(config),
-        "experiment": f"{experiment.revision} {'' if ours or module is None else code_digest(module)}",
+        "experiment": f"{experiment.revision} {digest(*sorted(code))}",
         "package": package_digest(),
         "data and model code": digest(data, experiment.code),
     }

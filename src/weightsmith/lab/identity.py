@@ -46,11 +46,21 @@ def function_words(function: Callable[..., Any], depth: int = 3) -> str:
         depth: How many functions within functions are looked into.
     """
     if isinstance(function, partial):
-        bound = [function.func, *function.args, *function.keywords.items()]
-        return f"partial{_words(bound, depth)}"
+        return f"partial{_words([function.func, *function.args, *function.keywords.items()], depth)}"
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    bound = [*(getattr(function, "__defaults__", None) or ()), *_enclosed(function)]
-    return f"{getattr(function, '__module__', '')}.{name}{_words(bound, depth)}"
+    return f"{getattr(function, '__module__', '')}.{name}{bound_words(function, depth)}"
+
+
+def bound_words(function: Callable[..., Any], depth: int = 3) -> str:
+    """The plain values that are bound to a function."""
+    return _words(bound(function), depth)
+
+
+def bound(function: Callable[..., Any]) -> list[Any]:
+    """All values that are bound to a function: arguments of a ``partial``, defaults, what a closure holds."""
+    if isinstance(function, partial):
+        return [*bound(function.func), *function.args, *function.keywords, *function.keywords.values()]
+    return [*(getattr(function, "__defaults__", None) or ()), *_enclosed(function)]
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

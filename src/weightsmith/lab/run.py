@@ -18,7 +18,7 @@ from weightsmith.core.errors import UsageError, unknown
 from weightsmith.lab import fingerprint, machine, record
 from weightsmith.lab.engines import Failure, Work, engine_named
 from weightsmith.lab.engines.base import finished
-from weightsmith.lab.engines.distributed import is_leader
+from weightsmith.lab.engines.distributed import from_leader, is_leader
 from weightsmith.lab.engines.local import worker_count
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.identity import differing
@@ -267,15 +267,11 @@ def _decided(experiment: Experiment[Any], config: Any, folder: Path, plan: Plan,
 
 
 def _finished(works: Sequence[Work], result: Run) -> set[JobName]:
-    done = set()
-    for work in works:
-        name = (work.arm, work.seed)
-        if name in result.finished or name in result.skipped:
-            done.add(name)
-        elif finished(work):
-            result.skipped.append(name)
-            done.add(name)
-    return done
+    known = {*result.finished, *result.skipped}
+    asked = [work for work in works if (work.arm, work.seed) not in known]
+    there = from_leader(lambda: [finished(work) for work in asked])
+    result.skipped += [(work.arm, work.seed) for work, done in zip(asked, there, strict=True) if done]
+    return {*result.finished, *result.skipped}
 
 
 def _seeds(folder: Path) -> set[int]:

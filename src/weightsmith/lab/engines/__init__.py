@@ -9,7 +9,7 @@ from functools import partial
 
 from weightsmith.core.errors import unknown
 from weightsmith.lab.engines.base import Done, Engine, Failure, Work
-from weightsmith.lab.engines.distributed import is_distributed, together
+from weightsmith.lab.engines.distributed import is_distributed, join, together
 from weightsmith.lab.engines.local import local
 from weightsmith.lab.engines.ray import ray_cluster
 from weightsmith.lab.experiment import Resources
@@ -43,4 +43,7 @@ def engine_named(
     }
     if name not in engines:
         raise unknown("engine", name, engines)
-    return together() if is_distributed() else engines[name]()
+    if is_distributed():
+        join()  # before anything else asks Accelerate how many processes there are
+        return together()
+    return engines[name]()

@@ -42,6 +42,11 @@ class Work:
         """Where the traceback of a failed job is kept."""
         return self.folder / self.arm / f"seed-{self.seed}.error.txt"
 
+    @property
+    def lock(self) -> Path:
+        """Whoever holds it does the job."""
+        return record.work_folder(self.folder, self.arm, self.seed).with_suffix(".lock")
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -112,7 +117,7 @@ def do(work: Work, *, threads: int | None = None, wait: bool = True) -> Done | F
         threads: torch threads to compute with; ``None``: as many as there are.
         wait: When another process is doing the job: wait for it, or give up at once.
     """
-    with locked(record.work_folder(work.folder, work.arm, work.seed).with_suffix(".lock"), wait=wait) as held:
+    with locked(work.lock, wait=wait) as held:
         if not held:
             return Busy()
         if finished(work):
@@ -138,27 +143,37 @@ def keep(work: Work, outcome: JobResult | Failure) -> Done | Failure:
     return Done(work.arm, work.seed)
 
 
-def compute(work: Work, threads: int | None = None) -> JobResult | Failure:
-    """Compute one job; whatever it raises becomes a failure, so that it does not take the others down."""
+def compute(
+    work: Work, threads: int | None = None, *, start: Callable[[Work], Any] | None = None, live: bool = True
+) -> JobResult | Failure:
+    """Compute one job; whatever it raises becomes a failure, so that it does not take the others down.
+
+    Args:
+        work: The job.
+        threads: torch threads to compute with; ``None``: as many as there are.
+        start: How to get what the arms of a seed share; ``None``: :func:`shared_start`.
+        live: Write the rows to a file as they come, for those who watch.
+    """
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)
-        return _compute(work)
+        return _compute(work, start or shared_start, live)
     except Exception as error:
         return Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
     finally:
         torch.set_num_threads(before)
 
 
-def _compute(work: Work) -> JobResult:
+def _compute(work: Work, start: Callable[[Work], Any], live: bool) -> JobResult:
     experiment = work.experiment
     folder = record.work_folder(work.folder, work.arm, work.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    live = folder / "rows.jsonl"
-    live.unlink(missing_ok=True)  # a job that resumes records its rows again
+    rows = folder / "rows.jsonl"
+    if live:
+        rows.unlink(missing_ok=True)  # a job that resumes records its rows again
     with machine.Stopwatch() as watch:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        job = Job(work.arm, work.seed, Recorder(live=live), folder, device, start=_start(work))
+        job = Job(work.arm, work.seed, Recorder(live=rows if live else None), folder, device, start=start(work))
         returned = experiment.job(work.config, job)
         metrics, scores = record.plain_metrics(returned)
     missing = {metric.name for metric in experiment.metrics(work.config)} - returned.keys()
@@ -180,22 +195,45 @@ def _compute(work: Work) -> JobResult:
     )
 
 
-def _start(work: Work) -> Any:
+def shared_start(work: Work) -> Any:
     """What the arms of a seed share: made by whoever needs it first, read from disk by all."""
     if work.experiment.start is None:
         return None
-    file = work.folder / "start" / f"seed-{work.seed}.pt"
-    folder = record.work_folder(work.folder, "start", work.seed)
-    with locked(folder.with_suffix(".lock"), wait=True):
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            pass
-        except Exception:  # cut off or foreign: made again
-            file.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        data = work.experiment.start(work.config, work.seed, folder)
-        with file_atomically(file) as fresh:
-            torch.save(data, fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    with locked(start_folder(work).with_suffix(".lock"), wait=True):
+        if not has_start(work):
+            start_folder(work).mkdir(parents=True, exist_ok=True)
+            write_start(work, work.experiment.start(work.config, work.seed, start_folder(work)))
+    return read_start(work)
+
+
+def start_folder(work: Work) -> Path:
+    """Where what the arms of a seed share is made."""
+    return record.work_folder(work.folder, "start", work.seed)
+
+
+def read_start(work: Work) -> Any:
+    """What the arms of a seed share."""
+    return torch.load(_start_file(work), map_location="cpu", weights_only=True)
+
+
+def has_start(work: Work) -> bool:
+    """Whether what the arms of a seed share is there; a file that is cut off or foreign is removed."""
+    try:
+        read_start(work)
+    except FileNotFoundError:
+        return False
+    except Exception:
+        _start_file(work).unlink()
+        return False
+    return True
+
+
+def write_start(work: Work, data: Any) -> None:
+    """Store what the arms of a seed share; the file appears whole."""
+    with file_atomically(_start_file(work)) as fresh:
+        torch.save(data, fresh)
+    shutil.rmtree(start_folder(work), ignore_errors=True)
+
+
+def _start_file(work: Work) -> Path:
+    return work.folder / "start" / f"seed-{work.seed}.pt"
