@@ -13,6 +13,7 @@
 | `InstructionRouter`, `Assignment`, `SentenceEncoder` | which group of parameters a task belongs to |
 | `ContinualTuner` | both around your own training: a group of parameters per kind of instruction |
 | `ForgettingMeter`, `ForgettingReport`, `prediction_accuracy` | what is lost and gained after every task |
+| `EWC` | the rival that holds important weights in place |
 | `transfer`, `Transfer` | forgetting and the other measures of the field, from the scores |
 """
 
@@ -23,6 +24,7 @@ from weightsmith.continual.classes import ClassOrder
 from weightsmith.continual.distillation import distillation_loss, incremental_loss
 from weightsmith.continual.dynamic_ema import DynamicEMA
 from weightsmith.continual.encoder import SentenceEncoder
+from weightsmith.continual.ewc import EWC
 from weightsmith.continual.forgetting import ForgettingMeter, ForgettingReport, prediction_accuracy
 from weightsmith.continual.head import clip_head_, expand_head, expand_head_
 from weightsmith.continual.herding import herding
@@ -33,6 +35,7 @@ from weightsmith.continual.tuner import ContinualTuner
 from weightsmith.continual.weight_aligning import AligningOptions, WeightAligning
 
 __all__ = [
+    "EWC",
     "AligningOptions",
     "Assignment",
     "ClassOrder",
