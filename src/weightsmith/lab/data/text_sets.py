@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.lab.data.instructions import SETS, make_rows
 from weightsmith.lab.data.labels import check_counts, hold_out, parts_of, subset
 from weightsmith.lab.data.sources import column, load_tables
 
@@ -108,7 +109,8 @@ def load_questions(
     """Load questions and answers.
 
     Args:
-        name: ``"arithmetic"``, which is made here, or see `weightsmith.lab.data.sources.locate`.
+        name: ``"arithmetic"`` or a set of `weightsmith.lab.data.instructions`, which are made here, or see
+            `weightsmith.lab.data.sources.locate`.
         split: ``"train"`` or ``"test"``; data without a test split give up a fifth of their rows.
         count: At most this many rows, chosen by a seed; ``None``: all, of arithmetic 2000 and 200.
         columns: Names of the two columns; empty: usual names.
@@ -120,6 +122,8 @@ def load_questions(
     check_counts(count=count)
     if name == SUMS:
         return _sums(split, count)
+    if name in SETS:
+        return make_rows(name, split, count)
     table = _train_or_test(load_tables(name, subset=subset_name), split)
     if columns and len(columns) != 2:
         raise UsageError(f"columns must name the questions and the answers, got {columns}")

@@ -1,0 +1,265 @@
+"""Tune one model on task after task: a group of parameters per kind of instruction.
+
+Before a task the router says whether its instructions are near those of an earlier group. Then the group goes on, with
+an average (`weightsmith.continual.DynamicEMA`) that becomes its weights; else a new group is trained without one. At
+test time the router says which group answers.
+
+Source: Qiao et al., ICML 2025, arXiv 2410.10868, algorithm 1, and the authors' scripts.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.continual.averaged import named_trainable
+from weightsmith.continual.dynamic_ema import DynamicEMA
+from weightsmith.continual.group_files import adapter_name, load_group, save_group
+from weightsmith.continual.router import Assignment, InstructionRouter, distinct
+from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.files import check_plain_name, write_atomically
+from weightsmith.core.json_files import read_json
+
+_FILE = "continual.json"
+_SHAPE = {"tasks": int, "groups": [{"folder": str, "instructions": [str]}]}
+Begin = Literal["previous", "base", "random"]
+
+
+class ContinualTuner:
+    """Which parameters a task trains, how they are averaged, and which of them answer.
+
+    The model holds one group at a time: its trainable parameters. The other groups are in main memory and, with
+    ``folder``, on disk: PEFT models as PEFT adapters. Every finished task is written there before the next begins, and
+    a new tuner on the same folder goes on after it.
+
+    Args:
+        model: Any model; with PEFT, one active adapter. What is trainable now belongs to every group.
+        router: ``None``: by words, with the authors' thresholds.
+        folder: Where groups are written; ``None``: they are not.
+        new_group_init: A new group starts from the task before (``"previous"``, as in the authors' scripts), from the
+            parameters as they are now (``"base"``), or from random ones (``"random"``).
+        resume: Go on with the groups in ``folder``; otherwise there must be none.
+        **ema: Arguments of `DynamicEMA`, for tasks that join a group: ``mode``, ``kappa``, ``fallback_beta``, ...
+
+    Attributes:
+        ema: The average of the task in progress; ``None`` where a new group is trained, and between tasks.
+        assignment: Of the task in progress, else of the last one.
+        tasks: Finished tasks.
+
+    Raises:
+        UsageError: Nothing is trainable, an argument is not known, or the folder is damaged or of another model.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> tuner = ContinualTuner(model, kappa=0.01)
+        >>> for instruction in ("Add the numbers", "Add the two numbers"):
+        ...     with tuner.task([instruction]):
+        ...         optimizer = torch.optim.AdamW(model.parameters())
+        ...         for _ in range(3):
+        ...             model(torch.randn(8, 4)).square().mean().backward()
+        ...             optimizer.step()
+        ...             tuner.step()
+        ...             optimizer.zero_grad()
+        >>> tuner.use(["Add these numbers"])
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        router: InstructionRouter | None = None,
+        folder: Path | str | None = None,
+        *,
+        new_group_init: Begin = "previous",
+        resume: bool = True,
+        **ema: Any,
+    ) -> None:
+        if new_group_init not in ("previous", "base", "random"):
+            raise unknown("new_group_init", str(new_group_init), ("previous", "base", "random"))
+        DynamicEMA(model, **ema)  # so that a wrong argument shows now and not after the first task
+        adapter_name(model)
+        self.model, self.router = model, router if router is not None else InstructionRouter()
+        self.folder = None if folder is None else Path(folder)
+        self.new_group_init, self._options = new_group_init, ema
+        self.ema: DynamicEMA | None = None
+        self.assignment: Assignment | None = None
+        self.tasks = 0
+        self._names = [name for name, _ in named_trainable(model)]
+        self._base = self._copy() if new_group_init == "base" else {}
+        self._groups: list[dict[str, Tensor]] = []
+        self._folders: list[str] = []
+        self._instructions: list[str] | None = None
+        if self.router.groups:
+            raise UsageError(f"router has {len(self.router.groups)} groups already: give one without")
+        if self.folder is not None and (self.folder / _FILE).exists():
+            if not resume:
+                raise UsageError(f"{self.folder} holds groups already: give resume=True or another folder")
+            self._load(self.folder)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters of all groups."""
+        return sum(tensor.nbytes for group in self._groups for tensor in group.values())
+
+    @property
+    def in_task(self) -> bool:
+        """Whether a task has begun and not ended."""
+        return self._instructions is not None
+
+    def begin(self, instructions: Sequence[str]) -> Assignment:
+        """Start a task: its group's parameters are put into the model. Make the optimizer after this.
+
+        Args:
+            instructions: Prompts of the task's training data, without questions or inputs.
+
+        Raises:
+            UsageError: A task is in progress.
+        """
+        if self._instructions is not None:
+            raise UsageError("a task is in progress: end it first")
+        found = self.router.assign(instructions)
+        if not found.is_new:
+            self._put(self._groups[found.group - 1])
+        elif self.new_group_init == "base":
+            self._put(self._base)
+        elif self.new_group_init == "random" and self._groups:
+            _reset(self.model)
+        self.ema = None if found.is_new else DynamicEMA(self.model, **self._options)
+        self.assignment, self._instructions = found, distinct(instructions)
+        return found
+
+    def step(self) -> None:
+        """After every ``optimizer.step()``, before ``zero_grad()``."""
+        if self._instructions is None:
+            raise UsageError("there is no task in progress: call begin first")
+        if self.ema is not None:
+            self.ema.step()
+
+    def end(self) -> Assignment:
+        """Finish the task: the average, where there is one, becomes the group's parameters; all is written."""
+        if self._instructions is None or self.assignment is None:
+            raise UsageError("there is no task in progress: call begin first")
+        found, instructions = self.assignment, self._instructions
+        if self.ema is not None:
+            if not self.ema.step_count:
+                raise UsageError("step was never called in this task: call it after every optimizer.step()")
+            self.ema.copy_to_model()
+        trained = self._copy()
+        if self.folder is not None:
+            self._save(self.folder, found, trained, instructions)
+        if found.is_new:
+            self._groups.append(trained)
+        else:
+            self._groups[found.group - 1] = trained
+        self.router.commit(found, instructions)
+        self.tasks += 1
+        self.ema = self._instructions = None
+        return found
+
+    def cancel(self) -> None:
+        """Give up the task in progress: groups and router are as before it, the model keeps what it has."""
+        self.ema = self._instructions = None
+
+    @contextmanager
+    def task(self, instructions: Sequence[str]) -> Iterator[Assignment]:
+        """`begin` and `end` around a block; after an error the task does not count."""
+        found = self.begin(instructions)
+        try:
+            yield found
+        except BaseException:
+            self.cancel()
+            raise
+        self.end()
+
+    def fit(self, instructions: Sequence[str], train: Callable[[nn.Module], object]) -> Assignment:
+        """Train a task by a function, which calls `step` (in Trainer: ``LCIACallback(tuner)`` does)."""
+        with self.task(instructions) as found:
+            train(self.model)
+        return found
+
+    def predict_group(self, instructions: str | Sequence[str]) -> Assignment:
+        """Which group answers a prompt, or prompts that belong together."""
+        return self.router.assign([instructions] if isinstance(instructions, str) else instructions, train=False)
+
+    def use(self, group: int | str | Sequence[str]) -> int:
+        """Put a group's parameters into the model.
+
+        Args:
+            group: Its number, from 1, or the prompts that it is to answer.
+
+        Returns:
+            Its number.
+
+        Raises:
+            UsageError: There is no such group, or a task is in progress.
+        """
+        if self._instructions is not None:
+            raise UsageError("a task is in progress: end it first")
+        number = group if isinstance(group, int) else self.predict_group(group).group
+        if isinstance(group, bool) or not 1 <= number <= len(self._groups):
+            raise UsageError(f"group must be between 1 and {len(self._groups)}, got {group!r}")
+        self._put(self._groups[number - 1])
+        return number
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: self.model.get_parameter(name).detach().to("cpu", copy=True) for name in self._names}
+
+    @torch.no_grad()
+    def _put(self, group: dict[str, Tensor]) -> None:
+        for name, tensor in group.items():
+            self.model.get_parameter(name).copy_(tensor)
+
+    def _save(self, folder: Path, found: Assignment, trained: dict[str, Tensor], instructions: Sequence[str]) -> None:
+        """The new group first and then the list that names it, so that a kill in between loses this task alone."""
+        name = f"group_{found.group}-task_{self.tasks + 1}"
+        save_group(self.model, trained, folder / name)
+        folders = [*self._folders, name]
+        texts = [*map(list, self.router.groups), []]
+        if not found.is_new:
+            folders[found.group - 1] = folders.pop()
+            texts.pop()
+        texts[found.group - 1] += [text for text in instructions if text not in texts[found.group - 1]]
+        listed = [{"folder": f, "instructions": t} for f, t in zip(folders, texts, strict=True)]
+        content = json.dumps({"tasks": self.tasks + 1, "groups": listed}, indent=2, ensure_ascii=False)
+        write_atomically(folder / _FILE, content + "\n")
+        if not found.is_new:
+            shutil.rmtree(folder / self._folders[found.group - 1], ignore_errors=True)
+        self._folders = folders
+
+    def _load(self, folder: Path) -> None:
+        state = read_json(folder / _FILE, _SHAPE)
+        shapes = {name: tuple(self.model.get_parameter(name).shape) for name in self._names}
+        folders = [check_plain_name(group["folder"], folder / _FILE) for group in state["groups"]]
+        texts = [distinct(group["instructions"]) for group in state["groups"]]
+        self._groups = [load_group(self.model, shapes, folder / name) for name in folders]
+        self._folders, self.tasks = folders, state["tasks"]
+        self.router.load_state_dict({"groups": texts})
+        newest = max(range(len(folders)), key=lambda at: _task_of(folders[at]), default=None)
+        if newest is not None:  # the next new group starts from the task before
+            self._put(self._groups[newest])
+
+
+def _task_of(folder: str) -> int:
+    number = folder.rpartition("_")[2]
+    return int(number) if number.isdecimal() and len(number) < 10 else 0
+
+
+def _reset(model: nn.Module) -> None:
+    """Random trainable parameters, as their modules make them."""
+    for name, module in model.named_modules():
+        own = [key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+        if hasattr(module, "reset_lora_parameters") and hasattr(module, "active_adapters"):
+            for adapter in module.active_adapters:
+                module.reset_lora_parameters(adapter, True)
+        elif own and hasattr(module, "reset_parameters"):
+            if any(not parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                raise UsageError(f"{name} is frozen in part, so it cannot be reset: take another new_group_init")
+            if not any("lora_" in part for part in name.split(".")):  # which its layer has reset
+                module.reset_parameters()
+        elif own:
+            raise UsageError(f"{name or type(module).__name__}.{own[0]} cannot be reset: take another new_group_init")

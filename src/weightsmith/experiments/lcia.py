@@ -1,0 +1,331 @@
+"""Does an average with a balance weight forget less than tuning in sequence, and than a fixed average?
+
+Tasks arrive one after another and train the same parameters for the same number of steps. Only the arm LCIA is told
+which tasks belong together, by their instructions; the arm dynamic EMA is the same without that.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from weightsmith.continual import EWC, ContinualTuner, InstructionRouter, transfer
+from weightsmith.core.errors import UsageError, require
+from weightsmith.core.outputs import logits_of
+from weightsmith.experiments.streams import Stage, images, instructions, together
+from weightsmith.lab.data.instructions import SETS
+from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
+from weightsmith.lab.job import Job
+from weightsmith.lab.reading import read
+from weightsmith.lab.task import Batch, Task, forward
+from weightsmith.lab.tasks import TrainConfig
+from weightsmith.lab.tasks.tokenized import IGNORED
+from weightsmith.lab.train import Hook
+
+_BETAS = (0.99, 0.995, 0.997, 0.999)
+_PAPER = "CoIN, LLaVA-7B, mean final accuracy: LoRA 28.74, EMA 0.99 48.09, dynamic EMA 55.33, with groups 64.64"
+
+
+@dataclass(frozen=True, slots=True)
+class Config(TrainConfig):
+    """What the LCIA experiment compares, and how."""
+
+    DEFAULT_MODELS: ClassVar[Mapping[str, str]] = {**TrainConfig.DEFAULT_MODELS, "images": "mlp"}
+
+    epochs: float = 10
+    """Passes over the data of each task."""
+    lr: float = 1e-3
+    """Learning rate of AdamW, per task as the schedule says."""
+    rank: int = 0
+    """Rank of LoRA on every linear layer but the head; 0 trains all weights."""
+    kinds: tuple[str, ...] = ("0", "-0", "30", "-30")
+    """Images: the tasks, as degrees to turn by; with - before them, of the negative."""
+    sets: tuple[str, ...] = ("sums", "reversed", "sums-reworded", "capitals", "reversed-reworded")
+    """Questions: the tasks, as names of data."""
+    prompts: tuple[str, ...] = ()
+    """Questions: the instruction of each of your own sets, for the router."""
+    kappa: float = 2.0
+    """Scale of the balance weight: 2 as in the authors' code, 0.01 for small adapters."""
+    encoder: str = ""
+    """Sentence encoder of the router, a folder or hub id; empty compares words."""
+    ewc: float = 100.0
+    """Strength of EWC."""
+    lwf: float = 1.0
+    """Strength of LwF's distillation, at temperature 2."""
+    fisher: int = 64
+    """Examples that EWC measures its weights' importance on."""
+
+
+def arms(_: Config) -> list[Arm]:
+    """LCIA, its parts, the fixed averages, two rivals, and what bounds them."""
+    return [
+        Arm("lcia", "dynamic average, a group of parameters per kind of instruction", "LCIA"),
+        Arm("dynamic", "dynamic average, one group", "dynamic EMA"),
+        Arm("eq45", "dynamic average by the paper's equation 45, one group", "dynamic EMA, eq. 45"),
+        Arm("groups", "groups of parameters without an average", "groups alone"),
+        Arm("plain", "one task after another", "sequential"),
+        *(Arm(f"ema-{beta}", f"average with the fixed weight {beta}", f"EMA {beta}") for beta in _BETAS),
+        Arm("ewc", "important weights are held in place", "EWC"),
+        Arm("lwf", "distillation from the model before the task", "LwF"),
+        Arm("joint", "all tasks at once: an upper bound", "joint training"),
+    ]
+
+
+def claims(config: Config) -> list[Claim]:
+    """Better than the fixed average the paper compares with, and than sequential tuning; where it comes from."""
+    points = config.paper_gain
+    found = [
+        Claim(
+            text="The dynamic average ends better than a fixed average of 0.99", metric="score", winner="dynamic",
+            loser="ema-0.99", primary=True, worth=config.least, paper=_PAPER, paper_gain=points(7.24),
+        ),
+        Claim(
+            text="LCIA ends better than tuning in sequence", metric="score", winner="lcia", loser="plain",
+            primary=True, worth=config.least, paper=_PAPER, paper_gain=points(35.90),
+        ),
+        Claim(
+            text="The dynamic average forgets less than tuning in sequence", metric="forgetting", winner="dynamic",
+            loser="plain", paper="7.04 against 37.29 points",
+        ),
+        Claim(text="Groups help the dynamic average", metric="score", winner="lcia", loser="dynamic"),
+        Claim(text="The average helps within groups", metric="score", winner="lcia", loser="groups"),
+    ]  # fmt: skip
+    for beta in _BETAS[1:]:
+        text = f"The dynamic average ends better than a fixed average of {beta}"
+        found.append(Claim(text=text, metric="score", winner="dynamic", loser=f"ema-{beta}"))
+    for rival, name in (("ewc", "EWC"), ("lwf", "LwF")):
+        text = f"The dynamic average ends better than {name}"
+        found.append(Claim(text=text, metric="score", winner="dynamic", loser=rival))
+    return found
+
+
+def metrics(config: Config) -> list[Metric]:
+    """The measures of the field, what is kept, and what the average did."""
+    score = config.score_metric()
+    unit = " %" if config.in_points else ""
+    points: Any = {"better": score.better, "format": ".2f"}
+    return [
+        replace(score, label=f"final{unit}", help="On the test rows of all tasks, after the last (MFN)."),
+        Metric("over_steps", f"mean over steps{unit}", **points, help="On the tasks seen, mean over all steps (MAA)."),
+        Metric("new", f"right after{unit}", **points, help="On each task right after it was trained (MFT)."),
+        Metric("forgetting", "forgetting", "lower", ".2f", help="Lost since the best, mean over tasks."),
+        Metric("backward", "backward transfer", "higher", "+.2f", help="Gained since it was trained (BWT)."),
+        Metric("forward", f"before{unit}", None, ".2f", help="On each task right before it is trained (FWT)."),
+        Metric("groups", "groups", None, ".0f", help="Of parameters."),
+        Metric("kept", "bytes kept", "lower", ",.0f", help="From task to task: parameters, what EWC remembers, data."),
+        Metric("alpha", "median weight", None, ".4f", help="Of the live parameters in the average, at the last step."),
+        Metric("fallback", "fallbacks", None, ".2f", help="Share of tensors and steps with the fallback weight."),
+    ]
+
+
+CHARTS = (
+    Chart(title="Mean score on the tasks seen", x="tasks", y="seen", phase="after task", y_label="score"),
+    Chart(
+        title="Final score against bytes kept", x="kept", y="final", kind="scatter", phase="end",
+        x_label="bytes kept", y_label="final score", log_x=True,
+    ),
+    Chart(title="Final score against the score right after each task", x="new", y="final", kind="scatter", phase="end"),
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot run, before any job starts."""
+    config.check()
+    for name in ("lr", "kappa", "ewc", "lwf", "fisher"):
+        if not getattr(config, name) > 0:
+            raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
+    if config.rank < 0:
+        raise UsageError(f"rank must be at least 0, got {config.rank}")
+    if config.task not in ("images", "questions") or config.loss or config.metric:
+        raise UsageError(f"task must be images or questions with their own loss and metric, got {config.task}")
+    name = "sets" if config.task == "questions" else "kinds"
+    names = getattr(config, name)
+    if len(set(names)) < max(2, len(names)):
+        raise UsageError(f"{name} must name at least two tasks, each once, got {', '.join(names) or 'none'}")
+    if config.rank:
+        require("peft", extra="hf", purpose="LoRA")
+
+
+@lru_cache(maxsize=1)
+def _stages(config: Config) -> list[Stage]:
+    if config.task == "questions":
+        return instructions(config, config.sets, config.prompts)
+    return images(config, config.kinds)
+
+
+def task(config: Config) -> Task:
+    """The first of the tasks; making all of them checks them."""
+    return _stages(config)[0].task
+
+
+def _network(config: Config, job: Job) -> nn.Module:
+    model = config.network(task(config), job.seed).to(job.device)
+    if not config.rank:
+        return model
+    peft: Any = require("peft", extra="hf", purpose="LoRA")
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-1]
+    if not layers:
+        raise UsageError("rank must be 0 for a model without linear layers beside its head")
+    return cast(
+        nn.Module,
+        peft.get_peft_model(model, peft.LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=layers)),
+    )
+
+
+def _tuner(config: Config, arm: str, model: nn.Module) -> ContinualTuner:
+    grouped = arm in ("lcia", "groups")
+    router = (
+        InstructionRouter(config.encoder or "tfidf", threshold=None if config.encoder else 0.3)
+        if grouped
+        else InstructionRouter(lambda texts: torch.ones(len(texts), 1))
+    )
+    options: dict[str, Any] = {"kappa": config.kappa}
+    if arm == "eq45":
+        options = {"mode": "paper"}
+    elif arm.startswith("ema-"):
+        options = {"mode": "fixed", "fallback_beta": float(arm[4:])}
+    return ContinualTuner(model, router, **options)
+
+
+def _distilled(task: Task, teacher: nn.Module, strength: float, model: nn.Module, batch: Batch) -> Tensor:
+    """LwF: the new task's loss, and what the model before it would have said to the new inputs."""
+    with torch.no_grad():
+        before = logits_of(forward(teacher, batch)).float()
+    now = logits_of(forward(model, batch)).float()
+    soft = -((before / 2).softmax(-1) * (now / 2).log_softmax(-1)).sum(-1)
+    if soft.dim() == 2 and batch.targets is not None:  # of answers alone: position t predicts token t + 1
+        soft = soft[:, :-1][batch.targets[:, 1:] != IGNORED]
+    return task.losses(model, batch).mean() + strength * 4 * soft.mean()
+
+
+def _examples(config: Config, task: Task, model: nn.Module, seed: int) -> Iterator[Tensor]:
+    """Losses of single examples, for EWC."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(task.train), generator=generator)[: config.fisher]
+    for batch in read(task.train, [(0, list(chosen.split(1)))], 0, 1, next(model.parameters()).device):
+        yield task.losses(model, batch).mean()
+
+
+def job(config: Config, job: Job) -> Mapping[str, Value]:
+    """Let the tasks arrive, and score all of them after each."""
+    stages = _stages(config)
+    model = _network(config, job)
+    one = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    tuner, averaged = _tuner(config, job.arm, model), job.arm not in ("plain", "groups", "ewc", "lwf", "joint")
+    ewc = EWC(model, config.ewc)
+    rows: list[tuple[str, dict[str, float]]] = []
+    alphas: list[float] = []
+    fallback: float | None = None
+    sequence, more = stages, {}
+    if job.arm == "joint":
+        sequence = [replace(stages[-1], task=together(config, stages))]
+        more = {} if config.steps is None else {"steps": config.steps * len(stages)}
+    for at, stage in enumerate(sequence):
+        loss: Any = None
+        if job.arm == "ewc" and at:
+            loss = lambda m, b, task=stage.task: task.losses(m, b).mean() + ewc.penalty()  # noqa: E731
+        if job.arm == "lwf" and at:
+            loss = partial(_distilled, stage.task, copy.deepcopy(model).eval(), config.lwf)
+        with tuner.task(stage.instructions):
+            ema = tuner.ema if averaged else None
+            tuner.ema = ema
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+            fitted = config.fit(
+                model, optimizer, stage.task, job.seed + at, loss=loss, validate="never",
+                hooks=[Hook(after_step=ema.step, state=ema)] if ema is not None else (),
+                record=partial(job.record, phase=f"task {at + 1}"), folder=job.folder / f"task-{at + 1}", **more,
+            )  # fmt: skip
+            job.diverged = job.diverged or fitted.diverged
+        if job.diverged:
+            return dict.fromkeys((metric.name for metric in metrics(config)), float("nan"))
+        if ema is not None:
+            alphas, fallback = list(ema.last_alpha.values()), ema.fallback_fraction
+        if job.arm == "ewc":
+            ewc.consolidate(_examples(config, stage.task, model, job.seed + at))
+        values = [_score(config, tuner, other) for other in stages]
+        rows.append((stage.name, {other.name: float(_mean(v)) for other, v in zip(stages, values, strict=True)}))
+        seen = [rows[-1][1][other.name] for other in (stages if job.arm == "joint" else stages[: at + 1])]
+        job.record({"tasks": at + 1, "seen": sum(seen) / len(seen)}, phase="after task")
+        tuner.use(tuner.assignment.group if tuner.assignment is not None else 1)
+    data = sum(_bytes(stage.task) for stage in stages)
+    kept = {"ewc": one + ewc.nbytes, "lwf": 2 * one, "joint": one + data}.get(job.arm, tuner.nbytes)
+    measured = transfer(rows, better=task(config).metric.better or "higher")
+    final = sum(rows[-1][1].values()) / len(stages)
+    job.record({"kept": float(kept), "final": final, "new": measured.new}, phase="end")
+    found: dict[str, Value] = dict.fromkeys(metric.name for metric in metrics(config))
+    found |= {"score": _together(values, final), "kept": float(kept), "groups": float(len(tuner.router.groups))}
+    if job.arm == "joint":
+        return found
+    names = ("over_steps", "new", "forgetting", "backward", "forward")
+    found |= {name: getattr(measured, name) for name in names}
+    median = float(torch.tensor(alphas).median()) if alphas else None
+    return found | {"alpha": median, "fallback": fallback}
+
+
+def _score(config: Config, tuner: ContinualTuner, stage: Stage) -> float | Tensor:
+    tuner.use(stage.instructions)
+    return config.score(stage.task, tuner.model)
+
+
+def _mean(value: float | Tensor) -> float | Tensor:
+    return value.double().mean() if isinstance(value, Tensor) else value
+
+
+def _together(values: list[float | Tensor], mean: float) -> Value:
+    """Scores per example of all tasks, where these are equally many, so that every task counts the same."""
+    scores = [value for value in values if isinstance(value, Tensor)]
+    equal = len(scores) == len(values) and len({len(score) for score in scores}) == 1
+    return torch.cat(scores) if equal else mean
+
+
+def _bytes(task: Task) -> int:
+    """What all training examples take: a byte per pixel, four per token."""
+    inputs = task.example().inputs
+    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    return len(task.train) * int(first[0].numel()) * (1 if first.is_floating_point() else 4)
+
+
+def steps(config: Config, _: str) -> int:
+    """Training steps of a job."""
+    return sum(config.total_steps(stage.task) for stage in _stages(config))
+
+
+EXPERIMENT = Experiment(
+    slug="lcia",
+    title="Dynamic EMA and instruction groups (LCIA)",
+    question=(
+        "A model that is tuned on one task after another forgets the earlier ones. Does an average whose weight "
+        "follows gradients and distances forget less than a fixed one, and how much is due to groups of related tasks?"
+    ),
+    presets={
+        "smoke": Config(train_examples=600, test_examples=100, epochs=10, batch_size=16),
+        "laptop": Config(epochs=20, batch_size=16),
+        "long": Config(
+            task="questions", model="HuggingFaceTB/SmolLM2-135M-Instruct", pretrained=True, rank=8, kappa=0.01,
+            lr=5e-4, steps=60, batch_size=8, length=48, train_examples=300, test_examples=50, sets=tuple(SETS),
+        ),
+        "paper": Config(
+            task="questions", model="HuggingFaceTB/SmolLM2-1.7B-Instruct", pretrained=True, rank=128, lr=2e-4, epochs=1,
+            length=512, sets=tuple(SETS), mixed_precision="bf16",
+        ),
+    },
+    arms=arms,
+    claims=claims,
+    metrics=metrics,
+    job=job,
+    task=task,
+    steps=steps,
+    charts=CHARTS,
+    check=check,
+    reading=(
+        "LCIA and 'groups alone' read the task's instructions, at test time too, and the others do not. Every average "
+        "is a point between keeping and learning, so look at it beside all fixed weights; none was chosen on the test "
+        "split. 'Bytes kept' is what is needed from task to task: the trained parameters of every group, what EWC "
+        "remembers, LwF's model before, or for joint training all data. While training, a dynamic average needs two "
+        "more copies of the trained parameters, a fixed one needs one."
+    ),
+)  # fmt: skip
