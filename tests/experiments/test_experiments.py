@@ -35,6 +35,8 @@ CONFIGS = {
     "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
     "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
     "mir-l": {"steps": 4, "warmup": 1, **SMALL},
+    "steer": {"steps": 2, "warmup_steps": 3},
+    "dynamic-reward-weighting": {"steps": 2, "warmup_steps": 3},
     "meta-rescaling": {"epochs": 2, "batch_size": 8, "trusted": 4, "noises": ("symmetric",), **SMALL},
     "fast-ibp": {"epochs": 1, "kappas": (0.0,), "shares": (0.4,), "alphas": (0.5,), "attack_steps": 1, **SMALL},
     "rich-lazy": {"steps": 4, "units": 12, "probe": 12, "kernel_probe": 4, **SMALL},
@@ -109,6 +111,8 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("mir-l", "imp"),
         ("meta-rescaling", "rescaling"),
         ("rich-lazy", "r1-spectral"),
+        ("steer", "clip-cov"),
+        ("dynamic-reward-weighting", "gradient"),
     ],
 )
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):

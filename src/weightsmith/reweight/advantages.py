@@ -19,13 +19,13 @@ def group_advantages(
 ) -> Tensor:
     r"""Compute advantages of samples that share a prompt.
 
-    ==================  ========================================================================
-    ``"grpo"``          ``(R - mean) / (std + eps)`` in the group, sample standard deviation
-    ``"dr_grpo"``       ``R - mean``
-    ``"rloo"``          ``R - mean of the others``
-    ``"reinforce_pp"``  whitened over all tokens of the batch: ``(R - mean) / sqrt(var + 1e-8)``
-    ``"opo"``           ``R - sum_j len_j R_j / sum_j len_j`` in the group
-    ==================  ========================================================================
+    | method | advantage |
+    |---|---|
+    | `"grpo"` | `(R - mean) / (std + eps)` in the group, sample standard deviation |
+    | `"dr_grpo"` | `R - mean` |
+    | `"rloo"` | `R - mean of the others` |
+    | `"reinforce_pp"` | whitened over all tokens of the batch: `(R - mean) / sqrt(var + 1e-8)` |
+    | `"opo"` | `R - sum_j len_j R_j / sum_j len_j` in the group |
 
     A group of one keeps its reward. A reward that is NaN (not applicable) is left out of means and deviations and gets
     advantage 0.

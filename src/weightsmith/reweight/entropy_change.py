@@ -31,11 +31,11 @@ def entropy_change(
 ) -> Tensor:
     r"""Estimate the entropy change of each sampled token's update.
 
-    ==============  ==================================================================================
-    ``"released"``  ``-(A / pi_old) pi (1 - pi) (log pi + H)``: what the authors' code computes
-    ``"theorem"``   ``-I_clip r A pi (1 - pi) (log pi + H)``: Theorem 1, the sampled logit's own share
-    ``"exact"``     ``-I_clip r A [pi (log pi + H) - S]``: all logits move, exact to first order
-    ==============  ==================================================================================
+    | estimator | prediction |
+    |---|---|
+    | `"released"` | `-(A / pi_old) pi (1 - pi) (log pi + H)`: what the authors' code computes |
+    | `"theorem"` | `-I_clip r A pi (1 - pi) (log pi + H)`: Theorem 1, the sampled logit's own share |
+    | `"exact"` | `-I_clip r A [pi (log pi + H) - S]`: all logits move, exact to first order |
 
     ``I_clip`` is 0 where the clipped loss has no gradient. Half precision is computed in float32.
 

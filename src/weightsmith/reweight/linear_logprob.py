@@ -1,6 +1,6 @@
 """Log-probabilities and entropies of sampled tokens straight from hidden states, without logits of a whole batch.
 
-The reference, in four lines, holds ``(N, V)`` several times::
+The reference, in four lines, holds ``(N, V)`` several times:
 
     logits = (hidden @ weight.T + bias) / temperature
     log_p = logits.log_softmax(-1)
