@@ -158,7 +158,7 @@ def compute(
     try:
         torch.set_num_threads(threads or before)
         return _compute(work, start or shared_start, live)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
     finally:
         torch.set_num_threads(before)

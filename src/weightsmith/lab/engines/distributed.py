@@ -81,7 +81,8 @@ def from_leader(find: Callable[[], Value]) -> Value:
     dist.broadcast_object_list(told, src=0, group=_group)
     if told[1] is not None:
         raise told[1]
-    return told[0]
+    answer: Value = told[0]
+    return answer
 
 
 @contextlib.contextmanager

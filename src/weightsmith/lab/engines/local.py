@@ -1,37 +1,39 @@
 """A pool of processes on this machine.
 
-A worker that is killed costs its own job; the pool puts another in its place. Workers end with their parent, however it
-ends: they hold the reading end of a pipe that only the parent can write to.
+A worker that is killed costs its own job: the job is tried once more in a new process, where it resumes, and fails if
+that is killed as well. The standard pools of processes break as a whole when a worker is killed while it is idle or has
+just started, and import the user's script again; these workers share nothing and import nothing but the experiment.
 """
 
 import concurrent.futures
 import contextlib
-import fcntl
-import multiprocessing
+import importlib.machinery
 import os
+import pickle
+import queue
+import signal
+import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cloudpickle
 import torch
-from pebble import ProcessExpired, ProcessPool
 
+from weightsmith.core.own_code import is_own
 from weightsmith.lab.engines.base import Busy, Done, Engine, Failure, Work, do, keep
 from weightsmith.lab.experiment import Resources
 
-_held: list[IO[str]] = []  # a worker's lock on its GPU, released when the process ends
+_TRIES = 2
 
 
 def worker_count(resources: Resources) -> int:
     """How many jobs fit on this machine at a time."""
     if torch.cuda.is_available():
         share = resources.gpus if 0 < resources.gpus < 1 else 1.0
-        return int(torch.cuda.device_count() / share) or 1
+        return max(1, int(torch.cuda.device_count() / share))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // resources.cpus)
 
@@ -43,19 +45,11 @@ def local(*, resources: Resources, workers: int | None = None, time_limit: float
     if count == 1 and time_limit is None:
         yield lambda works: _one_by_one(works, resources.cpus)
         return
-    with contextlib.ExitStack() as stack:
-        pool: list[ProcessPool] = []
-
-        def do_all(works: Sequence[Work]) -> Iterator[Done | Failure]:
-            if not works:
-                return
-            if not pool:  # nothing to do: nothing is started
-                pool.append(stack.enter_context(_pool(min(count, len(works)))))
-            busy: list[Work] = []
-            yield from _round(pool[0], works, resources.cpus, time_limit, busy)
-            yield from _round(pool[0], busy, resources.cpus, time_limit, None)
-
-        yield do_all
+    pool = _Pool(count, resources.cpus, time_limit)
+    try:
+        yield pool.do_all
+    finally:
+        pool.end()
 
 
 def _one_by_one(works: Sequence[Work], threads: int) -> Iterator[Done | Failure]:
@@ -72,74 +66,172 @@ def _one_by_one(works: Sequence[Work], threads: int) -> Iterator[Done | Failure]
         yield outcome
 
 
-@contextlib.contextmanager
-def _pool(count: int) -> Iterator[ProcessPool]:
-    context = multiprocessing.get_context("spawn")
-    alive, ours = context.Pipe(duplex=False)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    with tempfile.TemporaryDirectory(prefix="weightsmith-gpus-") as locks, ours, alive:
-        share = max(1, round(count / gpus)) if gpus else 1
-        pool = ProcessPool(count, context=context, initializer=_begin, initargs=(alive, sys.path, gpus, share, locks))
-        try:
-            yield pool
-            pool.close()
-        except BaseException:
-            pool.stop()
-            raise
-        finally:
-            pool.join()
+class _Pool:
+    """Workers, each started when it gets its first job, and started again when it has died."""
 
+    def __init__(self, count: int, threads: int, limit: float | None) -> None:
+        self._job_threads, self._limit = threads, limit
+        self._workers = [_Worker(environment) for environment in _environments(count, threads)]
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()  # the one that is warm first
+        for worker in reversed(self._workers):
+            self._free.put(worker)
+        self._threads = concurrent.futures.ThreadPoolExecutor(count)
 
-def _round(
-    pool: ProcessPool, works: Sequence[Work], threads: int, limit: float | None, busy: list[Work] | None
-) -> Iterator[Done | Failure]:
-    """Do every job once; those that another process is doing go to ``busy``, or are waited for where it is ``None``."""
-    wait = busy is None
-    futures: dict[Any, Work] = {
-        pool.schedule(_call, (cloudpickle.dumps(work), threads, wait), timeout=limit): work for work in works
-    }
-    for future in concurrent.futures.as_completed(futures):
-        work = futures[future]
-        try:
-            outcome = future.result()
-        except TimeoutError:
-            outcome = keep(
-                work, Failure(work.arm, work.seed, f"it took longer than the time limit of {limit:g} seconds")
-            )
-        except ProcessExpired as error:
-            outcome = keep(work, Failure(work.arm, work.seed, f"its process was killed (exit code {error.exitcode})"))
-        if not isinstance(outcome, Busy):
+    def do_all(self, works: Sequence[Work]) -> Iterator[Done | Failure]:
+        _send_by_value()
+        busy = []
+        for work, outcome in self._round(works, wait=False):
+            if isinstance(outcome, Busy):
+                busy.append(work)
+            else:
+                yield outcome
+        for _, outcome in self._round(busy, wait=True):
+            assert not isinstance(outcome, Busy)
             yield outcome
-        elif busy is not None:
-            busy.append(work)
 
+    def _round(self, works: Sequence[Work], *, wait: bool) -> Iterator[tuple[Work, Done | Failure | Busy]]:
+        futures = {self._threads.submit(self._do, work, wait): work for work in works}
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.result()
 
-def _call(work: bytes, threads: int, wait: bool) -> Done | Failure | Busy:
-    return do(cloudpickle.loads(work), threads=threads, wait=wait)
+    def end(self) -> None:
+        for worker in self._workers:
+            worker.end(for_good=True)
+        self._threads.shutdown(cancel_futures=True)
 
-
-def _begin(alive: Connection, path: list[str], gpus: int, share: int, locks: str) -> None:
-    """What a worker does first."""
-    sys.path[:] = path
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
-    for place in range(gpus * share):
-        file = Path(locks, str(place)).open("w")  # noqa: SIM115  (held for as long as the process lives)
+    def _do(self, work: Work, wait: bool) -> Done | Failure | Busy:
+        worker = self._free.get()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+            error = ""
+            for _ in range(_TRIES):
+                try:
+                    message = cloudpickle.dumps((work, self._job_threads, wait))
+                    answer: Done | Failure | Busy = worker.ask(message, self._limit)
+                    return answer
+                except TimeoutError as late:
+                    error = str(late)
+                    break
+                except _Died as died:
+                    error = f"its process was killed twice ({died})"
+            return keep(work, Failure(work.arm, work.seed, error))
+        finally:
+            self._free.put(worker)
+
+
+class _Died(Exception):
+    """A worker has ended before its answer."""
+
+
+class _Worker:
+    """One process and the pipes to it."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._changing, self._closed = threading.RLock(), False
+
+    def ask(self, message: bytes, limit: float | None) -> Any:
+        """Have a job done.
+
+        Raises:
+            TimeoutError: It took longer than ``limit`` seconds; the process has been killed.
+            _Died: The process was killed by someone else.
+        """
+        late = threading.Event()
+        try:
+            process = self._started()
+
+            def stop() -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(limit or threading.TIMEOUT_MAX, stop)
+            timer.daemon = True
+            try:
+                _send(process, message)
+                timer.start()
+                answer = cloudpickle.loads(_receive(process))
+            finally:
+                timer.cancel()
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            code = self.end()
+            if late.is_set():
+                raise TimeoutError(f"it took longer than the time limit of {limit:g} seconds") from None
+            raise _Died(_cause(code)) from error
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        with self._changing:
+            if self._closed:
+                raise concurrent.futures.CancelledError
+            if self._process is not None and self._process.poll() is None:
+                return self._process
+            self.end()
+            path = [os.path.realpath(entry) for entry in sys.path]  # an empty entry is the current folder
+            code = f"import sys; sys.path[:] = {path!r}; from weightsmith.lab.engines.worker import serve; serve()"
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-c", code], env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        _receive(process)  # it is ready: the time limit begins
+        return process
+
+    def end(self, *, for_good: bool = False) -> int:
+        """Kill the process if it still runs, and give its exit code."""
+        with self._changing:
+            self._closed |= for_good
+            process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.kill()
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+        return code
+
+
+def _send(process: "subprocess.Popen[bytes]", message: bytes) -> None:
+    assert process.stdin is not None
+    pickle.dump(message, process.stdin)
+    process.stdin.flush()
+
+
+def _receive(process: "subprocess.Popen[bytes]") -> Any:
+    assert process.stdout is not None
+    return pickle.load(process.stdout)
+
+
+def _send_by_value() -> None:
+    """Have those modules of the user's own sent as they are that a worker would not find under their name."""
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "")
+        if "." in name or name in ("__main__", "__mp_main__") or file.suffix != ".py" or not is_own(file):
             continue
-        _held.append(file)
-        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(place % gpus)
-        return
+        found = importlib.machinery.PathFinder.find_spec(name)
+        if found is None or found.origin is None or Path(found.origin).resolve() != file.resolve():
+            cloudpickle.register_pickle_by_value(module)
 
 
-def _visible(index: int) -> str:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return chosen.split(",")[index] if chosen else str(index)
+def _environments(count: int, threads: int) -> list[dict[str, str]]:
+    """Per worker: as many threads as a job may use, and a GPU of its own where there are several."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+    environments = []
+    for place in range(count):
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        if gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = names[place % gpus]
+        environments.append(environment)
+    return environments
 
 
-def _end_with_parent(alive: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        alive.recv()  # nothing is ever sent: this returns when the parent's end is closed
-    os._exit(1)
+def _cause(code: int) -> str:
+    if code == -getattr(signal, "SIGKILL", 9):
+        return "signal SIGKILL; often too little memory"
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"exit code {code}"
