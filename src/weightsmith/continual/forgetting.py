@@ -257,7 +257,7 @@ def _read(path: Path, sets: Sequence[str]) -> list[tuple[str, dict[str, float]]]
     if not lines or lines[0] != ["after", *sets]:
         held = ", ".join(map(brief, lines[0][1:])) if lines else "nothing"
         raise UsageError(f"{path} is of other sets ({brief(held)}): give another path, or the same sets in their order")
-    rows = []
+    rows: list[tuple[str, dict[str, float]]] = []
     for at, line in enumerate(lines[1:], 2):
         try:
             name, *values = line

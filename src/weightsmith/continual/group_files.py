@@ -29,7 +29,8 @@ def save_group(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) ->
     with folder_atomically(folder) as fresh:
         if stored:
             save_file({key: _plain(tensor) for key, tensor in (stored | in_adapter).items()}, fresh / _ADAPTER)
-            config = model.peft_config[adapter_name(model)]  # type: ignore[index, union-attr]
+            configs: Any = model.peft_config
+            config = configs[adapter_name(model)]
             was, config.inference_mode = config.inference_mode, True
             config.save_pretrained(fresh)
             config.inference_mode = was
