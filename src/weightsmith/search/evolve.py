@@ -121,7 +121,8 @@ def evolve(
     Args:
         space: The genotypes.
         evaluate: ``(model, individual) -> values``: a copy of ``model`` with the generation's weights in evaluation mode,
-            and what to evaluate; it returns numbers by name. It runs in any process, with seeded global generators.
+            and what to evaluate; it returns numbers by name. It runs in any process, with seeded global generators. An
+            individual counts as the worst where an objective is not finite or a value named ``failed`` is not 0.
         objectives: Which of the values decide and in which direction, the most important first.
         model: Module with the shared weights; ``None`` when nothing is shared.
         trainer: Trains it, see `Trainer`.
@@ -211,7 +212,9 @@ def _advance(
 
 def _scored(state: State, found: Sequence[Values], objectives: Mapping[str, Direction]) -> tuple[Scored, ...]:
     failed = [
-        slot in state.failed or not check_values(values, objectives, state.population[slot])
+        slot in state.failed
+        or bool(values.get("failed"))
+        or not check_values(values, objectives, state.population[slot])
         for slot, values in enumerate(found)
     ]
     signs = [1.0 if direction == "min" else -1.0 for direction in objectives.values()]
