@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_marks_the_individual():
 
 
 def test_a_broken_generator_is_scored_as_the_worst(judge):
-    generator, stage = made()
+    generator, _ = made()
     with torch.no_grad():
         generator.rgb.bias.fill_(math.nan)
     found = evolve(GENERATOR_SPACE, judge, OBJECTIVES, model=generator, options=EvolveOptions(4, 1))

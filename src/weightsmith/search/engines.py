@@ -80,8 +80,8 @@ def workers_for(evaluate: Callable[..., Any], model: Any, resources: Resources) 
         payload = cloudpickle.dumps((evaluate, model, options))
     except Exception as error:  # whatever user code raises while it is pickled
         raise UsageError(
-            f"evaluate and model must be picklable to be sent to workers, got {reason(error)}: pass workers=1, or a model "
-            "that holds only what is evaluated"
+            f"evaluate and model must be picklable to be sent to workers, got {reason(error)}: pass workers=1, or a "
+            "model that holds only what is evaluated"
         ) from error
     with _processes(payload, resources) if resources.engine == "local" else _actors(payload, resources) as evaluate_all:
         yield evaluate_all
@@ -247,7 +247,7 @@ def _actors(payload: bytes, resources: Resources) -> Iterator[EvaluateAll]:
         kept = ray.put(payload)
         remote = ray.remote(num_cpus=resources.threads, num_gpus=resources.gpus)(_Actor)
         actors: list[Any] = []
-        stack.callback(lambda: [ray.kill(actor) for actor in actors])
+        stack.callback(lambda: [ray.kill(actor) for actor in actors if actor is not None])
         version = 0
 
         def evaluate_all(weights: Weights, individuals: Sequence[Individual]) -> Iterator[tuple[int, Values]]:
@@ -255,26 +255,36 @@ def _actors(payload: bytes, resources: Resources) -> Iterator[EvaluateAll]:
             version += 1
             shipped = ray.put({name: value.cpu() for name, value in weights.items()})
             queue, deaths = list(individuals), _Deaths()
-            while len(actors) < min(number, len(queue)):
-                actors.append(remote.remote(kept))
-            idle, running = list(range(len(actors))), dict[Any, tuple[int, Individual]]()
-            while queue or running:
+            running: dict[Any, tuple[int, Individual | None]] = {}
+
+            def start(place: int) -> None:
+                # used once it answers: a worker that the cluster has no room for now must not hold up the others
+                actors[place] = remote.remote(kept)
+                running[actors[place].ready.remote()] = place, None
+
+            for place in range(len(actors), min(number, len(queue))):
+                actors.append(None)
+                start(place)
+            idle = [place for place in range(len(actors)) if all(place != busy for busy, _ in running.values())]
+            left = len(queue)
+            while left:
                 while queue and idle:
                     place, individual = idle.pop(0), queue.pop(0)
-                    task = actors[place].evaluate.remote(version, [shipped], individual)
-                    running[task] = place, individual
-                (ready,), _ = ray.wait(list(running), num_returns=1)
-                place, individual = running.pop(ready)
+                    running[actors[place].evaluate.remote(version, [shipped], individual)] = place, individual
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                place, asked = running.pop(done)
                 try:
-                    kind, found = ray.get(ready)
+                    found = ray.get(done)
                 except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-                    deaths.count(individual, reason(error))
-                    actors[place] = remote.remote(kept)
-                    queue.insert(0, individual)
-                    idle.append(place)
+                    if asked is not None:
+                        queue.insert(0, asked)
+                    deaths.count(asked or queue[0], reason(error))
+                    start(place)
                     continue
                 idle.append(place)
-                yield individual.slot, _values(individual, kind, found)
+                if asked is not None:
+                    left -= 1
+                    yield asked.slot, _values(asked, *found)
 
         yield evaluate_all
 

@@ -1,15 +1,17 @@
 """Evolutionary search with shared weights: train all, evaluate each, keep half, vary the survivors.
 
 Per generation the trainer trains the shared weights on the whole population; every individual is evaluated with the
-weights as they then are, survivors included, since their weights have moved; half survive (`weightsmith.search.selection`)
-and as many children join them. Sorting is pymoo's; its ``minimize`` is not used, because it never evaluates survivors again.
+weights as they then are, survivors included, since their weights have moved; half survive
+(`weightsmith.search.selection`) and as many children join them. Sorting is pymoo's; its ``minimize`` is not used,
+because it never evaluates survivors again.
 
 Example:
     >>> space = SearchSpace.of(kernel=3, width=8)
     >>> def evaluate(model, individual):
     ...     kernel, width = individual.genotype[0]
     ...     return {"error": (kernel - 1) ** 2 + 1 / (1 + width), "size": kernel * width}
-    >>> found = evolve(space, evaluate, {"error": "min", "size": "min"}, options=EvolveOptions(population=4, generations=3))
+    >>> options = EvolveOptions(population=4, generations=3)
+    >>> found = evolve(space, evaluate, {"error": "min", "size": "min"}, options=options)
     >>> len(found.generations)
     3
 """
@@ -74,8 +76,8 @@ class EvolveOptions:
 class Trainer:
     """Trains the weights that the individuals share; override what is needed.
 
-    Randomness must come from the seeds that are passed, or from the global generators, which are seeded with them: then a
-    resumed search equals an unbroken one.
+    Randomness must come from the seeds that are passed, or from the global generators, which are seeded with them: then
+    a resumed search equals an unbroken one.
 
     Attributes:
         failed: Slots whose last training was not finite; they count as the worst.
@@ -120,9 +122,10 @@ def evolve(
 
     Args:
         space: The genotypes.
-        evaluate: ``(model, individual) -> values``: a copy of ``model`` with the generation's weights in evaluation mode,
-            and what to evaluate; it returns numbers by name. It runs in any process, with seeded global generators. An
-            individual counts as the worst where an objective is not finite or a value named ``failed`` is not 0.
+        evaluate: ``(model, individual) -> values``: a copy of ``model`` with the generation's weights in evaluation
+            mode, and what to evaluate; it returns numbers by name. It runs in any process, with seeded global
+            generators. An individual counts as the worst where an objective is not finite or a value named ``failed``
+            is not 0.
         objectives: Which of the values decide and in which direction, the most important first.
         model: Module with the shared weights; ``None`` when nothing is shared.
         trainer: Trains it, see `Trainer`.
@@ -186,8 +189,8 @@ def _advance(
         state.population = first_population(space, options.population, state.seen, rng)
         if len(state.population) < options.population:
             raise UsageError(
-                f"the search space holds {len(state.population)} genotypes, fewer than population={options.population}: "
-                "lower population or widen the space"
+                f"the search space holds {len(state.population)} genotypes, fewer than population={options.population}"
+                ": lower population or widen the space"
             )
         state.phase = "train"
     elif state.phase == "train":

@@ -1,7 +1,7 @@
 """Which individuals survive: non-dominated sorting and crowding from pymoo, and the authors' variant.
 
-``j`` dominates ``i`` when it is nowhere worse and somewhere better; rank 0 is dominated by nobody, rank 1 by rank 0 alone,
-and so on (arXiv 2111.15097, equation 11; NSGA-II: Deb et al., 2002).
+``j`` dominates ``i`` when it is nowhere worse and somewhere better; rank 0 is dominated by nobody, rank 1 by rank 0
+alone, and so on (arXiv 2111.15097, equation 11; NSGA-II: Deb et al., 2002).
 """
 
 from typing import Any
@@ -61,8 +61,9 @@ def cars(
 ) -> list[int]:
     """Survivors of the released code of EAGAN, for comparison; it protects the worst distance.
 
-    For the distance and for the size, individuals are sorted twice: by ``(1 / IS, value)`` and by ``(1 / IS, 1 / value)``.
-    Stage by stage the union of the four fronts is taken, whole while it fits, then a random part of what is new in it.
+    For the distance and for the size, individuals are sorted twice: by ``(1 / IS, value)`` and by ``(1 / IS, 1 /
+    value)``. Stage by stage the union of the four fronts is taken, whole while it fits, then a random part of what is
+    new in it.
 
     Args:
         inception: ``(N,)`` Inception Scores.

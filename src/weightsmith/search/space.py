@@ -1,7 +1,7 @@
 """What an architecture is to a search: integers, one per choice, in cells of equal length.
 
-A genotype is a tuple of cells, a cell a tuple of genes, a gene the index of a candidate. A space knows the range of every
-gene and which cells make sense, and varies genotypes by one gene at a time.
+A genotype is a tuple of cells, a cell a tuple of genes, a gene the index of a candidate. A space knows the range of
+every gene and which cells make sense, and varies genotypes by one gene at a time.
 """
 
 import math

@@ -33,8 +33,8 @@ def offspring(
 ) -> list[Genotype]:
     """Make children that differ from a parent in one gene.
 
-    A child is a crossover with probability ``crossover``, else a mutation. Where parents are equal, no single gene can be
-    exchanged, or every child tried is known, a mutation is tried, then a random genotype.
+    A child is a crossover with probability ``crossover``, else a mutation. Where parents are equal, no single gene can
+    be exchanged, or every child tried is known, a mutation is tried, then a random genotype.
 
     Args:
         space: The genotypes.

@@ -3,7 +3,8 @@
 | name | what it is |
 |---|---|
 | ``GENERATOR_SPACE``, ``DISCRIMINATOR_SPACE`` | the genotypes |
-| ``GENERATORS``, ``DISCRIMINATORS`` | published ones by name; ``generator_genotype``, ``discriminator_genotype`` read any |
+| ``GENERATORS``, ``DISCRIMINATORS`` | published ones by name |
+| ``generator_genotype``, ``discriminator_genotype`` | look one up by name, or read it from text |
 | ``Generator``, ``Discriminator``, ``SimpleDiscriminator`` | super-networks and single networks |
 | ``generator_parameters``, ``discriminator_parameters`` | sizes in closed form |
 | ``StageOne``, ``StageTwo``, ``StageOptions``, ``partners`` | how shared weights are trained, for ``search.evolve`` |

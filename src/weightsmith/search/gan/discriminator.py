@@ -63,7 +63,8 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, image_channels, H, W)`` to ``(B, C, H / 2, W / 2)``."""
-        return F.avg_pool2d(self.conv2(self.conv1(x)), 2) + self.shortcut(F.avg_pool2d(x, 2))  # type: ignore[no-any-return]
+        deep: Tensor = F.avg_pool2d(self.conv2(self.conv1(x)), 2)
+        return deep + self.shortcut(F.avg_pool2d(x, 2))
 
 
 class Discriminator(SuperNet):
@@ -135,8 +136,8 @@ class Discriminator(SuperNet):
 class SimpleDiscriminator(nn.Module):
     """The small network of the released script's first stage ("GD2" in the paper); it needs a side of at least 32.
 
-    Five strided 4x4 convolutions, the odd ones followed by BatchNorm and LeakyReLU, the even ones by nothing; a sum over
-    positions, and a last layer under spectral normalization.
+    Five strided 4x4 convolutions, the odd ones followed by BatchNorm and LeakyReLU, the even ones by nothing; a sum
+    over positions, and a last layer under spectral normalization.
 
     Args:
         image_channels: 3 for color, 1 for gray.

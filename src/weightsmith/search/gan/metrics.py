@@ -1,7 +1,7 @@
 """Inception Score, Fréchet distance and kernel distance of features, by their exact definitions, in double precision.
 
-The functions take features and probabilities of any network. With those of the Inception graph of 2015-12-05 the results
-are IS (arXiv 1606.03498), FID (arXiv 1706.08500) and KID (arXiv 1801.01401).
+The functions take features and probabilities of any network. With those of the Inception graph of 2015-12-05 the
+results are IS (arXiv 1606.03498), FID (arXiv 1706.08500) and KID (arXiv 1801.01401).
 """
 
 import warnings
@@ -82,8 +82,8 @@ def moments(features: Tensor) -> Moments:
 def frechet_distance(one: Moments, other: Moments) -> float:
     """``|m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr sqrt(S1 S2)``.
 
-    ``S1 S2`` and ``sqrt(S1) S2 sqrt(S1)`` have the same eigenvalues, and the second is symmetric: the trace of the root is
-    the sum of the square roots of its eigenvalues, negative ones from rounding set to 0.
+    ``S1 S2`` and ``sqrt(S1) S2 sqrt(S1)`` have the same eigenvalues, and the second is symmetric: the trace of the root
+    is the sum of the square roots of its eigenvalues, negative ones from rounding set to 0.
 
     Args:
         one: Of one set of features.

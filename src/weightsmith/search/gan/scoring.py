@@ -1,7 +1,7 @@
 """Scores of generators, each with the fingerprint without which it means nothing.
 
-With Inception's features scores are called IS, FID and KID; with any other network's CS, FCD and KCD. Scores are compared
-only where network, resize filter, number of samples and precision agree.
+With Inception's features scores are called IS, FID and KID; with any other network's CS, FCD and KCD. Scores are
+compared only where network, resize filter, number of samples and precision agree.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
-"""Training a generator and a discriminator of fixed architecture from scratch; arXiv 2111.15097, section 4, and its code.
+"""Training a generator and a discriminator of fixed architecture from scratch; arXiv 2111.15097, section 4, and its
+code.
 
-Hinge loss, Adam for both, a discriminator step in every iteration and a generator step in every ``n_critic``-th, a moving
-average of the generator's parameters, and the state with the lowest distance is kept.
+Hinge loss, Adam for both, a discriminator step in every iteration and a generator step in every ``n_critic``-th, a
+moving average of the generator's parameters, and the state with the lowest distance is kept.
 """
 
 import copy
