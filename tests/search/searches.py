@@ -57,7 +57,7 @@ def evaluate(model, individual):
 
 
 def evaluate_slowly(model, individual):
-    time.sleep(0.02)
+    time.sleep(0.05)
     return evaluate(model, individual)
 
 

@@ -44,7 +44,7 @@ class Config(TrainConfig):
     discriminator: str = "D_autogan"
     """The fixed discriminator of stage 1."""
     cell_gain: float = 0.5
-    """Factor on first convolution weights in generator cells; 1 in the paper, with which short trainings may collapse."""
+    """Factor on first convolution weights in generator cells; 1 in the paper, where short trainings may collapse."""
     population: int = 16
     """Individuals of stage 1."""
     rounds: int = 6
@@ -174,7 +174,8 @@ def claims(config: Config) -> list[Claim]:
         ),
         Claim(
             text="One generator per discriminator ends with a better one than a shared generator",
-            metric="best_partner", winner="one-to-one", loser="many-to-one", relative=True, worth=0.1, paper="section 3.2, without numbers",
+            metric="best_partner", winner="one-to-one", loser="many-to-one", relative=True, worth=0.1,
+            paper="section 3.2, without numbers",
         ),
         Claim(
             text="The pair of both stages beats that of stage 1", metric="distance", winner="one-to-one",
@@ -392,7 +393,7 @@ def _without_down(genes: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(replace(gene, high=-1) if gene.low == -1 else gene for gene in genes)
 
 
-_judges: dict[tuple[Any, ...], Any] = {}
+_judges: dict[tuple[Any, ...], gan.Reference] = {}
 
 
 def _reference(config: Config) -> gan.Reference:
@@ -405,7 +406,7 @@ def _reference(config: Config) -> gan.Reference:
             network = gan.train_stand_in(images, labels)
         _judges.clear()
         _judges[key] = gan.Reference.of(images, network)
-    return _judges[key]  # type: ignore[no-any-return]
+    return _judges[key]
 
 
 def _device(config: Config) -> str:

@@ -116,7 +116,8 @@ def _values(individual: Individual, kind: str, found: Any) -> Values:
         raise UsageError(found)
     if kind == "failed":
         raise EvaluationFailed(f"evaluating {individual.genotype} failed: {found}")
-    return found  # type: ignore[no-any-return]
+    values: Values = found
+    return values
 
 
 class _Deaths:
@@ -149,6 +150,11 @@ class _Process:
             self.process.wait()
 
 
+def _stop(workers: Sequence[_Process]) -> None:
+    for worker in workers:
+        worker.stop()
+
+
 def _start(payload: bytes) -> _Process:
     ours, theirs = Pipe()
     with theirs:
@@ -163,7 +169,7 @@ def _start(payload: bytes) -> _Process:
 def _processes(payload: bytes, resources: Resources) -> Iterator[EvaluateAll]:
     workers: list[_Process] = []
     with tempfile.TemporaryDirectory(prefix="weightsmith-search-") as folder, contextlib.ExitStack() as stack:
-        stack.callback(lambda: [worker.stop() for worker in workers])
+        stack.callback(_stop, workers)
         number = 0
 
         def evaluate_all(weights: Weights, individuals: Sequence[Individual]) -> Iterator[tuple[int, Values]]:

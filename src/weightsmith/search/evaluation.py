@@ -17,6 +17,7 @@ from weightsmith.core.errors import UsageError, brief
 from weightsmith.search.space import Genotype
 
 Values = dict[str, float]
+_NUMBERS: tuple[type, ...] = (numbers.Real, np.number, torch.Tensor)
 Weights = Mapping[str, Any]
 
 
@@ -83,7 +84,7 @@ class Evaluation:
         if not isinstance(found, Mapping):
             raise UsageError(f"evaluate must return numbers by name, got {brief(found)}")
         for name, value in found.items():
-            if not isinstance(name, str) or not isinstance(value, numbers.Real | np.number | torch.Tensor):
+            if not isinstance(name, str) or not isinstance(value, _NUMBERS):
                 raise UsageError(f"evaluate must return numbers by name, got {brief(value)} under {brief(name)}")
         return {name: float(value) for name, value in found.items()}
 

@@ -267,8 +267,8 @@ def cars_selector(inception: str = "is", distance: str = "fid", size: str = "par
     """
 
     def select(scored: Sequence[Scored], keep: int, rng: np.random.Generator) -> Sequence[int]:
-        columns = [[one.values[name] for one in scored] for name in (inception, distance, size)]
-        return cars(*columns, keep, rng)
+        one, two, three = ([each.values[name] for each in scored] for name in (inception, distance, size))
+        return cars(one, two, three, keep, rng)
 
     return select
 

@@ -39,7 +39,8 @@ class Choice(nn.Module):
         if chosen is None:
             held = ", ".join(name.removeprefix("op") for name, module in self._modules.items() if module is not None)
             raise UsageError(f"candidate {index} is not in this network; it holds {held or 'none'}")
-        return chosen(x)  # type: ignore[no-any-return]
+        made: Tensor = chosen(x)
+        return made
 
     def candidates(self) -> Iterator[tuple[int, nn.Module]]:
         """Indices and modules of the candidates that are there."""
@@ -104,8 +105,9 @@ class SuperNet(nn.Module):
     def initialize_(self) -> Self:
         """Draw new weights from torch's global generator; by default with the ``reset_parameters`` of every module."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         return self
 
     def subnet_state_dict(self, genotype: Any) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from weightsmith.search.gan.operations import (
     initialize_convolutions_,
     normal,
     spectral_norm_,
+    stored_weight,
 )
 from weightsmith.search.space import Cell, Genotype
 from weightsmith.search.supernet import Choice, SuperNet
@@ -43,10 +44,13 @@ class DiscriminatorCell(nn.Module):
 
     def forward(self, x: Tensor, cell: Cell) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H, W)`` or, with down-sampling genes, ``(B, C, H / 2, W / 2)``."""
-        n1 = self.e0(x, cell[0])
+        n1 = self.get_submodule("e0")(x, cell[0])
         n2 = _sum(self._edge(1, cell, x), self._edge(2, cell, n1))
         n3 = _sum(self._edge(3, cell, n1), self._edge(4, cell, x))
-        return n2 + n3 if cell[5] < 0 else self.e5(n2, cell[5]) + self.e6(n3, cell[6])
+        if cell[5] < 0:
+            return n2 + n3
+        halved: Tensor = self.get_submodule("e5")(n2, cell[5]) + self.get_submodule("e6")(n3, cell[6])
+        return halved
 
     def _edge(self, gene: int, cell: Cell, x: Tensor) -> Tensor | None:
         return self.get_submodule(f"e{gene}")(x, cell[gene]) if cell[gene] else None
@@ -113,7 +117,8 @@ class Discriminator(SuperNet):
         h = self.stem(x)
         for index in range(CELLS):
             h = self.get_submodule(f"cell{index}")(h, chosen[index])
-        return self.fc(F.relu(h).sum((2, 3)))  # type: ignore[no-any-return]
+        scores: Tensor = self.fc(F.relu(h).sum((2, 3)))
+        return scores
 
     def choices(self) -> Iterator[tuple[int, int, Choice]]:
         """Yield ``(cell, gene, choice)``."""
@@ -123,12 +128,12 @@ class Discriminator(SuperNet):
         """Draw new weights: Xavier-uniform convolutions, and spectral norms measured anew."""
         for module in self.modules():  # their own reset would change the normalized weight, which is computed
             if isinstance(module, nn.Conv2d | nn.Linear):
-                stored = module.parametrizations["weight"]  # type: ignore[index]
-                nn.init.kaiming_uniform_(stored.original, a=5**0.5)
-                bound = stored.original[0].numel() ** -0.5
+                weight, norm = stored_weight(module)
+                nn.init.kaiming_uniform_(weight, a=5**0.5)
+                bound = weight[0].numel() ** -0.5
                 if module.bias is not None:
                     nn.init.uniform_(module.bias, -bound, bound)
-                stored[0].iterate_(stored.original, FIRST_ITERATIONS)
+                norm.iterate_(weight, FIRST_ITERATIONS)
         initialize_convolutions_(self)
         return self
 
@@ -162,7 +167,8 @@ class SimpleDiscriminator(nn.Module):
         """Score images, see the class."""
         if min(x.shape[-2:]) < 32:
             raise UsageError(f"the simple discriminator needs images of at least 32x32, got {tuple(x.shape[-2:])}")
-        return self.fc(self.body(x).sum((2, 3)))  # type: ignore[no-any-return]
+        scores: Tensor = self.fc(self.body(x).sum((2, 3)))
+        return scores
 
 
 def check_side(genotype: Genotype, sides: tuple[int, ...]) -> None:

@@ -46,7 +46,7 @@ class GeneratorCell(nn.Module):
         Returns:
             The second node with the skips, for later cells, and the last node, both ``(B, C, 2H, 2W)``.
         """
-        n0, n1 = self.e0(x, cell[0]), self.e1(x, cell[1])
+        n0, n1 = self.get_submodule("e0")(x, cell[0]), self.get_submodule("e1")(x, cell[1])
         # never in place: with a skip operation n2 would be n0 or n1 itself
         n2 = _sum(self._edge(2, cell, n0), self._edge(3, cell, n1))
         for before, skip in enumerate(skips):
@@ -143,7 +143,8 @@ class Generator(SuperNet):
 
     def _entry(self, index: int, z: Tensor) -> Tensor:
         side = self.bottom * 2**index
-        return self.get_submodule(f"fc{index}")(z).view(-1, self.channels, side, side)  # type: ignore[no-any-return]
+        entered: Tensor = self.get_submodule(f"fc{index}")(z)
+        return entered.view(-1, self.channels, side, side)
 
 
 def check_sizes(**sizes: int) -> None:

@@ -1,6 +1,7 @@
 """The candidate operations of EAGAN's cells; arXiv 2111.15097, section 3.1, details as in the authors' code."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,8 @@ class UpTransposed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, 2H, 2W)``."""
-        return self.pw(self.dw(F.relu(x)))  # type: ignore[no-any-return]
+        made: Tensor = self.pw(self.dw(F.relu(x)))
+        return made
 
 
 def normal(channels: int, indices: Iterable[int], *, relu: bool = True) -> dict[int, nn.Module]:
@@ -152,6 +154,12 @@ def spectral_norm_(module: nn.Module) -> nn.Module:
     return module
 
 
+def stored_weight(module: nn.Module) -> tuple[Tensor, SpectralNorm]:
+    """The weight of a normalized layer as it is stored, and its normalization."""
+    parametrized: Any = module.parametrizations
+    return parametrized["weight"].original, parametrized["weight"][0]
+
+
 def initialize_convolutions_(model: nn.Module) -> None:
     """Xavier-uniform weights for every `torch.nn.Conv2d`; biases and other layers as torch has them.
 
@@ -161,8 +169,8 @@ def initialize_convolutions_(model: nn.Module) -> None:
         if not isinstance(module, nn.Conv2d):
             continue
         if parametrize.is_parametrized(module, "weight"):
-            parametrized = module.parametrizations["weight"]  # type: ignore[index]
-            nn.init.xavier_uniform_(parametrized.original)
-            parametrized[0].iterate_(parametrized.original, FIRST_ITERATIONS)
+            weight, norm = stored_weight(module)
+            nn.init.xavier_uniform_(weight)
+            norm.iterate_(weight, FIRST_ITERATIONS)
         else:
             nn.init.xavier_uniform_(module.weight)

@@ -211,7 +211,7 @@ def recalibrate_(generator: nn.Module, latent: int, *, seed: int) -> nn.Module:
 
 
 class StandIn(nn.Module):
-    """A small classifier of the data at hand, for when Inception's weights are unavailable or images are no photographs.
+    """A small classifier of the data at hand, for when Inception's weights are unavailable.
 
     Two strided convolutions of 16 and 32 channels, a layer of 64 features, a layer of logits. Its scores are comparable
     only among runs with the same classifier, which the fingerprint's digest shows.

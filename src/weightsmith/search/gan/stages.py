@@ -273,7 +273,7 @@ class StageTwo(_Stage):
         before = [value.clone() for value in _statistics(norms)]
 
         def scored(x: Tensor) -> Tensor:
-            return self.discriminator(x, genotype)  # type: ignore[no-any-return]
+            return self.discriminator(x, genotype)
 
         zero = self.options.zero_unsampled
         for _ in range(self.options.n_critic):
