@@ -49,6 +49,7 @@ def test_a_pool_gives_the_same_results_and_leaves_nothing_behind(tmp_path, monke
     assert not children(os.getpid())
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_idle_busy_or_starting_are_replaced(tmp_path):
     with local(resources=Resources(), workers=2) as do_all:
         assert list(do_all(works(tmp_path, [0]))) == [Done("plain", 0)]
