@@ -39,6 +39,7 @@ CONFIGS = {
     "dynamic-reward-weighting": {"steps": 2, "warmup_steps": 3},
     "meta-rescaling": {"epochs": 2, "batch_size": 8, "trusted": 4, "noises": ("symmetric",), **SMALL},
     "fast-ibp": {"epochs": 1, "kappas": (0.0,), "shares": (0.4,), "alphas": (0.5,), "attack_steps": 1, **SMALL},
+    "eagan": {"train_examples": 200, "test_examples": 12},
     "rich-lazy": {"steps": 4, "units": 12, "probe": 12, "kernel_probe": 4, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
@@ -113,6 +114,7 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("rich-lazy", "r1-spectral"),
         ("steer", "clip-cov"),
         ("dynamic-reward-weighting", "gradient"),
+        ("eagan", "evolved"),
     ],
 )
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):

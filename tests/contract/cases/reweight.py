@@ -78,7 +78,7 @@ STATES = {
 
 FUNCTIONS = {
     "weightsmith.reweight.entropy_change": [
-        Function(entropy_change, lambda: (-_rows(4, 6).abs(), _rows(4, 6).abs(), _rows(4, 6)), keeps_dtype=False)
+        Function(entropy_change, lambda: (-_rows(4, 6).abs(), 2 + _rows(4, 6), _rows(4, 6)), keeps_dtype=False)
     ],
     "weightsmith.reweight.token_weights": [Function(token_weights, lambda: (_rows(4, 6), _MASK), keeps_dtype=False)],
     "weightsmith.reweight.group_advantages": [
