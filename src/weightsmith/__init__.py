@@ -14,6 +14,7 @@ One folder per thing that is done to a weight, imported on first use:
     ws.average    many checkpoints into one       merge_checkpoints
     ws.continual  new beside old                  WeightAligning, align_weights_
     ws.certify    what weights guarantee          bounds, verified_error, CertifiedTraining
+    ws.search     which weights to have           evolve, SearchSpace, SuperNet, gan
     ws.diagnose   what weights tell               effective_rank, LazinessProbe
     ws.fold_      bake every parametrization into plain weights
     ws.select     which modules a ``where=`` argument means
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         quantize,
         reparam,
         reweight,
+        search,
     )
     from weightsmith.core.fold import fold_
     from weightsmith.core.select import select
@@ -52,6 +54,7 @@ ROOMS = (
     "average",
     "continual",
     "certify",
+    "search",
     "diagnose",
 )
 """The folders of techniques, in the order of a weight's life. Import rules, API pages and navigation follow it."""
@@ -73,6 +76,7 @@ __all__ = [
     "quantize",
     "reparam",
     "reweight",
+    "search",
     "select",
 ]
 

@@ -37,6 +37,7 @@ CONFIGS = {
     "mir-l": {"steps": 4, "warmup": 1, **SMALL},
     "meta-rescaling": {"epochs": 2, "batch_size": 8, "trusted": 4, "noises": ("symmetric",), **SMALL},
     "fast-ibp": {"epochs": 1, "kappas": (0.0,), "shares": (0.4,), "alphas": (0.5,), "attack_steps": 1, **SMALL},
+    "eagan": {"train_examples": 200, "test_examples": 12},
     "rich-lazy": {"steps": 4, "units": 12, "probe": 12, "kernel_probe": 4, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
@@ -109,6 +110,7 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("mir-l", "imp"),
         ("meta-rescaling", "rescaling"),
         ("rich-lazy", "r1-spectral"),
+        ("eagan", "evolved"),
     ],
 )
 def test_a_job_is_a_pure_function_of_config_arm_and_seed(tmp_path, slug, arm):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from weightsmith.core.weights import output_head, owners
+from weightsmith.search.supernet import SuperNet
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MATRICES = (nn.Linear, *_CONVOLUTIONS)
@@ -144,6 +145,12 @@ def _rich_lazy(model: nn.Module) -> tuple[bool, str]:
     return True, "no recurrent matrix to initialize; weightsmith diagnose measures how lazily any model has learnt"
 
 
+def _eagan(model: nn.Module) -> tuple[bool, str]:
+    if isinstance(model, SuperNet):
+        return True, f"a super-network of {model.space.size():,} architectures: search.evolve"
+    return False, "it holds no choices: write them as weightsmith.search.SuperNet to search among architectures"
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
@@ -168,5 +175,6 @@ RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
     "bone": _bone,
     "mwa": _mwa,
     "weight-aligning": _weight_aligning,
+    "eagan": _eagan,
 }
 """A rule per available technique, in the order of the list of techniques."""

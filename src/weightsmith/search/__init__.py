@@ -8,17 +8,17 @@
 | ``Trainer``, ``EvolveOptions``, ``Resources`` | how shared weights are trained, how the search runs, on what |
 | ``Individual``, ``SearchResult`` | what an evaluation is given, what a search returns |
 | ``cars_selector`` | the selection of EAGAN's released code |
-| ``count_parameters``, ``zero_unsampled_grads_`` | for trainers and objectives |
+| ``count_parameters`` | for objectives |
 | ``gan`` | search spaces, networks, losses, scores and both stages for generative adversarial networks |
 """
 
-from weightsmith.search import gan
+from weightsmith.search import gan as gan
 from weightsmith.search.engines import EvaluationFailed, Resources
 from weightsmith.search.evaluation import Individual
 from weightsmith.search.evolve import EvolveOptions, Trainer, cars_selector, evolve
 from weightsmith.search.records import Generation, Scored, SearchResult
 from weightsmith.search.space import Gene, SearchSpace
-from weightsmith.search.supernet import Choice, SuperNet, count_parameters, zero_unsampled_grads_
+from weightsmith.search.supernet import Choice, SuperNet, count_parameters
 
 __all__ = [
     "Choice",
@@ -36,6 +36,4 @@ __all__ = [
     "cars_selector",
     "count_parameters",
     "evolve",
-    "gan",
-    "zero_unsampled_grads_",
 ]

@@ -49,7 +49,7 @@ def discriminator_step(
         real: ``(B, C, H, W)`` in [-1, 1].
         z: ``(B, L)``.
         clip_norm: Largest norm of the gradient.
-        zero_unsampled: See `weightsmith.search.zero_unsampled_grads_`.
+        zero_unsampled: See `weightsmith.search.supernet.zero_unsampled_grads_`.
 
     Returns:
         The loss.

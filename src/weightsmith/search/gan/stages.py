@@ -45,7 +45,7 @@ class StageOptions:
         betas: Of Adam.
         n_critic: Discriminator steps per generator step; the paper's code has 1 in stage 1 and 5 in stage 2.
         subnets_per_step: Sub-networks whose gradients are averaged in a step of stage 1.
-        zero_unsampled: Treat missing gradients as zeros, see `weightsmith.search.zero_unsampled_grads_`.
+        zero_unsampled: Treat missing gradients as zeros, see `weightsmith.search.supernet.zero_unsampled_grads_`.
     """
 
     warm_up: int = 62_500
