@@ -1,4 +1,4 @@
-"""What the average of LCIA adds to a training step: time beside the authors' loop, memory beside the trained parameters.
+"""What the average of LCIA adds to a training step: time beside the authors' loop, and memory.
 
     OMP_NUM_THREADS=1 python benchmarks/lcia.py [--model FOLDER] [--rank N] [--rounds N]
 
