@@ -12,6 +12,7 @@ from weightsmith.experiments import (
     adamp,
     bone,
     flexround,
+    lcia,
     mwa,
     ofq,
     rich_lazy,
@@ -34,6 +35,7 @@ CONFIGS = {
     "mwa": {"pretrain_steps": 3, "steps": 6, "save_every": 1, **SMALL},
     "flexround": {"epochs": 1, "iterations": 3, "samples": 16, **SMALL},
     "weight-aligning": {"epochs": 1, "increments": 3, **SMALL},
+    "lcia": {"epochs": 2, "batch_size": 8, "fisher": 4, "train_examples": 120, "test_examples": 12},
     "mir-l": {"steps": 4, "warmup": 1, **SMALL},
     "steer": {"steps": 2, "warmup_steps": 3},
     "dynamic-reward-weighting": {"steps": 2, "warmup_steps": 3},
@@ -109,6 +111,7 @@ def test_ofq_runs_on_sentences_too(tmp_path):
         ("mwa", "loss"),
         ("flexround", "flexround"),
         ("weight-aligning", "bic"),
+        ("lcia", "lcia"),
         ("mir-l", "imp"),
         ("meta-rescaling", "rescaling"),
         ("rich-lazy", "r1-spectral"),
@@ -250,6 +253,9 @@ def test_a_taught_student_has_the_gradients_of_the_distillation_loss():
         (weight_aligning, {"increments": 0}, "increments must be above 0"),
         (rich_lazy, {"lr": 0.0}, "lr must be above 0"),
         (weight_aligning, {"task": "language"}, "task must be a classification"),
+        (lcia, {"task": "language"}, "task must be images or questions"),
+        (lcia, {"kinds": ("0", "0")}, "must name at least two tasks, each once"),
+        (lcia, {"kappa": 0.0}, "kappa must be above 0"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_job(module, changes, message):

@@ -22,6 +22,7 @@ from weightsmith.average.adapters import open_adapters
 from weightsmith.average.checkpoints import RunCheckpoint, checkpoint_losses
 from weightsmith.average.sources import check_same_tensors, open_places
 from weightsmith.average.stream import Mean
+from weightsmith.continual import ContinualTuner, ForgettingMeter, InstructionRouter
 from weightsmith.core import json_files
 from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
 from weightsmith.core.display import markdown, markdown_link, markup, printable
@@ -63,6 +64,34 @@ def json_object(folder: Path) -> Entry:
     )
     shape = {"weight_map": {str: str}, "n?": ([float], None)}
     return Entry(file, "json", lambda: json_files.read_json(file, shape))
+
+
+def routed_instructions(folder: Path) -> Entry:
+    file = folder / "router.json"
+    router = InstructionRouter()
+    router.commit(1, ["Add the numbers", "Sum \u2028 them"])
+    router.save(file)
+
+    def read() -> None:
+        other = InstructionRouter()
+        other.load(file)
+        if other.groups:
+            other.assign(["Add the numbers"])
+
+    return Entry(file, "json", read, share=0.1)
+
+
+def continual_groups(folder: Path) -> Entry:
+    tuner = ContinualTuner(nn.Linear(2, 1), folder=folder)
+    with tuner.task(["Add the numbers"]):
+        pass
+    return Entry(folder / "continual.json", "json", lambda: ContinualTuner(nn.Linear(2, 1), folder=folder), share=0.02)
+
+
+def forgetting_table(folder: Path) -> Entry:
+    file = folder / "forgetting.csv"
+    file.write_text('after,sums,"a, b"\n(before),1.5,nan\nsums,100.0,2e1\n', encoding="utf-8")
+    return Entry(file, "text", lambda: str(ForgettingMeter({"sums": 0, "a, b": 0}, path=file).report()), share=0.5)
 
 
 def json_lines(folder: Path) -> Entry:
@@ -454,4 +483,7 @@ PARSERS = [
     lab_job_rows,
     lab_job_scores,
     lab_receipt,
+    routed_instructions,
+    continual_groups,
+    forgetting_table,
 ]

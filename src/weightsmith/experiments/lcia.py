@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weightsmith.continual import EWC, ContinualTuner, InstructionRouter, transfer
 from weightsmith.core.errors import UsageError, require
 from weightsmith.core.outputs import logits_of
-from weightsmith.experiments.streams import Stage, images, instructions, together
+from weightsmith.experiments.streams import Stage, check_names, stages_of, together
 from weightsmith.lab.data.instructions import SETS
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
@@ -140,21 +140,16 @@ def check(config: Config) -> None:
             raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
     if config.rank < 0:
         raise UsageError(f"rank must be at least 0, got {config.rank}")
-    if config.task not in ("images", "questions") or config.loss or config.metric:
-        raise UsageError(f"task must be images or questions with their own loss and metric, got {config.task}")
-    name = "sets" if config.task == "questions" else "kinds"
-    names = getattr(config, name)
-    if len(set(names)) < max(2, len(names)):
-        raise UsageError(f"{name} must name at least two tasks, each once, got {', '.join(names) or 'none'}")
+    if config.loss or config.metric:
+        raise UsageError("loss and metric must be those of the task: what is compared is the mean over tasks")
+    check_names(config.task, {"images": config.kinds, "questions": config.sets})
     if config.rank:
         require("peft", extra="hf", purpose="LoRA")
 
 
 @lru_cache(maxsize=1)
 def _stages(config: Config) -> list[Stage]:
-    if config.task == "questions":
-        return instructions(config, config.sets, config.prompts)
-    return images(config, config.kinds)
+    return stages_of(config, kinds=config.kinds, sets=config.sets, prompts=config.prompts)
 
 
 def task(config: Config) -> Task:

@@ -1,7 +1,7 @@
 """Tasks that arrive one after another, for one model: related images, or instructions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,6 +32,26 @@ class Stage:
     name: str
     instructions: tuple[str, ...]
     task: Task
+
+
+def stages_of(
+    config: TaskConfig, *, kinds: tuple[str, ...], sets: tuple[str, ...], prompts: tuple[str, ...]
+) -> list[Stage]:
+    """The tasks in their order, as `images` or `instructions` makes them."""
+    return images(config, kinds) if config.task == "images" else instructions(config, sets, prompts)
+
+
+def check_names(task: str, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a task that makes no sequence, and sequences that are none.
+
+    Raises:
+        UsageError: Names what is wrong.
+    """
+    if task not in names:
+        raise UsageError(f"task must be {' or '.join(names)}, got {task}")
+    given = names[task]
+    if len(set(given)) < max(2, len(given)):
+        raise UsageError(f"kinds and sets must name at least two tasks, each once, got {', '.join(given) or 'none'}")
 
 
 def images(config: TaskConfig, kinds: tuple[str, ...]) -> list[Stage]:

@@ -166,6 +166,14 @@ def _eagan(model: nn.Module) -> tuple[bool, str]:
     return False, "it holds no choices: write them as weightsmith.search.SuperNet to search among architectures"
 
 
+def _lcia(model: nn.Module) -> tuple[bool, str]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        return False, "no trainable parameter"
+    size = 2 * sum(parameter.numel() * max(4, parameter.element_size()) for parameter in trained)
+    return True, f"for tasks that arrive in steps; {size / 2**20:,.1f} MiB of state for what is trainable now"
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
@@ -192,6 +200,7 @@ RULES: dict[str, Callable[[nn.Module], tuple[bool, str]]] = {
     "bone": _bone,
     "mwa": _mwa,
     "weight-aligning": _weight_aligning,
+    "lcia": _lcia,
     "eagan": _eagan,
 }
 """A rule per available technique, in the order of the list of techniques."""
