@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,7 +131,10 @@ def test_a_search_that_was_stopped_in_training_goes_on_to_the_same_end(tmp_path,
 
 
 def test_more_generations_can_be_added_to_a_finished_search(tmp_path):
-    search(folder=tmp_path, options=EvolveOptions(population=8, generations=2))
+    search(folder=tmp_path, options=replace(OPTIONS, generations=2))
+    longer = search(folder=tmp_path, options=replace(OPTIONS, generations=4))
+    whole = search(folder=tmp_path / "whole", options=replace(OPTIONS, generations=4))
+    assert longer.generations == whole.generations
     with pytest.raises(UsageError, match=r"other settings \(seed\)"):
         search(folder=tmp_path, seed=1)
     with pytest.raises(UsageError, match=r"other settings \(options\)"):

@@ -164,7 +164,7 @@ def evolve(
             _advance(state, space, objectives, options, trainer, model, evaluate_all, seed)
             if where is not None:
                 save(where, state, model, trainer)
-            if state.phase == "train" and state.generations and len(state.generations) == state.generation:
+            if state.phase == "select":
                 progress(state.generations[-1])
     return SearchResult(tuple(state.generations), tuple(objectives), state.stopped)
 
@@ -179,7 +179,7 @@ def _advance(
     evaluate_all: EvaluateAll,
     seed: int,
 ) -> None:
-    """Do the next phase: warm up, train, or evaluate and select."""
+    """Do the next phase: warm up, select, train, or evaluate."""
     number = state.generation
     if state.phase == "warm up":
         drawn = derived(seed, 0, "warm up")
@@ -200,17 +200,20 @@ def _advance(
             trainer.train(model, state.population, drawn)
         state.failed = trainer.failed
         state.phase = "evaluate"
+    elif state.phase == "select":
+        last = state.generations[-1]
+        trainer.selected(model, SearchResult((last,), tuple(objectives)).best_slot)
+        rng = np.random.default_rng(derived(seed, number - 1, "vary"))
+        _next_population(state, space, last.scored, options, rng)
+        state.phase = "train"
     else:
         shared = derived(seed, number, "evaluate")
         asked = [Individual(genotype, slot, number, shared) for slot, genotype in enumerate(state.population)]
         found = dict(evaluate_all({} if model is None else model.state_dict(), asked))
         scored = _scored(state, [found[slot] for slot in range(len(asked))], objectives)
         state.generations.append(Generation(number, scored))
-        best = SearchResult((state.generations[-1],), tuple(objectives)).best_slot
-        if number + 1 < options.generations:
-            trainer.selected(model, best)
-            _next_population(state, space, scored, options, np.random.default_rng(derived(seed, number, "vary")))
-        state.generation, state.phase = number + 1, "train"
+        # selection waits for the next generation: a finished search can be given more of them
+        state.generation, state.phase = number + 1, "select"
 
 
 def _scored(state: State, found: Sequence[Values], objectives: Mapping[str, Direction]) -> tuple[Scored, ...]:

@@ -27,7 +27,7 @@ class State:
     Attributes:
         asked: What it was asked for, in words.
         generation: The one in progress.
-        phase: What comes next in it: ``"warm up"``, ``"train"`` or ``"evaluate"``.
+        phase: What comes next in it: ``"warm up"``, ``"select"``, ``"train"`` or ``"evaluate"``.
         population: Its individuals.
         seen: All genotypes that were ever in a population.
         generations: What is finished.
