@@ -67,7 +67,8 @@ def reference(room: str) -> str:
     leading = [public for public in names if public.endswith("_") or f"{name}.{public}" in cards]
     others = [public for public in names if public not in leading]
     text = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      members: false\n"
-    text += "".join(f"\n::: {path(name, public)}\n" for public in leading)
+    below = [public for public in sorted(cards) if public.startswith(f"{name}.") and public.count(".") > 2]
+    text += "".join(f"\n::: {found}\n" for found in [*(path(name, public) for public in leading), *below])
     return text + folded("What these take and return", [path(name, public) for public in others])
 
 

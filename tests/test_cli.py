@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from weightsmith import cli, techniques
-from weightsmith.cli import cards
+from weightsmith import cli
+from weightsmith.cli import cards, run
 from weightsmith.techniques import TECHNIQUES
 
 
@@ -214,10 +215,11 @@ def test_bad_usage_says_what_is_wrong_and_exits_with_2(call, words, message):
 
 
 def test_a_technique_that_is_not_in_yet_is_said_to_be_announced(call, monkeypatch):
-    monkeypatch.setattr(techniques.Technique, "available", property(lambda card: card.slug == "adamp"))
-    code, text = call("run", "steer")
+    announced = replace(TECHNIQUES[0], slug="sixteen", experiment=None)
+    monkeypatch.setattr(run, "technique", lambda _: announced)
+    code, text = call("run", "sixteen")
     assert code == 2
-    assert "steer is announced but not in this version yet; available: adamp" in text
+    assert "sixteen is announced but not in this version yet; available: fast-ibp" in text
 
 
 def test_a_hub_id_without_network_says_how_to_do_without(call, monkeypatch):
