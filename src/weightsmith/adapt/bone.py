@@ -19,7 +19,7 @@ Performance and Efficiency with Simple Shard Sharing" (v10).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -155,7 +155,8 @@ def bone_linear(
     if not weight.requires_grad if fused is None else fused:
         kernel, trained = _kernel(block, variant, out, width)
         y = kernel.apply(x.reshape(-1, width), weight, bias, trained)
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out])  # as F.linear does: FSDP wants no views for outputs
+        # as F.linear does: FSDP wants no views for outputs
+        return cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out]))
     if variant in ("col", "free"):
         return F.linear(x, weight + bone_delta(weight, block.to(weight.dtype), variant), bias)
     change, correction = activations(x, block, variant)
@@ -188,7 +189,8 @@ def activations(x: Tensor, block: Tensor, variant: Variant) -> tuple[Tensor | No
 def add_tiled(y: Tensor, correction: Tensor) -> Tensor:
     """Add ``(..., m)`` to each of the ``out / m`` slices of ``y (..., out)``, in the dtype of ``y``."""
     m = correction.shape[-1]
-    return (y.unflatten(-1, (-1, m)) + correction.unsqueeze(-2)).flatten(-2).to(y.dtype)
+    tiles: Tensor = y.unflatten(-1, (-1, m))
+    return (tiles + correction.unsqueeze(-2)).flatten(-2).to(y.dtype)
 
 
 def autocast(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def block_sum(x: Tensor, r: int, dim: int = -1) -> Tensor:
         ``x`` with ``r`` entries along ``dim``.
     """
     tail = x.shape[dim] % r
-    total = x.narrow(dim, 0, x.shape[dim] - tail).unflatten(dim, (-1, r)).sum(dim - 1)
+    total: Tensor = x.narrow(dim, 0, x.shape[dim] - tail).unflatten(dim, (-1, r)).sum(dim - 1)
     if tail:
         total.narrow(dim, 0, tail).add_(x.narrow(dim, -tail, tail))
     return total
@@ -205,9 +205,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _slices(y: Tensor, m: int) -> Tensor:
     """View ``(N, width)`` as ``(N, width // m, m)``; a tail is left out."""
-    return y[:, : y.shape[1] // m * m].unflatten(1, (-1, m))
+    tiles: Tensor = y[:, : y.shape[1] // m * m].unflatten(1, (-1, m))
+    return tiles
 
 
 def _by_slice(x: Tensor, r: int) -> Tensor:
     """View ``(N, in)`` as ``(in / r, N, r)``."""
-    return x.unflatten(1, (-1, r)).transpose(0, 1)
+    blocks: Tensor = x.unflatten(1, (-1, r))
+    return blocks.transpose(0, 1)

@@ -56,7 +56,7 @@ class BoneLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer with its active adapters."""
         if self.bone_merged or not self.bone_active:
-            return self.plain.forward(self, x)
+            return cast(Tensor, self.plain.forward(self, x))
         return self.adapted(x, list(self.acting()))
 
     def acting(self) -> Iterator[tuple[Form, Tensor]]:
@@ -132,7 +132,7 @@ class _Linear(BoneLayer):
             change, correction = activations(source, block, form.variant)
             inner = inner if change is None else inner + change
             corrections.append(correction)
-        y = self.plain.forward(self, inner)
+        y: Tensor = self.plain.forward(self, inner)
         for correction in corrections:
             y = add_tiled(y, correction)
         return y
@@ -146,7 +146,7 @@ class _Conv1D(_Linear):
 class _Convolution(BoneLayer):
     def adapted(self, x: Tensor, adapters: list[tuple[Form, Tensor]]) -> Tensor:
         conv = cast(nn.Conv2d, self)
-        y = self.plain.forward(self, x)
+        y: Tensor = self.plain.forward(self, x)
         for form, block in adapters:
             source, block = autocast(F.dropout(x, form.dropout, self.training), block)
             wide = torch.promote_types(source.dtype, block.dtype)
@@ -160,7 +160,7 @@ class _Convolution(BoneLayer):
 class _Embedding(BoneLayer):
     def adapted(self, x: Tensor, adapters: list[tuple[Form, Tensor]]) -> Tensor:
         embedding = cast(nn.Embedding, self)
-        y = self.plain.forward(self, x)
+        y: Tensor = self.plain.forward(self, x)
         for _, block in adapters:
             rows = F.embedding(x, block.T, embedding.padding_idx)
             copies = -(-y.shape[-1] // rows.shape[-1])

@@ -1,7 +1,7 @@
 """``accelerate_peft_``: our forward and backward pass under an unchanged PEFT model."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -66,7 +66,7 @@ def _fused_class(miss_linear: type[Any]) -> type[nn.Module]:
                     and self.miss_fn != "bat"
                 )
             ):
-                return super().forward(x, *args, **kwargs)
+                return cast(Tensor, super().forward(x, *args, **kwargs))
             variant: Variant = _VARIANTS.get(self.miss_fn, "miss")
             return bone_linear(x, base.weight, base.bias, block, variant).to(x.dtype)
 

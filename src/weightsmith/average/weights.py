@@ -79,7 +79,8 @@ def decay_weights(steps: Sequence[int], decay: Decay = "1-sqrt") -> NDArray[np.f
     t = (at - at[0]) / (at[-1] - at[0])
     means = np.diff(_DECAYED[decay](t)) / np.diff(t)
     weights = -np.diff(means, prepend=1.0, append=0.0)
-    return np.maximum(weights, 0.0) / np.maximum(weights, 0.0).sum()
+    raw: NDArray[np.float64] = np.maximum(weights, 0.0)
+    return raw / float(raw.sum())
 
 
 def metric_weights(
@@ -131,8 +132,8 @@ def metric_weights(
     bad = np.flatnonzero(~np.isfinite(m))
     if len(bad):
         raise UsageError(f"values[{bad[0]}] must be finite, got {m[bad[0]]}")
-    raw = np.exp(_log_raw(m if metric != "loss" else -m, m, metric, scheme, penalty))
-    total = raw.sum()
+    raw: NDArray[np.float64] = np.exp(_log_raw(m if metric != "loss" else -m, m, metric, scheme, penalty))
+    total = float(raw.sum())
     if total == 0:
         raise UsageError(f"all raw weights are 0: {metric} {m.tolist()} with scheme {scheme!r} and penalty {penalty}")
     return raw / total
@@ -151,15 +152,16 @@ def _log_raw(
         with np.errstate(divide="ignore", over="ignore"):  # the logarithm of step 0 is -inf: weight 0
             logs = np.log(m) if metric != "loss" else -np.log(m)
             return (logs - logs.max()) * p if np.isfinite(logs.max()) else logs
-    if scheme == "linear" and good.max() > good.min():
+    best, worst = float(good.max()), float(good.min())
+    if scheme == "linear" and best > worst:
         with np.errstate(divide="ignore"):
-            return np.log1p(-p * (good.max() - good) / (good.max() - good.min()))
+            return np.log1p(-p * (best - good) / (best - worst))
     if scheme == "softmax":
         with np.errstate(over="ignore"):
-            return (good - good.max()) / p
+            return (good - best) / p
     if scheme == "rank":
-        better = (good[None, :] > good[:, None]).sum(axis=1)
-        return better * np.log(p)
+        better: NDArray[np.float64] = (good[None, :] > good[:, None]).sum(axis=1, dtype=np.float64)
+        return better * float(np.log(p))
     if scheme == "ema":
-        return np.arange(len(m))[::-1] * np.log(p)
+        return np.arange(len(m), dtype=np.float64)[::-1] * float(np.log(p))
     return np.zeros_like(m)

@@ -111,7 +111,8 @@ class Checkpoint(Mapping[str, Tensor]):
             raise KeyError(f"{name!r} is not in {self.path}; {near(name, self._shard)}")
         with _open(self._shard[name]) as file:
             try:
-                return file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
             except (SafetensorError, RuntimeError, TypeError, ValueError) as error:  # of a dtype that torch lacks, say
                 raise UsageError(f"{brief(name)} in {self._shard[name]} cannot be read: {reason(error)}") from error
 

@@ -98,7 +98,7 @@ def _of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
 
 def _evaluate(slot: _Site) -> Tensor:
     with evaluating(slot.held):  # a parametrization with training-time state (spectral norm) must not advance it
-        return getattr(slot.module, slot.attribute).detach().clone()
+        return cast(Tensor, getattr(slot.module, slot.attribute)).detach().clone()
 
 
 def _tied(slots: list[_Site]) -> list[list[int]]:

@@ -4,6 +4,8 @@ Rounding has zero gradient almost everywhere; the straight-through estimator (Be
 takes the gradient of the identity instead.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
         x: Any shape, floating point; receives the gradient.
         value: Same shape; what the result equals, to the last bit.
     """
-    return _StraightThrough.apply(x, value.detach())
+    result: Tensor = cast(Any, _StraightThrough).apply(x, value.detach())
+    return result
 
 
 def round_ste(x: Tensor) -> Tensor:

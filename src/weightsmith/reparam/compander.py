@@ -15,7 +15,7 @@ IJCNN 2023, arXiv 2306.16993.
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,8 @@ class WeightCompander(nn.Module):
         # compilers fuse plain operations better than they see through a Function; torch.func needs them
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return _evaluate(v, a, b, self.curve)
-        return _Compand.apply(v, a, b, self.curve)
+        w: Tensor = cast(Any, _Compand).apply(v, a, b, self.curve)
+        return w
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return ``v = b * phi^-1(w / a)``, shaped like ``w`` (eq. 4).
