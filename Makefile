@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow fuzz models bench docs tables fmt clean
+.PHONY: demo test coverage test-slow fuzz models bench docs tables fmt clean
 
 demo: $(CORE)  ## run the main job on bundled data
 	$(BIN)/weightsmith run mwa
@@ -19,6 +19,9 @@ test: $(INSTALLED) $(MODELS)  ## everything CI checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
+
+coverage: $(INSTALLED) $(MODELS)  ## the same tests, and which lines they reach
 	$(BIN)/pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=term:skip-covered
 
 test-slow: $(INSTALLED) $(MODELS)  ## the tests that take longer

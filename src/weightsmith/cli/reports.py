@@ -46,7 +46,9 @@ def report(
     if receipt is not None:
         from weightsmith.lab.report.receipt import write_receipt
 
-        write_receipt(loaded, command or f"weightsmith run {loaded.run['slug']}", receipt)
+        preset = loaded.run.get("preset") or "laptop"
+        shown = f"weightsmith run {loaded.run['slug']}" + (f" --preset {preset}" if preset != "laptop" else "")
+        write_receipt(loaded, command or shown, receipt)
         print_line(f"Receipt: {receipt.resolve()}")
     if len(run_dirs) > 1:
         parent = Path(os.path.commonpath([folder.resolve().parent for folder in run_dirs]))
