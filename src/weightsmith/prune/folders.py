@@ -16,7 +16,7 @@ from weightsmith.core.json_files import read_json
 from weightsmith.core.pretrained import model_class
 from weightsmith.core.weights import layouts, output_layers
 from weightsmith.prune.report import PruneReport, TensorDensity
-from weightsmith.prune.scoring import check_amount, scorer, semi_structured
+from weightsmith.prune.scoring import check_amount, pattern_sizes, scorer, semi_structured
 from weightsmith.prune.sparse import save_sparse
 from weightsmith.prune.targets import groups_of
 from weightsmith.prune.thresholds import Ranked, prune_ranked
@@ -152,12 +152,10 @@ def _masks(
 ) -> Iterator[tuple[str, Tensor]]:
     weights = {name: stored[name].map() for name in members}
     if pattern is not None:
-        sizes = {"2:4": (2, 4), "4:8": (4, 8)}
-        if pattern not in sizes:
-            raise UsageError(f"pattern must be one of {', '.join(sizes)}, got {pattern!r}")
+        keep, of = pattern_sizes(pattern)
         for name, weight in weights.items():
             try:
-                yield name, semi_structured(weight, *sizes[pattern])
+                yield name, semi_structured(weight, keep, of)
             except UsageError as error:
                 raise UsageError(f"{name}: {error}; exclude it by a name with a leading !") from error
         return

@@ -24,7 +24,7 @@ from weightsmith.core.select import Where
 from weightsmith.core.weights import Slot, layouts, owners
 from weightsmith.prune.bits import pack_bits, unpack_bits
 from weightsmith.prune.report import PruneReport, TensorDensity
-from weightsmith.prune.scoring import Score, check_amount, check_score, scorer, semi_structured
+from weightsmith.prune.scoring import Score, check_amount, check_score, pattern_sizes, scorer, semi_structured
 from weightsmith.prune.targets import find_named, find_weights, groups_of
 from weightsmith.prune.thresholds import Ranked, prune_ranked
 
@@ -324,13 +324,11 @@ class MagnitudePruner:
         return self.seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
     def _prune_pattern(self, pattern: str) -> None:
-        sizes = {"2:4": (2, 4), "4:8": (4, 8)}
-        if pattern not in sizes:
-            raise UsageError(f"pattern must be one of {', '.join(sizes)}, got {pattern!r}")
+        keep, of = pattern_sizes(pattern)
         fresh = {}
         for name, weight in self._weights():
             try:
-                fresh[name] = semi_structured(weight * self._mask(name, weight), *sizes[pattern])
+                fresh[name] = semi_structured(weight * self._mask(name, weight), keep, of)
             except UsageError as error:
                 raise UsageError(f"{name}: {error}; leave it out of where=") from error
         for name, mask in fresh.items():

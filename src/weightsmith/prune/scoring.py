@@ -63,6 +63,18 @@ def check_amount(amount: float) -> float:
     return float(amount)
 
 
+def pattern_sizes(pattern: str) -> tuple[int, int]:
+    """How many entries of how many a pattern keeps: ``"2:4"`` or ``"4:8"``.
+
+    Raises:
+        UsageError: The pattern is another.
+    """
+    sizes = {"2:4": (2, 4), "4:8": (4, 8)}
+    if pattern not in sizes:
+        raise UsageError(f"pattern must be one of {', '.join(sizes)}, got {pattern!r}")
+    return sizes[pattern]
+
+
 def semi_structured(weight: Tensor, keep: int, of: int) -> Tensor:
     """Mask that keeps the ``keep`` largest of every ``of`` neighbors along the inputs, as 2:4 kernels want it.
 

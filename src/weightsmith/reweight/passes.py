@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.outputs import logits_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """``(model, batch) -> (logits (B, C), labels (B,))``."""
@@ -42,19 +43,14 @@ def forward_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         output = model(**inputs)
     else:
         output = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-    return logits_of(output), labels
+    return _logits_of(output), labels
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits of whatever a classifier returns."""
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise UsageError(f"the model returns {type(output).__name__}, which holds no logits: give a forward_fn")
-    return found
+def _logits_of(output: Any) -> Tensor:
+    try:
+        return logits_of(output)
+    except UsageError as error:
+        raise UsageError(f"{error}: give a forward_fn") from None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
