@@ -1,4 +1,7 @@
-"""Turn the committed receipts, ``docs/measured/<slug>/receipt.json``, into the gallery and the figures of cards."""
+"""Turn the committed receipts into the gallery and the figures of cards.
+
+``docs/measured/<slug>/receipt.json`` is the answer on the bundled data; other files beside it ask again on others.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,38 +16,53 @@ ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Measured
 
 What the experiments gave on a machine with two CPU cores, as it fell, also where a claim did not hold. This page is
-written from the committed results, `docs/measured/<technique>/receipt.json`, by `make tables`;
+written from the committed results, `docs/measured/<technique>/*.json`, by `make tables`;
 `weightsmith verify docs/measured/mwa/receipt.json` repeats one seed of a result and compares. What the verdicts mean is
 told in [the lab](lab.md#what-a-verdict-means).
 """
 
 
-def receipts() -> dict[str, dict[str, Any]]:
-    """Every committed result by slug, in the order of the techniques."""
-    paths = {card.slug: ROOT / "docs" / "measured" / card.slug / "receipt.json" for card in TECHNIQUES}
-    return {slug: read_receipt(path) for slug, path in paths.items() if path.is_file()}
+def receipts() -> dict[str, list[dict[str, Any]]]:
+    """The committed results of each technique, in the order of the techniques."""
+    found = {}
+    for technique in TECHNIQUES:
+        paths = sorted((ROOT / "docs" / "measured" / technique.slug).glob("*.json"))
+        if paths:
+            paths.sort(key=lambda path: path.name != "receipt.json")
+            found[technique.slug] = [read_receipt(path) for path in paths]
+    return found
 
 
 def gallery() -> str:
     """The page over all results."""
     parts = [INTRODUCTION]
-    for slug, receipt in receipts().items():
+    for slug, results in receipts().items():
         title = next(card.title for card in TECHNIQUES if card.slug == slug)
-        parts += [f"## {title}\n", f"```console\n$ {receipt['command']}\n```\n", answer(receipt), claims(receipt)]
-        parts += [arms(receipt), f"More in [the method card](techniques/{slug}.md).\n"]
+        parts.append(f"## {title}\n")
+        for receipt in results:
+            parts += [command(receipt), answer(receipt), claims(receipt), arms(receipt)]
+        parts.append(f"More in [the method card](techniques/{slug}.md).\n")
     return "\n".join(parts)
 
 
-def card(receipt: dict[str, Any]) -> str:
-    """What a method card says of the committed result."""
-    return f"```console\n$ {receipt['command']}\n```\n\n{answer(receipt)}\n{claims(receipt)}"
+def card(results: list[dict[str, Any]]) -> str:
+    """What a method card says of the committed results."""
+    return "\n".join(f"{command(receipt)}\n{answer(receipt)}\n{claims(receipt)}" for receipt in results)
+
+
+def command(receipt: dict[str, Any]) -> str:
+    """What gave a result."""
+    return f"```console\n$ {receipt['command']}\n```\n"
 
 
 def summary() -> str:
     """Three results for the front page: for each verdict the primary claim with the most seeds."""
     lines = ["| command | asked | found |", "|---|---|---|"]
     claims = [
-        (receipt, claim) for receipt in receipts().values() for claim in receipt["claims"] if claim["claim"]["primary"]
+        (receipt, claim)
+        for receipt, *_ in receipts().values()
+        for claim in receipt["claims"]
+        if claim["claim"]["primary"]
     ]
     for verdict in ("supported", "no relevant effect", "undecided"):
         found = [pair for pair in claims if pair[1]["verdict"] == verdict]

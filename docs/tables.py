@@ -99,9 +99,9 @@ def pages() -> dict[Path, str]:
         if technique.available:
             page = ROOT / f"docs/techniques/{technique.slug}.md"
             found[page] = f'--8<-- "src/weightsmith/cards/{technique.slug}.md"\n'
-    for slug, receipt in measured.receipts().items():
+    for slug, results in measured.receipts().items():
         page = ROOT / f"src/weightsmith/cards/{slug}.md"
-        found[page] = between(page.read_text(), "measured", measured.card(receipt))
+        found[page] = between(page.read_text(), "measured", measured.card(results))
     return found
 
 
