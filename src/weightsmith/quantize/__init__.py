@@ -29,7 +29,7 @@ takes the folder first.
 from weightsmith.quantize.after_training.activations import Activations, quantize_activations_
 from weightsmith.quantize.after_training.flexround import FlexRound
 from weightsmith.quantize.after_training.lrq import LRQ
-from weightsmith.quantize.after_training.reconstruct import LearningOptions
+from weightsmith.quantize.after_training.options import LearningOptions
 from weightsmith.quantize.after_training.verbs import adaquant_, adaround_, flexround_, round_to_nearest_
 from weightsmith.quantize.formats.export import export_onnx, load_quantized, save_quantized
 from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights

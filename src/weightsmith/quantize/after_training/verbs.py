@@ -16,15 +16,10 @@ from weightsmith.quantize.after_training.blocks import Blocks
 from weightsmith.quantize.after_training.calibration import Calibration
 from weightsmith.quantize.after_training.flexround import FlexRound
 from weightsmith.quantize.after_training.lrq import LRQ, saves
-from weightsmith.quantize.after_training.reconstruct import (
-    Done,
-    LearningOptions,
-    OnBlock,
-    Recipe,
-    choose_grids,
-    reconstruct_,
-)
+from weightsmith.quantize.after_training.options import LearningOptions, Recipe
+from weightsmith.quantize.after_training.reconstruct import OnBlock, reconstruct_
 from weightsmith.quantize.after_training.rtn import RoundToNearest
+from weightsmith.quantize.after_training.survey import Done, choose_grids
 from weightsmith.quantize.after_training.targets import choose_targets, left_out
 from weightsmith.quantize.grid import Grid, as_grid
 from weightsmith.quantize.report import BlockReport, Report, count_bytes, report_layer
