@@ -172,7 +172,7 @@ def _head(config: Config, model: nn.Module, classes: int) -> str:
     if config.head:
         find_head(model, config.head)
         return config.head
-    fitting = [
+    fitting: list[str] = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[0] == classes
@@ -192,7 +192,6 @@ class _Run:
     order: ClassOrder
     labels: Tensor
     wa: WeightAligning
-    reserve: int = 0
     lines: list[tuple[int, int, float, float]] = field(default_factory=list)
 
     def read_logits(self, logits: Tensor) -> Tensor:

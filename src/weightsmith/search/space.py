@@ -109,7 +109,8 @@ class SearchSpace:
 
     def size(self) -> int:
         """Number of valid genotypes."""
-        return self._valid_cells**self.cells
+        size: int = self._valid_cells**self.cells
+        return size
 
     def sample(self, rng: np.random.Generator) -> Genotype:
         """Draw uniformly from the valid genotypes, by rejection.
@@ -196,11 +197,6 @@ class SearchSpace:
     def _set(self, cell: Cell, gene: int, value: int, rng: np.random.Generator) -> Cell:
         changed = (*cell[:gene], value, *cell[gene + 1 :])
         return changed if self.coupled is None else self.coupled(changed, gene, rng)
-
-
-def differing_genes(one: Genotype, other: Genotype) -> int:
-    """Number of genes in which two genotypes differ."""
-    return sum(a != b for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True))
 
 
 def different(genotypes: Iterable[Genotype]) -> list[Genotype]:
