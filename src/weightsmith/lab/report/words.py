@@ -139,7 +139,8 @@ def _one_verdict(name: str, judgement: Judgement) -> str:
     if judgement.too_few == "examples" and judgement.seeds_needed is None:
         return f"{name} is undecided, and more seeds would not help: the test set is too small"
     more = (judgement.seeds_needed or 0) - judgement.n
-    return f"{name} is undecided: {f'about {more} ' if more > 0 else ''}more seeds are needed"
+    needed = f"about {more} more seeds are" if more > 1 else "about 1 more seed is" if more == 1 else "more seeds are"
+    return f"{name} is undecided: {needed} needed"
 
 
 def _on_what(report: Report) -> str:
