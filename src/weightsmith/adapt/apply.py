@@ -119,7 +119,7 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         layer.bone_forms[adapter_name] = Form(config.variant, config.dropout, config.fused)
     _block_fast_path(model)
     if len(registry.configs) == 1:
-        model.register_load_state_dict_pre_hook(_check_merged)
+        model.register_load_state_dict_pre_hook(_check_merged)  # type: ignore[no-untyped-call]
     set_adapter_(model, adapter_name)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.enable_input_require_grads()  # type: ignore[operator]  # reentrant checkpoints need an input with one

@@ -151,7 +151,7 @@ class Adapters:
                 if mode == "svd":
                     try:
                         a, b, self.discarded[pair.module] = best_of_rank(a, b, rank)
-                    except torch.linalg.LinAlgError as error:
+                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                         raise UsageError(f"the update of {brief(pair.module)} is too large: {reason(error)}") from error
                 short = rank - len(a)
                 yield narrowed(torch.nn.functional.pad(a, (0, 0, 0, short)), dtype, pair.a).contiguous()

@@ -24,7 +24,7 @@ Metric = Literal["loss", "steps", "score"]
 Scheme = Literal["power", "linear", "softmax", "rank", "ema", "uniform"]
 Decay = Literal["cosine", "linear", "1-sqrt"]
 
-_RANGES = {
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "power": ("at least 0", lambda p: p >= 0),
     "linear": ("between 0 and 1", lambda p: 0 <= p <= 1),
     "softmax": ("above 0: it is a temperature", lambda p: p > 0),

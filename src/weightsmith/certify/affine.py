@@ -25,7 +25,8 @@ def _weighted_rounding(call: Any, args: Any, kwargs: Any, out: Interval) -> Tens
     x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
     bias = None if bias is None else bias.abs()
     terms = max(weight[0].numel(), weight.numel() // max(1, out.shape[-1] if weight.dim() == 2 else weight.shape[1]))
-    return gamma(terms, weight) * call(x.center.abs() + x.radius, weight.abs(), bias, *args[3:])
+    error: Tensor = gamma(terms, weight) * call(x.center.abs() + x.radius, weight.abs(), bias, *args[3:])
+    return error
 
 
 def _sum_rounding(call: Any, args: Any, kwargs: Any, out: Interval) -> Tensor:
@@ -33,7 +34,8 @@ def _sum_rounding(call: Any, args: Any, kwargs: Any, out: Interval) -> Tensor:
     first = intervals((args, kwargs))
     terms = sum(x.sample.numel() for x in first) / max(1, out.sample.numel()) + 2
     many = replaced_by_size(args), replaced_by_size(kwargs)
-    return gamma(terms, out.sample) * call(*many[0], **many[1])
+    error: Tensor = gamma(terms, out.sample) * call(*many[0], **many[1])
+    return error
 
 
 def replaced_by_size(tree: Any) -> Any:
@@ -107,7 +109,8 @@ def placed(call: Any, args: Any, kwargs: Any) -> Interval:
 def averaged(call: Any, args: Any, kwargs: Any) -> Interval:
     """Sums with weights that are not negative."""
     x, *more = args
-    return x.linear(lambda tensor: call(tensor, *more, **kwargs))
+    found: Interval = x.linear(lambda tensor: call(tensor, *more, **kwargs))
+    return found
 
 
 @register("interpolate", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
@@ -116,7 +119,8 @@ def resized(call: Any, args: Any, kwargs: Any) -> Interval:
     """Nearest or linear interpolation; cubic has negative weights and is refused."""
     if "bicubic" in (*args[1:], *kwargs.values()):
         raise UnsupportedOperation("bicubic interpolation has negative weights and no rule")
-    return averaged(call, args, kwargs)
+    found: Interval = averaged(call, args, kwargs)
+    return found
 
 
 def _scaled(value: Any, alpha: float) -> Any:

@@ -17,7 +17,8 @@ Fn = Callable[[Tensor], Tensor]
 
 def _rounding(call: Any, args: Any, kwargs: Any, out: Interval) -> Tensor:
     """Elementary functions of math libraries are correct to a few units in the last place."""
-    return gamma(8, out.sample) * replaced_by_size(out) + torch.finfo(out.sample.dtype).tiny
+    error: Tensor = gamma(8, out.sample) * replaced_by_size(out) + torch.finfo(out.sample.dtype).tiny
+    return error
 
 
 def monotone(call: Any, args: Any, kwargs: Any) -> Interval:
@@ -206,7 +207,7 @@ def relu(call: Any, args: Any, kwargs: Any) -> Interval:
         return monotone(call, args, kwargs)
     if not torch.is_grad_enabled():
         return Interval.ball(*_ReluOfBall.forward(None, x._center, x._radius))
-    return Interval.ball(*_ReluOfBall.apply(x._center, x._radius))
+    return Interval.ball(*_ReluOfBall.apply(x._center, x._radius))  # type: ignore[no-untyped-call]
 
 
 def slope_of(x: Interval, weight: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ def normalized(call: Any, args: Any, kwargs: Any) -> Interval:
         # the others of a sum of 0 have at least this together (Cauchy and Schwarz)
         near = torch.maximum(rest_low, square / (n - 1)) if is_centered and n > 1 else rest_low
         rest = torch.where(far, rest_high, near)
-        return end * ((square + rest) / n + eps).rsqrt()
+        value: Tensor = end * ((square + rest) / n + eps).rsqrt()
+        return value
 
     return Interval(at(z.lower, z.lower > 0), at(z.upper, z.upper < 0))
 
@@ -168,19 +169,23 @@ def _normalize_planes(call: Any, args: Any, kwargs: Any) -> Planes:
 
     def s_below(t: Tensor) -> Tensor:
         v = (chord * t + chord_at).mean(axes, keepdim=True) + eps
-        return anchor.rsqrt() + slope * (v - anchor)
+        line: Tensor = anchor.rsqrt() + slope * (v - anchor)
+        return line
 
     def s_above(t: Tensor) -> Tensor:
         v = (2 * touch * t - touch.square()).mean(axes, keepdim=True) + eps
-        return fall * v + fall_at
+        line: Tensor = fall * v + fall_at
+        return line
 
     positive, negative = z.lower.clamp(min=0), z.lower.clamp(max=0)
 
     def lower(t: Tensor) -> Tensor:
-        return s_low * t + positive * s_below(t) + negative * s_above(t) - z.lower * s_low
+        plane: Tensor = s_low * t + positive * s_below(t) + negative * s_above(t) - z.lower * s_low
+        return plane
 
     def upper(t: Tensor) -> Tensor:
-        return s_high * t + positive * s_above(t) + negative * s_below(t) - z.lower * s_high
+        plane: Tensor = s_high * t + positive * s_above(t) + negative * s_below(t) - z.lower * s_high
+        return plane
 
     return Planes(lower, upper)
 
@@ -234,7 +239,8 @@ def group_norm(add: Any, x: Any, groups: int, weight: Any = None, bias: Any = No
         return t.view(-1, *[1] * (like.dim() - 2))
 
     z = add("scale", lambda t, w: t if w is None else t * view(w, t), z, weight) if weight is not None else z
-    return add("shift", lambda t, b: t if b is None else t + view(b, t), z, bias) if bias is not None else z
+    out: Node = add("shift", lambda t, b: t if b is None else t + view(b, t), z, bias) if bias is not None else z
+    return out
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -260,7 +266,8 @@ def attention(
             "size", lambda q, k: torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), q, k
         )
     weights = add("softmax", lambda t, dim: t.softmax(dim), add("scores", scores, q, k, factor, mask), -1)
-    return add("matmul", torch.matmul, weights, v)
+    out: Node = add("matmul", torch.matmul, weights, v)
+    return out
 
 
 EXPANSIONS: Mapping[Any, Expansion] = {

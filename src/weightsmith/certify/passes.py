@@ -83,7 +83,8 @@ class Pass:
     def arguments(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a node's operation with their intervals."""
         call = self.calls[node]
-        return self.fill((call.args, dict(call.kwargs)), self.values)
+        filled: tuple[tuple[Any, ...], dict[str, Any]] = self.fill((call.args, dict(call.kwargs)), self.values)
+        return filled
 
     def fill(self, tree: Any, values: Mapping[Node, Any]) -> Any:
         """Put values in the place of nodes, and parameters in the place of references to them."""

@@ -19,7 +19,8 @@ def _bilinear_planes(call: Any, args: Any, kwargs: Any) -> Planes:
         (one,) = at
 
         def alone(x: Tensor) -> Tensor:
-            return call(*args[:one], x, *args[one + 1 :], **kwargs)
+            product: Tensor = call(*args[:one], x, *args[one + 1 :], **kwargs)
+            return product
 
         return Planes(alone, alone)
     i, j = at
@@ -27,7 +28,8 @@ def _bilinear_planes(call: Any, args: Any, kwargs: Any) -> Planes:
     def f(x: Tensor, y: Tensor) -> Tensor:
         filled = list(args)
         filled[i], filled[j] = x, y
-        return call(*filled, **kwargs)
+        product: Tensor = call(*filled, **kwargs)
+        return product
 
     x0, y0 = args[i].lower, args[j].lower
 
@@ -146,7 +148,8 @@ def _quotient_planes(call: Any, args: Any, kwargs: Any) -> Planes:
         raise UnsupportedOperation("dividing by what depends on the input has no linear bounds: use method='ibp'")
 
     def f(x: Tensor) -> Tensor:
-        return call(x, *args[1:], **kwargs)
+        product: Tensor = call(x, *args[1:], **kwargs)
+        return product
 
     return Planes(f, f)
 

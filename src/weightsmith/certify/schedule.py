@@ -66,9 +66,11 @@ class EpsilonSchedule:
         rise = float(middle - first)
         k = self.eps_target / ((last - middle) * p * rise ** (p - 1) + rise**p)
         if step < middle:
-            return k * float(step - first) ** p
+            size: float = k * float(step - first) ** p
+            return size
         reached = k * rise**p
-        return min(reached + (self.eps_target - reached) * (step - middle) / (last - middle), self.eps_target)
+        size = min(reached + (self.eps_target - reached) * (step - middle) / (last - middle), self.eps_target)
+        return size
 
     @property
     def eps(self) -> float:

@@ -51,7 +51,8 @@ def _command(name: str, arguments: list[str]) -> Callable[..., int]:
     if arguments[0] == name:
         loaded = importlib.import_module(module)
         prepare = getattr(loaded, f"prepare_{name}", None)
-        return prepare(arguments) if prepare is not None else getattr(loaded, name)
+        command: Callable[..., int] = prepare(arguments) if prepare is not None else getattr(loaded, name)
+        return command
 
     def listed() -> int:
         raise NotImplementedError(name)
@@ -62,12 +63,13 @@ def _command(name: str, arguments: list[str]) -> Callable[..., int]:
 
 def _dispatch(arguments: list[str]) -> int:
     arguments = arguments or ["--help"]
-    return tyro.extras.subcommand_cli_from_dict(
+    code: int = tyro.extras.subcommand_cli_from_dict(
         {name: _command(name, arguments) for name in _COMMANDS},
         args=arguments,
         prog="weightsmith",
         description="Will this trick help my model? Find out with one command, keep it with one line.",
     )
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

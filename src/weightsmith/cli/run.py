@@ -111,7 +111,8 @@ def find_experiment(slug: str) -> Experiment[Any]:
         if card.experiment is None:
             available = ", ".join(card.slug for card in TECHNIQUES if card.available)
             raise UsageError(f"{slug} is announced but not in this version yet; available: {available}")
-        return importlib.import_module(card.experiment).EXPERIMENT
+        experiment: Experiment[Any] = importlib.import_module(card.experiment).EXPERIMENT
+        return experiment
     if not isinstance(found, Experiment):
         raise UsageError(f"{slug} must be a weightsmith.lab.experiment.Experiment, got {type(found).__name__}")
     return found

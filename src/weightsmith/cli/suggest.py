@@ -53,7 +53,9 @@ def find_model(name: str) -> nn.Module:
         kind = getattr(transformers, architecture, None) if architecture else None
         with torch.device("meta"):
             try:
-                return kind(config) if kind else transformers.AutoModel.from_config(config, trust_remote_code=False)
+                automatic = transformers.AutoModel
+                model: nn.Module = kind(config) if kind else automatic.from_config(config, trust_remote_code=False)
+                return model
             except (ValueError, RuntimeError, ImportError) as error:
                 raise UsageError(f"model {name!r} cannot be built: {error}") from error
     if ":" in name:

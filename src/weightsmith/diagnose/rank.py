@@ -68,5 +68,6 @@ def _measured(matrices: Tensor, kind: str, tol: float) -> Tensor:
         return total / matrices.shape[-1] if kind == "eig" else total
     s = torch.linalg.svdvals(matrices)
     if kind == "numerical":
-        return (s > tol * s.amax(-1, keepdim=True)).sum(-1).double()
+        counted: Tensor = (s > tol * s.amax(-1, keepdim=True)).sum(-1).double()
+        return counted
     return spectral_rank(s, kind)

@@ -48,7 +48,8 @@ class Rnn(nn.Module):
         for now in self.input(x).unbind(1):
             h = torch.relu((1 - self.alpha) * h + self.alpha * (now + self.hidden(h)))
             states.append(h)
-        return self.readout(self.states(torch.stack(states, 1)))
+        logits: Tensor = self.readout(self.states(torch.stack(states, 1)))
+        return logits
 
 
 class Stored:

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.outputs import logits_of
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.sweep import sweep
 from weightsmith.lab.task import Batch, Task, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
-from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.quantize import (
     Grid,
     LearningOptions,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.outputs import logits_of
 from weightsmith.lab.task import Batch, Batches, Task, forward
-from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import evaluate
 
 NOISES = ("symmetric", "pair", "instance", "none")

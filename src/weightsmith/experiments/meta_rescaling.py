@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, require
+from weightsmith.core.outputs import logits_of
 from weightsmith.experiments.label_noise import (
     NOISES,
     Draw,
@@ -31,7 +32,7 @@ from weightsmith.lab.job import Job
 from weightsmith.lab.schedule import Schedule
 from weightsmith.lab.task import Batch, Task, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
-from weightsmith.lab.tasks.scoring import cross_entropy, logits_of
+from weightsmith.lab.tasks.scoring import cross_entropy
 from weightsmith.lab.train import Hook
 from weightsmith.reweight import LossRescaler, MetaRescaler, RescalingSettings
 

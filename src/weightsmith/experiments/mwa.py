@@ -19,12 +19,12 @@ from torch.nn.utils import parametrize
 from weightsmith.average import average_state_dicts, ema, greedy_members, metric_weights, swa
 from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
 from weightsmith.core.errors import UsageError
+from weightsmith.core.outputs import logits_of
 from weightsmith.core.weights import output_head
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
-from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import Hook
 
 State = dict[str, Tensor]

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
+from weightsmith.core.outputs import logits_of
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.models.vit import ViT
 from weightsmith.lab.task import Batch, Task, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
-from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.train import Hook
 from weightsmith.optim import param_groups
 from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing

@@ -172,7 +172,7 @@ def _head(config: Config, model: nn.Module, classes: int) -> str:
     if config.head:
         find_head(model, config.head)
         return config.head
-    fitting = [
+    fitting: list[str] = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[0] == classes

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.outputs import logits_of
 from weightsmith.experiments.matrices import MatricesAndRest
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
+from weightsmith.lab.schedule import Schedule
 from weightsmith.lab.sweep import tune
 from weightsmith.lab.task import Batch, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
-from weightsmith.lab.tasks.scoring import logits_of
-from weightsmith.lab.train import Fitted, Hook, Schedule
+from weightsmith.lab.train import Fitted, Hook
 from weightsmith.reparam import add_weight_decay_grad_, compand_, param_groups
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

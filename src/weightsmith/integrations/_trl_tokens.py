@@ -252,14 +252,16 @@ def _cut(effect: Effect, rows: slice, width: int) -> Effect:
 def _aggregated(trainer: Any, losses: Tensor, mask: Tensor, inputs: Batch) -> Tensor:
     """As TRL turns losses per token into one number, by ``loss_type``."""
     sums, lengths = (losses * mask).sum(1), mask.sum(1)
-    steps = trainer.current_gradient_accumulation_steps
+    steps: int = trainer.current_gradient_accumulation_steps
     if trainer.loss_type in ("grpo", "sapo"):
         return (sums / lengths.clamp(min=1)).mean() / steps
     if trainer.loss_type == "bnpo":
         return sums.sum() / lengths.sum().clamp(min=1) / steps
     if trainer.loss_type == "dr_grpo":
-        return sums.sum() / (len(sums) * trainer.max_completion_length) / steps
+        longest: int = trainer.max_completion_length
+        return sums.sum() / (len(sums) * longest) / steps
     if trainer.loss_type == "luspo":
         return sums.mean() / steps
-    normalizer = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
-    return sums.sum() / (normalizer * steps / trainer.args.steps_per_generation)
+    normalizer: Tensor = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
+    per_generation: int = trainer.args.steps_per_generation
+    return sums.sum() / (normalizer * steps / per_generation)

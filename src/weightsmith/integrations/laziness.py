@@ -63,4 +63,5 @@ def _plain(model: Any) -> nn.Module:
     """The model without what Trainer has put around it."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
-    return model
+    found: nn.Module = model
+    return found

@@ -132,7 +132,8 @@ class Reweighting:
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         plan = self._plan
         if plan is None or not self.model.training:  # type: ignore[attr-defined]
-            return super()._compute_loss(model, inputs)  # type: ignore[misc]
+            unchanged: Tensor = super()._compute_loss(model, inputs)  # type: ignore[misc]
+            return unchanged
         # buffered batches are used again when num_iterations > 1: write into a copy
         plan.prepare(model, inputs, super()._get_per_token_logps_and_entropies)  # type: ignore[misc]
         plan.live = dict(inputs)

@@ -263,7 +263,8 @@ def _run(command: str, job: Job, values: Mapping[str, str], folder: Path, compar
     result = folder / "result.jsonl"
     done = folder / "done.json"
     if done.is_file():  # finished before the job was killed
-        return json.loads(done.read_text())
+        measured: Mapping[str, Any] = json.loads(done.read_text())
+        return measured
     environment = os.environ | {
         "WEIGHTSMITH_RESULT": str(result.resolve()),
         "WEIGHTSMITH_SEED": str(job.seed),

@@ -242,7 +242,10 @@ def read_run(run_folder: Path) -> dict[str, Any]:
         runs = sorted(str(found.parent) for found in run_folder.glob("**/run.json")) if run_folder.is_dir() else []
         hint = f"; these are: {', '.join(runs[:5])}" if runs else ""
         raise UsageError(f"{run_folder} is not a run folder: it has no run.json{hint}")
-    return read_json(path, _RUN, what_to_do="run the experiment again with the same settings to replace it")
+    record: dict[str, Any] = read_json(
+        path, _RUN, what_to_do="run the experiment again with the same settings to replace it"
+    )
+    return record
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:

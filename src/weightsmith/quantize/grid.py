@@ -70,7 +70,7 @@ class Grid:
     @property
     def levels(self) -> int:
         """Largest code minus smallest code, ``2^bits - 1``."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def code_range(self) -> tuple[int, int]:

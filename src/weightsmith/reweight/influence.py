@@ -145,7 +145,8 @@ def _forward_mode(
     # torch's fast attention kernels cannot be differentiated forward
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         moved = torch.func.jvp(lambda *values: logp(values), tuple(p.detach() for p in leaves), direction)[1]
-    return (slopes * moved.detach().to(slopes.dtype)).sum((1, 2))
+    effect: Tensor = (slopes * moved.detach().to(slopes.dtype)).sum((1, 2))
+    return effect
 
 
 def _slopes(advantages: Tensor, mask: Tensor, logp: Tensor, normalizer: float | None) -> Tensor:

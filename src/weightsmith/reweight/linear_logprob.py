@@ -73,7 +73,7 @@ def fused_linear_logprob(
             f"{int(wanted.min())} to {int(wanted.max())}"
         )
     options = (float(temperature), int(chunk_rows), bool(return_second_moment), bool(entropy_grad))
-    found = _LinearLogprob.apply(rows, weight, bias, wanted, *options)
+    found = _LinearLogprob.apply(rows, weight, bias, wanted, *options)  # type: ignore[no-untyped-call]
     if not whole:
         found = tuple(
             part if part is None else part.new_zeros(shape.numel()).index_copy(0, chosen, part) for part in found

@@ -109,7 +109,8 @@ class SearchSpace:
 
     def size(self) -> int:
         """Number of valid genotypes."""
-        return self._valid_cells**self.cells
+        size: int = self._valid_cells**self.cells
+        return size
 
     def sample(self, rng: np.random.Generator) -> Genotype:
         """Draw uniformly from the valid genotypes, by rejection.

@@ -172,7 +172,7 @@ def _metric(by: str, higher_is_better: bool) -> dict[str, str]:
 def _function(name: str) -> Callable[[Path], float]:
     module, colon, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute) if colon else None
+        found: Callable[[Path], float] | None = getattr(importlib.import_module(module), attribute) if colon else None
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--soup {name!r} cannot be imported: {error}") from error
     if not callable(found):

@@ -87,7 +87,9 @@ def load_tables(name: str, *, subset: str = "", data_dir: str | Path | None = No
     """
     source = locate(name, data_dir)
     import datasets
-    from huggingface_hub import utils as hub
+    import huggingface_hub.utils
+
+    hub: Any = huggingface_hub.utils  # it does not list what it exports
 
     options: dict[str, Any] = {"path": str(source), "name": subset or _SUBSETS.get(str(source))}
     if isinstance(source, Path):
@@ -148,13 +150,13 @@ def column(name: str, table: Any, asked: str | None, known: tuple[str, ...], wha
     Raises:
         UsageError: There is none; the message lists the columns.
     """
-    names = list(table.column_names)
+    names: list[str] = list(table.column_names)
     if asked is not None:
         if asked not in names:
             raise UsageError(f"data {name!r} has no column {asked!r}; {near(asked, names)}")
         return asked
     lower = {column.lower(): column for column in names}
-    found = next((lower[usual] for usual in known if usual in lower), None)
+    found: str | None = next((lower[usual] for usual in known if usual in lower), None)
     if found is None:
         raise UsageError(
             f"data {name!r} has no column for {what} (one of {', '.join(known)}), only {', '.join(names)}: "

@@ -53,7 +53,8 @@ class _Block(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.body(x) + self.shortcut(x))
+        out: Tensor = self.act(self.body(x) + self.shortcut(x))
+        return out
 
 
 def wide_resnet8(*, channels: int, size: int, classes: int, stem: int = 16, widen: int = 8) -> nn.Sequential:

@@ -76,11 +76,13 @@ def from_hugging_face(name: str, *, channels: int, size: int, classes: int, pret
         )
     try:
         if not pretrained:
-            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+            model: nn.Module = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+            return model
         with switched_off(log.is_progress_bar_enabled(), log.disable_progress_bar, log.enable_progress_bar):
-            return AutoModelForImageClassification.from_pretrained(
+            model = AutoModelForImageClassification.from_pretrained(
                 name, config=config, ignore_mismatched_sizes=True, trust_remote_code=False
             )
+            return model
     except (OSError, ValueError) as error:  # a configuration of another kind of model, or no weights
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"model {name!r} cannot be built as an image classifier: {reason}") from error

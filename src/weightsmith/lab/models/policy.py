@@ -49,7 +49,8 @@ class PolicyTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(B, T)`` to logits ``(B, T, vocabulary)``."""
-        return self.head(self.hidden(tokens)[0])
+        logits: Tensor = self.head(self.hidden(tokens)[0])
+        return logits
 
 
 class _Block(nn.Module):

@@ -28,7 +28,8 @@ class Bag(nn.Module):
         """Map ``(B, T)`` to logits ``(B, classes)``."""
         there = (input_ids != self.pad).unsqueeze(-1)
         mean = (self.embed(input_ids) * there).sum(1) / there.sum(1).clamp_min(1)
-        return self.head(F.relu(self.fc1(mean)))
+        logits: Tensor = self.head(F.relu(self.fc1(mean)))
+        return logits
 
 
 class TextTransformer(nn.Module):
@@ -74,4 +75,5 @@ class TextTransformer(nn.Module):
         if self.classifies:
             there = (input_ids != self.pad).unsqueeze(-1)
             tokens = (tokens * there).sum(1) / there.sum(1).clamp_min(1)
-        return self.head(tokens)
+        logits: Tensor = self.head(tokens)
+        return logits

@@ -28,7 +28,10 @@ class Attention(nn.Module):
         """Map ``(B, T, width)`` to the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+        )
+        return out
 
 
 class Mlp(nn.Module):
@@ -46,7 +49,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, T, width)`` to the same shape."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -68,7 +72,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, T, width)`` to the same shape."""
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class ViT(nn.Module):
@@ -119,4 +124,5 @@ class ViT(nn.Module):
         """Map ``(B, channels, size, size)`` to logits ``(B, classes)``."""
         tokens = self.patch_embed(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1) + self.pos_embed
-        return self.head(self.norm(self.blocks(tokens))[:, 0])
+        logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
+        return logits

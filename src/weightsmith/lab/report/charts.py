@@ -348,4 +348,5 @@ def _spec(chart: alt.LayerChart, height: int) -> dict[str, Any]:
     whole = chart.properties(
         width="container", height=height, autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
     )
-    return whole.add_params(focus).to_dict(validate=False) | {"config": _CONFIG}
+    spec: dict[str, Any] = whole.add_params(focus).to_dict(validate=False) | {"config": _CONFIG}
+    return spec

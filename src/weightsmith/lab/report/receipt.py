@@ -75,7 +75,10 @@ def read_receipt(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: The file is missing, damaged, or something else.
     """
-    return read_json(path, _SHAPE, what_to_do="give a file that weightsmith report --receipt has written")
+    receipt: dict[str, Any] = read_json(
+        path, _SHAPE, what_to_do="give a file that weightsmith report --receipt has written"
+    )
+    return receipt
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,8 @@ def make_task(config: TaskConfig) -> Task:
     if ":" not in config.task and config.task not in TASKS:
         raise unknown("task", config.task, [*TASKS, "module:function"])
     kind = "own" if ":" in config.task else config.task
-    return importlib.import_module(f"weightsmith.lab.tasks.{kind}").make(config)
+    task: Task = importlib.import_module(f"weightsmith.lab.tasks.{kind}").make(config)
+    return task
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.outputs import logits_of
 from weightsmith.lab.data.labels import hold_out, subset
 from weightsmith.lab.data.text_sets import load_text
 from weightsmith.lab.data.tokens import Bytes
@@ -16,7 +17,6 @@ from weightsmith.lab.fingerprint import digest
 from weightsmith.lab.task import Batch, Outcome, Split, Task, forward
 from weightsmith.lab.tasks.code import code_of
 from weightsmith.lab.tasks.config import TaskConfig
-from weightsmith.lab.tasks.scoring import logits_of
 from weightsmith.lab.tasks.tokenized import IGNORED, Rows, build_text_model, content_digest, tokenizer_of
 from weightsmith.lab.train import evaluate
 

@@ -85,7 +85,8 @@ def make(config: TaskConfig) -> Task:
 
 def _losses(model: nn.Module, batch: Batch) -> Tensor:
     assert batch.targets is not None
-    return (forward(model, batch) - batch.targets).abs().flatten(1).mean(1)
+    losses: Tensor = (forward(model, batch) - batch.targets).abs().flatten(1).mean(1)
+    return losses
 
 
 def _scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

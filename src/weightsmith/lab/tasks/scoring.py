@@ -112,7 +112,8 @@ def of_the_user(name: str, argument: str) -> PerExample:
         raise UsageError(f"{argument} {name!r} must be a function (outputs, targets) -> one number per example")
 
     def called(output: Any, targets: Tensor) -> Tensor:
-        return function(_plain(output), targets)
+        losses: Tensor = function(_plain(output), targets)
+        return losses
 
     called.__qualname__ = name  # tells one loss from another when a run resumes
     return called

@@ -137,4 +137,5 @@ def _hugging_face(config: TaskConfig, tokenizer: Any, classes: int | None) -> nn
         model.config.pad_token_id = pad_of(tokenizer)
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise UsageError(f"model {name!r} does not take input_ids")
-    return model
+    made: nn.Module = model
+    return made

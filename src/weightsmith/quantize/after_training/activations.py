@@ -74,13 +74,14 @@ class StaticActivation(nn.Module):
         slower = (x.numel() * levels) ** -0.5
         step = (step * slower + (step * (1 - slower)).detach()).to(x.dtype)
         zero = self.zero_point.to(x.dtype)
-        quantized = step * ((round_ste(x / step) + zero).clamp(0, levels) - zero)
+        quantized: Tensor = step * ((round_ste(x / step) + zero).clamp(0, levels) - zero)
         if not self.training or self.drop == 1:
             return quantized
         return torch.where(mask_like(x, self.drop, self.generator), quantized, x)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "generator": None}  # generators cannot be copied
+        # generators cannot be copied
+        return {**super().__getstate__(), "generator": None}  # type: ignore[no-untyped-call]
 
 
 class DynamicActivation(nn.Module):
@@ -104,7 +105,8 @@ class DynamicActivation(nn.Module):
             low, high = low.clamp_max(0), high.clamp_min(0)
         step = ((high - low) / levels).clamp_min(SMALLEST_STEP)
         zero = (-low / step).round().clamp(0, levels)
-        return (step * round_ste(wide / step).clamp(-zero, levels - zero)).to(x.dtype)
+        out: Tensor = (step * round_ste(wide / step).clamp(-zero, levels - zero)).to(x.dtype)
+        return out
 
 
 def mask_like(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
@@ -190,7 +192,8 @@ def _refuse_trained(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def _quantize_output(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
-    return layer.output_quantizer(output)  # type: ignore[operator]
+    out: Tensor = layer.output_quantizer(output)  # type: ignore[operator]
+    return out
 
 
 @torch.no_grad()

@@ -77,9 +77,10 @@ class FlexRound(RoundToNearest):
 
     def _log(self, name: str) -> Tensor | None:
         if self.direct:
-            factor = getattr(self, name)
+            factor: Tensor | None = getattr(self, name)
             return None if factor is None else factor.log()
-        return getattr(self, f"log_{name}")
+        logarithm: Tensor | None = getattr(self, f"log_{name}")
+        return logarithm
 
     @property
     def step(self) -> Tensor:
@@ -95,7 +96,8 @@ class FlexRound(RoundToNearest):
 
     def soft(self, units: Tensor) -> Tensor:
         """The rounded weight: hard-rounded, with the straight-through gradient."""
-        return _Divide.apply(units, *self._arguments(), *self.limits, self.compiled)
+        rounded: Tensor = _Divide.apply(units, *self._arguments(), *self.limits, self.compiled)  # type: ignore[no-untyped-call]
+        return rounded
 
     @torch.no_grad()
     def hard(self, units: Tensor) -> Tensor:
@@ -152,6 +154,7 @@ class _Divide(torch.autograd.Function):
         high: Tensor,
         compiled: bool,
     ) -> Tensor:
+        result: Tensor
         x, result = _pick(_divide, compiled)(units, elements, row, column, step, low, high)
         ctx.save_for_backward(x, result, step)
         ctx.row_shape, ctx.has_column, ctx.compiled = row.shape, column is not None, compiled

@@ -214,7 +214,8 @@ class BlockTask:
         first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
         mask = mask_like(leaves[first], self.options.input_drop, self.generator)
         leaves[first] = torch.where(mask, leaves[first], others[first])
-        return pytree.tree_unflatten(leaves, structure)
+        mixed: Arguments = pytree.tree_unflatten(leaves, structure)
+        return mixed
 
     def _roundings(self) -> dict[str, RoundToNearest]:
         """Start the roundings again, with the same random numbers."""

@@ -163,7 +163,7 @@ def _from_config(folder: Path, state: dict[str, Tensor], weights: dict[str, Quan
     loader = model_class(folder, config.architectures)
     full = state | {name: quantized.dequantize() for name, quantized in weights.items()}
     if layout is native and native.changes_modules(folder):
-        model = loader(config).to(config.dtype)
+        model: nn.Module = loader(config).to(config.dtype)
         _fill(model, state, weights, layout, folder)
         _set_generation(model, folder)
         return model.eval()

@@ -106,7 +106,8 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
 
 def tied(folder: Path) -> dict[str, str]:
     """Which names are other names' tensors."""
-    return _config(folder)["tied"]
+    names: dict[str, str] = _config(folder)["tied"]
+    return names
 
 
 def changes_modules(folder: Path) -> bool:
@@ -155,7 +156,8 @@ def unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
 def _config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG, {"quant_method": str, "version": int})
     if config["quant_method"] == METHOD and config["version"] == _VERSION:
-        return read_json(folder / CONFIG, _CONTENT)
+        content: dict[str, Any] = read_json(folder / CONFIG, _CONTENT)
+        return content
     raise UsageError(
         f"{folder / CONFIG} is of quant_method {brief(config['quant_method'])}, version {config['version']}; "
         f"this version of the library reads {METHOD!r}, version {_VERSION}"

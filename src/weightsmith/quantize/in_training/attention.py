@@ -294,20 +294,24 @@ class QuantizedAttention(nn.Module):
     def _position_bias(self) -> Tensor | None:
         held: Any = self
         if hasattr(self, "_get_rel_pos_bias"):  # timm's Swin
-            return held._get_rel_pos_bias()
+            bias: Tensor | None = held._get_rel_pos_bias()
+            return bias
         if isinstance(getattr(self, "relative_position_bias", None), nn.Module):
-            return held.relative_position_bias()
+            bias = held.relative_position_bias()
+            return bias
         if hasattr(self, "relative_position_bias_table"):
             table, index = held.relative_position_bias_table, held.relative_position_index
             tokens = int(index.numel() ** 0.5)
-            return table[index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)[None]
+            bias = table[index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)[None]
+            return bias
         return None
 
     def _dropped(self, weights: Tensor) -> Tensor:
         for name in DROPOUTS:
             dropout = getattr(self, name, None)
             if isinstance(dropout, nn.Module):
-                return dropout(weights)
+                dropped: Tensor = dropout(weights)
+                return dropped
             if isinstance(dropout, float):
                 return F.dropout(weights, dropout, self.training)
         return weights

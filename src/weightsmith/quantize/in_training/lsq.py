@@ -59,7 +59,8 @@ def lsq(
             f"scale must have {wanted} entries for a tensor of shape {tuple(x.shape)}, got {scale.numel()}"
         )
     low, high = integer_range(bits, signed=signed)
-    return _LSQ.apply(x, scale, before, after, low, high, axis)
+    out: Tensor = _LSQ.apply(x, scale, before, after, low, high, axis)  # type: ignore[no-untyped-call]
+    return out
 
 
 @torch.no_grad()

@@ -70,7 +70,8 @@ class QueryKeyProduct(nn.Module):
         """Return the quantized product ``(heads * C, C)`` of the latent weights, in float32 at least."""
         with torch.autocast(wq.device.type, enabled=False):
             kept = self._cache(lambda: self.latent(wq.detach(), wk.detach()), wq, wk)
-            return self.quantizer(_Product.apply(wq, wk, self.heads, kept))
+            out: Tensor = self.quantizer(_Product.apply(wq, wk, self.heads, kept))  # type: ignore[no-untyped-call]
+            return out
 
     def latent(self, wq: Tensor, wk: Tensor) -> Tensor:
         """Return the product before it is quantized, in float32 at least."""

@@ -43,7 +43,8 @@ def statsq(w: Tensor, bits: int, keep_axis: int = 0) -> Tensor:
         tensor([[ 0.5000, -0.5000,  0.5000, -1.5000]])
     """
     check_bits(bits)
-    return _StatsQ.apply(w, bits, _axis(w, keep_axis), None, None)
+    out: Tensor = _StatsQ.apply(w, bits, _axis(w, keep_axis), None, None)  # type: ignore[no-untyped-call]
+    return out
 
 
 @torch.no_grad()
@@ -86,7 +87,8 @@ class StatsQ(WeightQuantizer):
         """Return `statsq` of ``w``; within ``cached_weights`` it is made once."""
         axis = _axis(w, self.axis)
         kept = self._cache(lambda: _forward(w.detach(), self.bits, axis), w)
-        return _StatsQ.apply(w, self.bits, axis, self.boundary, kept)
+        out: Tensor = _StatsQ.apply(w, self.bits, axis, self.boundary, kept)  # type: ignore[no-untyped-call]
+        return out
 
     def step(self, w: Tensor) -> Tensor:
         """Return ``s / n``."""

@@ -68,7 +68,8 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, image_channels, H, W)`` to ``(B, C, H / 2, W / 2)``."""
         deep: Tensor = F.avg_pool2d(self.conv2(self.conv1(x)), 2)
-        return deep + self.shortcut(F.avg_pool2d(x, 2))
+        out: Tensor = deep + self.shortcut(F.avg_pool2d(x, 2))
+        return out
 
 
 class Discriminator(SuperNet):

@@ -100,7 +100,8 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp_min(0).sqrt().sum()
     found = (one.mean - other.mean).square().sum() + one.covariance.trace() + other.covariance.trace() - 2 * trace
-    return found.item()
+    distance: float = found.item()
+    return distance
 
 
 def kernel_distance(

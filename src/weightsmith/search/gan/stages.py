@@ -273,7 +273,8 @@ class StageTwo(_Stage):
         before = [value.clone() for value in _statistics(norms)]
 
         def scored(x: Tensor) -> Tensor:
-            return self.discriminator(x, genotype)
+            scores: Tensor = self.discriminator(x, genotype)
+            return scores
 
         zero = self.options.zero_unsampled
         for _ in range(self.options.n_critic):
