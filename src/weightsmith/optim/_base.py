@@ -1,13 +1,12 @@
-"""What AdamP and SGDP share: their steps made fast for many weights, state from elsewhere, and statistics.
+"""What AdamP and SGDP share and what is no part of the method: parameter groups, state, and which weights go together.
 
-What a step *is* stands in ``adamp_step_`` and ``sgdp_step_``. Here it is computed in two ways: on the CPU each weight
-is looked at first, and all that move freely go to one fused kernel; elsewhere both answers are computed and one is
-chosen on the device, so that the host never waits.
+What a step *is* stands in ``adamp_step_`` and ``sgdp_step_``, what projecting is in ``projection``. Here the weights of
+a model are given to those in two ways: on the CPU each is looked at first, and all that move freely go to one fused
+kernel; elsewhere both answers are computed and one is chosen on the device, so that the host never waits.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,28 +16,19 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
-from weightsmith.optim.projection import View, invariant_view, look, move_, project, row_views
+from weightsmith.optim._statistics import ProjectionStats, statistics
+from weightsmith.optim.projection import (
+    View,
+    invariant_view,
+    look_and_move_,
+    move_projected_,
+    project,
+    row_views,
+)
 
 Group = dict[str, Any]
 # the parameter's step count (no tensor if the optimizer keeps none), the parameter, its gradient, its moments
 Item = tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ProjectionStats:
-    """What the last step did to the tensors of one parameter group that have two dimensions or more.
-
-    Attributes:
-        channel: How many were projected row by row.
-        layer: How many were projected as a whole.
-        none: How many moved freely.
-        mean_norm: Mean norm of the group's tensors of two dimensions or more, as they are now; NaN if there are none.
-    """
-
-    channel: int
-    layer: int
-    none: int
-    mean_norm: float
 
 
 class ProjectedOptimizer(Optimizer):
@@ -165,24 +155,20 @@ class ProjectedOptimizer(Optimizer):
         free = []
         keep = float(1 - self._decay(group) * group["wd_ratio"])
         for item in items:
-            steps, w, g, *moments = item
+            steps, w, *operands = item
             if w.dim() < 2:
                 free.append(item)
                 continue
-            view, norms = look(w, g, delta=group["delta"], eps=group["eps"])
-            views.append(view)
-            if view == View.NONE:
-                free.append(item)
-                continue
-            if view == View.LAYER:
-                w, g, *moments = (t.view(1, -1) for t in (w, g, *moments))
 
             def displace(g_rows: Tensor, *moment_rows: Tensor, steps: list[Tensor] = steps) -> Tensor:
                 d = torch.zeros_like(g_rows)
                 self._advance_([d], [g_rows], steps, *([rows] for rows in moment_rows), group=group, dense=True)
                 return d
 
-            move_(w, norms, displace, (g, *moments), keep=keep, eps=group["eps"])
+            view = look_and_move_(w, displace, operands, keep=keep, delta=group["delta"], eps=group["eps"])
+            views.append(view)
+            if view == View.NONE:
+                free.append(item)
         for dtype in {w.dtype for _, w, *_ in free}:
             same = [item for item in free if item[1].dtype == dtype]
             self._advance_items([w for _, w, *_ in same], same, group=group, dense=True)
@@ -201,11 +187,9 @@ class ProjectedOptimizer(Optimizer):
                 continue
             view = invariant_view(p, g, delta=group["delta"], eps=group["eps"])
             views.append(view)
-            d = project(d, p, view, eps=group["eps"])
             if group.get("project_buffer") and not group["nesterov"]:
                 moments[0].copy_(project(moments[0], p, view, eps=group["eps"]))
-            spared = view.clamp(max=1).to(torch.promote_types(p.dtype, torch.float32)) * (1 - group["wd_ratio"])
-            p.mul_(1 - self._decay(group) * (1 - spared)).add_(d)
+            move_projected_(p, d, view, decay=self._decay(group), wd_ratio=group["wd_ratio"], eps=group["eps"])
         return views
 
     def _advance_items(self, targets: list[Tensor], items: list[Item], *, group: Group, dense: bool) -> None:
@@ -252,29 +236,12 @@ class ProjectedOptimizer(Optimizer):
             One entry per parameter group; all counts are 0 before the first step. On a GPU this waits for the device;
             if parameters are sharded, all ranks must call it, and all get the same numbers.
         """
-        stats = []
-        for index, group in enumerate(self.param_groups):
-            views = [int(_whole(view)) for view in self._views.get(index, [])]
-            matrices = [p.detach() for p in group["params"] if not is_lazy(p) and p.dim() >= 2 and p.numel()]
-            norms = [float(_whole(torch.linalg.vector_norm(p))) for p in matrices]
-            stats.append(
-                ProjectionStats(
-                    channel=views.count(View.CHANNEL),
-                    layer=views.count(View.LAYER),
-                    none=views.count(View.NONE),
-                    mean_norm=sum(norms) / len(norms) if norms else float("nan"),
-                )
-            )
-        return stats
+        views = [self._views.get(index, []) for index in range(len(self.param_groups))]
+        return [statistics(group["params"], seen) for group, seen in zip(self.param_groups, views, strict=True)]
 
 
 def _native(p: Tensor) -> bool:
     return type(p) in (Tensor, nn.Parameter)
-
-
-def _whole(value: Any) -> Any:
-    # float() of a distributed tensor is the share of this rank
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _as_rows(item: Item) -> Item | None:

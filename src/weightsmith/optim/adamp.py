@@ -126,6 +126,7 @@ class AdamP(ProjectedOptimizer):
         group: Group,
         dense: bool,
     ) -> None:
+        # adamp_step_ without its projection, which ProjectedOptimizer puts between the step and the weight
         exp_avgs, exp_avg_sqs = moments
         beta1, beta2 = group["betas"]
         if group["nesterov"]:

@@ -105,6 +105,22 @@ def project(u: Tensor, w: Tensor, view: Tensor, *, eps: float) -> Tensor:
     return cast(Any, projected).redistribute(placements=placements) if placements else projected
 
 
+def move_projected_(w: Tensor, d: Tensor, view: Tensor, *, decay: Any, wd_ratio: float, eps: float) -> None:
+    """``w <- (1 - decay rho) w + project(d, w, view)``, with ``rho = wd_ratio`` where ``view`` projects, else 1.
+
+    Args:
+        w: Weight ``(C, d1, ..., dk)``; changed in place.
+        d: Its unprojected displacement, same shape.
+        view: What ``invariant_view`` returned.
+        decay: Share of ``w`` that undiminished decay takes; a number or a 0-d tensor.
+        wd_ratio: Share of the decay that projected weights keep.
+        eps: Added to the norm of ``w``.
+    """
+    d = project(d, w, view, eps=eps)
+    spared = view.clamp(max=1).to(torch.promote_types(w.dtype, torch.float32)) * (1 - wd_ratio)
+    w.mul_(1 - decay * (1 - spared)).add_(d)
+
+
 def materialized(x: Tensor) -> Tensor:
     """``x``, which a compiled step then computes once and stores, not anew for every element of what it is used in."""
     return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and type(x) is Tensor else x
@@ -152,6 +168,36 @@ def look(w: Tensor, g: Tensor, *, delta: float, eps: float) -> tuple[View, Tenso
     if _flat_cosine(g, w, eps) < delta / math.sqrt(rows * n):
         return View.LAYER, torch.linalg.vector_norm(w)[None]
     return View.NONE, w.new_empty(0)
+
+
+def look_and_move_(
+    w: Tensor,
+    displace: Callable[..., Tensor],
+    operands: Sequence[Tensor],
+    *,
+    keep: float,
+    delta: float,
+    eps: float,
+) -> View:
+    """`move_` of a weight that `look` finds scale-invariant, as rows or as one long row; others are left as they are.
+
+    Args:
+        w: As for `move_`.
+        displace: Likewise.
+        operands: Likewise; the first is the gradient.
+        keep: Likewise.
+        delta: Threshold.
+        eps: Smallest norm divided by, and added to the norms.
+
+    Returns:
+        The view; for ``NONE`` nothing has moved.
+    """
+    view, norms = look(w, operands[0], delta=delta, eps=eps)
+    if view == View.LAYER:
+        w, *operands = (t.view(1, -1) for t in (w, *operands))
+    if view != View.NONE:
+        move_(w, norms, displace, operands, keep=keep, eps=eps)
+    return view
 
 
 def move_(

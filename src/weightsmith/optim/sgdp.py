@@ -128,6 +128,7 @@ class SGDP(ProjectedOptimizer):
         group: Group,
         dense: bool,  # noqa: ARG002
     ) -> None:
+        # sgdp_step_ without its projection, which ProjectedOptimizer puts between the step and the weight
         (buffers,) = moments
         lr, momentum = group["lr"], group["momentum"]
         torch._foreach_mul_(buffers, momentum)

@@ -74,6 +74,7 @@ class StaticActivation(nn.Module):
         slower = (x.numel() * levels) ** -0.5
         step = (step * slower + (step * (1 - slower)).detach()).to(x.dtype)
         zero = self.zero_point.to(x.dtype)
+        # not in_training's `lsq`: here entries up to half a step past the range keep their gradient, as in QDrop's code
         quantized: Tensor = step * ((round_ste(x / step) + zero).clamp(0, levels) - zero)
         if not self.training or self.drop == 1:
             return quantized
