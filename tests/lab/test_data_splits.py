@@ -6,7 +6,7 @@ from PIL import Image
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.image_sets import load_images
 from weightsmith.lab.data.labels import parts_of
-from weightsmith.lab.data.text_sets import load_questions, load_sentences, load_text, load_texts, same_answer
+from weightsmith.lab.data.text_sets import load_questions, load_sentences, load_text, same_answer
 from weightsmith.lab.data.tokens import Words
 
 
@@ -173,21 +173,18 @@ def test_a_broken_image_that_is_read_late_is_named_too(tmp_path, monkeypatch):
 def test_a_text_file_is_read_as_it_is_written(tmp_path):
     text = "one\ntwo\n\nthree\n"
     (tmp_path / "book.txt").write_text(text)
-    assert load_texts(str(tmp_path / "book.txt")) == [text]
+    assert "".join(load_text(str(tmp_path / "book.txt"))) == text
     (tmp_path / "books").mkdir()
     for split in ("train", "test"):
         (tmp_path / "books" / f"wiki.{split}.txt").write_text(f"{split}\nmore\n")
     assert load_text(str(tmp_path / "books")) == ("train\nmore\n", "test\nmore\n")
-    assert load_texts(str(tmp_path / "books"), "test") == ["test\nmore\n"]
-    with pytest.raises(UsageError, match="split 'dev' is not known"):
-        load_texts(str(tmp_path / "books"), "dev")
 
 
 def test_latin_1_is_named_with_what_to_do(tmp_path):
     for name in ("old.csv", "old.txt"):
         (tmp_path / name).write_bytes("text,label\ncafé,a\n".encode("latin-1") * 3)
         with pytest.raises(UsageError, match="convert it to UTF-8, for example with iconv"):
-            load_texts(str(tmp_path / name))
+            load_text(str(tmp_path / name))
 
 
 def test_the_words_none_null_and_na_are_classes_as_others_are(tmp_path):
@@ -212,7 +209,7 @@ def test_what_save_to_disk_leaves_is_read(tmp_path):
 
 def test_a_file_that_is_not_there_is_no_hub_id():
     with pytest.raises(UsageError, match=r"there is no file 'mine/reviews\.csv'"):
-        load_texts("mine/reviews.csv")
+        load_text("mine/reviews.csv")
 
 
 def test_worked_sums_are_never_trained_on_and_tested(monkeypatch):

@@ -13,7 +13,6 @@ from weightsmith.lab.data.degradations import (
     add_haze,
     add_noise,
     add_rain,
-    crop_to_multiple,
     degrade,
     psnr_ssim,
 )
@@ -37,12 +36,6 @@ def test_quality_is_that_of_the_authors_code():
     pairs = zip(GOLDEN["met32.clean"], GOLDEN["met32.restored"], strict=True)
     found = np.mean([psnr_ssim(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in pairs], axis=0)
     np.testing.assert_allclose(found, GOLDEN["met32.psnr_ssim"].numpy(), atol=1e-5)
-
-
-def test_tests_crop_as_the_authors_code():
-    height, width, cut_height, cut_width, first = GOLDEN["crop"].tolist()
-    found = crop_to_multiple(np.arange(height * width * 3).reshape(height, width, 3))
-    assert (*found.shape[:2], found.reshape(-1)[0]) == (cut_height, cut_width, first)
 
 
 def test_haze_lightens_and_rain_adds_streaks():

@@ -14,7 +14,6 @@ from weightsmith.search.gan.genotypes import (
     discriminator_genotype,
     generator_genotype,
 )
-from weightsmith.search.space import differing_genes
 from weightsmith.search.variation import first_population, offspring
 
 SPACES = [GENERATOR_SPACE, DISCRIMINATOR_SPACE]
@@ -34,6 +33,10 @@ def test_published_generators_are_valid(name):
 @pytest.mark.parametrize("name", ["D_C", "D_S", "D_autogan"])
 def test_published_discriminators_are_valid(name):
     assert DISCRIMINATOR_SPACE.check(DISCRIMINATORS[name]) == discriminator_genotype(name)
+
+
+def differing_genes(one, other):
+    return sum(a != b for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True))
 
 
 def test_the_generator_is_four_genes_from_the_one_of_adversarialnas():

@@ -33,12 +33,6 @@ def expected_alignment(first: Tensor, readout: Tensor, beta: Tensor) -> float:
     return top / (float((m + q * torch.eye(d, dtype=m.dtype)).norm()) * math.sqrt(d + 3))
 
 
-def mean_alignment(first: Tensor) -> float:
-    """Its mean over isotropic tasks, for ``w(0) = 0``."""
-    m, d = first.T @ first, first.shape[1]
-    return (d + 1) / (d * math.sqrt(d + 3)) * float(m.trace() / m.norm())
-
-
 def trained_alignment(
     first: Tensor, readout: Tensor, beta: Tensor, *, lr: float = 0.02, residual: float = 1e-6, most: int = 200_000
 ) -> float:

@@ -192,7 +192,6 @@ class _Run:
     order: ClassOrder
     labels: Tensor
     wa: WeightAligning
-    reserve: int = 0
     lines: list[tuple[int, int, float, float]] = field(default_factory=list)
 
     def read_logits(self, logits: Tensor) -> Tensor:

@@ -199,11 +199,6 @@ class SearchSpace:
         return changed if self.coupled is None else self.coupled(changed, gene, rng)
 
 
-def differing_genes(one: Genotype, other: Genotype) -> int:
-    """Number of genes in which two genotypes differ."""
-    return sum(a != b for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True))
-
-
 def different(genotypes: Iterable[Genotype]) -> list[Genotype]:
     """Drop repeated genotypes, in order."""
     return list(dict.fromkeys(genotypes))

@@ -55,15 +55,6 @@ def degrade(image: Image, kind: str, generator: np.random.Generator, sigma: floa
     return add_haze(image, generator) if kind == "haze" else add_rain(image, generator)
 
 
-def crop_to_multiple(image: NDArray[Any], unit: int = 16) -> NDArray[Any]:
-    """Cut the sides ``(H, W, ...)`` down to multiples of ``unit``, around the center, as the published tests do."""
-    for axis in (0, 1):
-        surplus = image.shape[axis] % unit
-        first = surplus // 2
-        image = np.take(image, range(first, first + image.shape[axis] - surplus), axis)
-    return image
-
-
 def psnr_ssim(clean: NDArray[Any], restored: NDArray[Any]) -> tuple[float, float]:
     """Peak signal-to-noise ratio in dB and structural similarity, on RGB, data range 1.
 

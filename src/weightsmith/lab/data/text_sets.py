@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.instructions import SETS, make_rows
 from weightsmith.lab.data.labels import check_counts, hold_out, parts_of, subset
 from weightsmith.lab.data.sources import column, load_tables
@@ -66,24 +66,6 @@ def load_sentences(
     *parts, classes = parts_of(name, labels, class_names, train_examples=train_examples, test_examples=test_examples)
     train, test = (_rows(name, tables[part.split].select(part.rows.tolist()), texts) for part in parts)
     return Sentences(train, test, parts[0].labels, parts[1].labels, classes)
-
-
-def load_texts(name: str, split: str = "train", *, columns: tuple[str, ...] = (), subset_name: str = "") -> list[str]:
-    """Load running text, row by row: a whole ``.txt`` file, or the column of texts, else all strings of a row.
-
-    Args:
-        name: See `weightsmith.lab.data.sources.locate`.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        columns: Names of the columns whose texts are joined; empty: usual names.
-        subset_name: Configuration of a hub data set.
-
-    Raises:
-        UsageError: There are no such data, or no text in them.
-    """
-    tables = load_tables(name, subset=subset_name)
-    if split not in tables:
-        raise unknown("split", split, tables)
-    return _texts(name, tables[split], columns)
 
 
 def load_text(name: str, *, columns: tuple[str, ...] = (), subset_name: str = "") -> tuple[str, str]:
