@@ -219,15 +219,6 @@ def test_regularizers_guard_layers_that_are_all_dead_all_alive_or_have_one_neuro
         BoundRegularizer(0.0)
 
 
-def test_overlapping_max_pools_have_no_linear_bounds_and_say_so():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 2), nn.Flatten(), nn.LazyLinear(3))
-    x = torch.rand(2, 1, 8, 8)
-    model(x)
-    assert bounds(model, x, 0.1).lower.isfinite().all()
-    with pytest.raises(NotImplementedError, match=r"node '1'.*max pool with stride 2 and kernel_size 3"):
-        bounds(model, x, 0.1, method="crown-ibp")
-
-
 def test_eps_may_differ_by_channel_and_example():
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), torch.rand(2, 2, 2, 2)
     per_channel = torch.tensor([0.1, 0.2]).view(2, 1, 1)

@@ -93,7 +93,7 @@ def test_bad_requests_are_named(weights, capsys, monkeypatch, words, said):
 
 def test_onnx_says_what_to_install(tmp_path, capsys, monkeypatch):
     (tmp_path / "net.onnx").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "onnx2torch", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     code, text = run(capsys, tmp_path / "net.onnx", "--data", "digits", "--eps", 0.1)
     assert code == 1
-    assert "onnx2torch is needed" in text
+    assert "onnx is needed" in text

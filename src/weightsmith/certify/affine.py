@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weightsmith.certify.fused import linear_of_ball
 from weightsmith.certify.interval import Interval, intervals, lower, upper
 from weightsmith.certify.rules import register
 from weightsmith.core.graph import UnsupportedOperation
@@ -67,6 +68,8 @@ def weighted(call: Any, args: Any, kwargs: Any) -> Interval:
         if call is not F.linear and getattr(call, "__name__", "") != "linear.default":
             raise UnsupportedOperation("a convolution whose weight depends on the input has no bounds")
         raise UnsupportedOperation("a linear layer whose weight depends on the input: write it with torch.matmul")
+    if call is F.linear and torch.is_grad_enabled() and x.sample.dim() > 1:
+        return Interval.ball(*linear_of_ball(x.center, x.radius, weight, more[0] if more else kwargs.get("bias")))
     center = call(x.center, weight, *more)
     radius = call(x.radius, weight.abs(), None, *more[1:])
     return Interval.ball(center, radius)

@@ -53,10 +53,13 @@ def pgd(
         for step in range(steps):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
-                (slope,) = torch.autograd.grad(_margin_of_error(model(x), labels).sum(), x)
+                now = _margin_of_error(model(x), labels)
+                (slope,) = torch.autograd.grad(now.sum(), x)
+            x = x.detach()
+            worst, found = _worse(x, now.detach(), worst, found)
             shrunk = 0.1 ** ((step >= steps / 2) + (step >= 3 * steps / 4))
-            x = torch.minimum(torch.maximum(x.detach() + step_size * shrunk * size * slope.sign(), low), high)
-            worst, found = _keep_worse(model, x, labels, worst, found)
+            x = torch.minimum(torch.maximum(x + step_size * shrunk * size * slope.sign(), low), high)
+        worst, found = _worse(x, _wrongness(model, x, labels), worst, found)
     return found
 
 
@@ -70,11 +73,7 @@ def _wrongness(model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> 
     return _margin_of_error(model(x), labels)
 
 
-@torch.no_grad()
-def _keep_worse(
-    model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, worst: Tensor, found: Tensor
-) -> tuple[Tensor, Tensor]:
-    now = _wrongness(model, x, labels)
+def _worse(x: Tensor, now: Tensor, worst: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     better = now > worst
     chosen = better.view(-1, *[1] * (x.dim() - 1))
     return torch.where(better, now, worst), torch.where(chosen, x, found)

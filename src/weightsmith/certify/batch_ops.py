@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from weightsmith.certify.fused import normalized
 from weightsmith.certify.interval import Interval, sample
 from weightsmith.certify.passes import Call, Pass, as_interval
 from weightsmith.core.graph import Live, Node
@@ -32,38 +33,45 @@ def is_folded(node: Node, users: Mapping[Node, list[Node]], done: Pass) -> bool:
     if len(node.args) < 3 or not all(isinstance(arg, Live | Tensor | None) for arg in node.args[1:3]):
         return False
     value = done.values[x] if isinstance(x, Node) else None
-    return isinstance(value, Interval) and (node.op != "linear" or len(value.shape) == 2)
+    if not isinstance(value, Interval) or node.op != "linear":
+        return isinstance(value, Interval)
+    # where a weight is larger than the batch's activations, scaling those is cheaper
+    return len(value.shape) == 2 and not (in_training(behind) and value.shape[1] > 2 * value.shape[0])
 
 
 def batch_norm(done: Pass, node: Node, users: Any, need_clean: bool) -> tuple[Call, Any]:
     """Batch norm as ``a x + b`` with ``a = gamma / sqrt(var + eps)`` and ``b = beta - mean a``."""
     x, options = node.args[0], done.options
     named = {name: value.get() if isinstance(value, Live) else value for name, value in node.kwargs.items()}
+    weight, bias = (None if named.get(name) is None else named[name].to(options.dtype) for name in ("weight", "bias"))
+    out = None
     if in_training(node):
         clean = done.clean[x] if options.statistics == "clean" else as_interval(done.values[x]).center
         if named["training"]:
             F._verify_batch_size(clean.shape)  # type: ignore[attr-defined]  # torch's own error for a batch of 1
-        mean, var, count = _moments(clean, named.get("synced"))
+        count = clean.numel() // clean.shape[1]
+        if options.statistics == "clean" and not _is_synced(named.get("synced")):
+            out, mean, rstd = normalized(clean, weight, bias, named["eps"])
+            var = rstd.detach().square().reciprocal() - named["eps"]
+        else:
+            mean, var, count = _moments(clean, named.get("synced"))
+            rstd = (var + named["eps"]).rsqrt()
         if options.update and named["training"] and named["running_mean"] is not None:
-            _update(named, mean.detach(), var.detach(), count)
+            _update(named, mean.detach(), var.detach().clamp_min(0), count)
         if options.detach:
-            mean, var = mean.detach(), var.detach()
+            mean, rstd = mean.detach(), rstd.detach()
     else:
-        mean, var = (named[name].to(options.dtype) for name in ("running_mean", "running_var"))
-    a = (var + named["eps"]).rsqrt()
-    if named.get("weight") is not None:
-        a = a * named["weight"].to(options.dtype)
-    b = -mean * a
-    if named.get("bias") is not None:
-        b = b + named["bias"].to(options.dtype)
-    out = None
-    if need_clean:
+        mean = named["running_mean"].to(options.dtype)
+        rstd = (named["running_var"].to(options.dtype) + named["eps"]).rsqrt()
+    a = rstd if weight is None else rstd * weight
+    b = -mean * a if bias is None else bias - mean * a
+    if need_clean and out is None:
         exact = done.clean[x]
         out = torch.addcmul(_channels(b, exact), exact, _channels(a, exact))
     if isinstance(x, Node) and is_folded(x, users, done):
-        _, weight, bias, *more = done.fill((None, *x.args[1:]), {})
-        folded = weight * a.view(-1, *[1] * (weight.dim() - 1))
-        return Call(x.op, x.call, (x.args[0], folded, b if bias is None else b + bias * a, *more), x.kwargs), out
+        matrix, shift, *more = done.fill(x.args[1:], {})
+        folded = matrix * a.view(-1, *[1] * (matrix.dim() - 1))
+        return Call(x.op, x.call, (x.args[0], folded, b if shift is None else b + shift * a, *more), x.kwargs), out
     like = sample(done.values[x])
     return Call("scale_shift", lambda t, a, b: t * a + b, (x, _channels(a, like), _channels(b, like))), out
 
@@ -72,16 +80,16 @@ def _channels(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
+def _is_synced(synced: Any) -> bool:
+    there = bool(synced) and distributed.is_available() and distributed.is_initialized()
+    return there and distributed.get_world_size(synced[0]) > 1
+
+
 def _moments(x: Tensor, synced: Any) -> tuple[Tensor, Tensor, int]:
     """Mean, biased variance and count per channel; over all processes of a group for synchronized batch norm."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
     count = x.numel() // x.shape[1]
-    if (
-        synced
-        and distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size(synced[0]) > 1
-    ):
+    if _is_synced(synced):
         from torch.distributed.nn.functional import all_reduce  # not in every build of torch
 
         sums = torch.stack([x.sum(axes), x.square().sum(axes), torch.full_like(x.sum(axes), count)])

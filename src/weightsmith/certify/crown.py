@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weightsmith.certify.elementwise import relu_lines
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.passes import Pass
 from weightsmith.certify.propagate import unsupported
+from weightsmith.certify.relu import relu_lines
 from weightsmith.certify.rules import RULES, Lines
 from weightsmith.core.graph import Graph, Node, UnsupportedOperation, leaves, replaced
 
@@ -34,7 +34,7 @@ class Backward:
         done: The forward pass, with bounds of every operation.
         axes: See `Axes`.
         batch: Number of examples.
-        relu: The lower line of ReLU; see `weightsmith.certify.elementwise.relu_lines`.
+        relu: The lower line of ReLU; see `weightsmith.certify.relu.relu_lines`.
     """
 
     done: Pass

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from weightsmith.certify.crown import Axes, Backward, ReluMode
 from weightsmith.certify.interval import Interval
 from weightsmith.certify.passes import Pass
+from weightsmith.certify.pools import POOLS
 from weightsmith.certify.rules import RULES
 from weightsmith.core.graph import SHAPE_ONLY, Graph, Node, leaves
 
 _KINKED = ("relu", "leaky_relu", "prelu")
-_AS_PEERS = (*_KINKED, "max_pool1d", "max_pool2d", "max_pool3d", "sigmoid", "tanh")
+_AS_PEERS = (*_KINKED, *POOLS, "sigmoid", "tanh")
 """What takes backward bounds as they are; others, such as ``log``, also need what only interval bounds may tell."""
 _MOST_NUMBERS = 2**26
 """Coefficients that are held for one operation at a time."""

@@ -117,8 +117,16 @@ def metrics(config: Config) -> list[Metric]:
 
 CHARTS = (
     Chart(
-        title="Clean against certified accuracy over the weight of the clean loss", x="clean", y="certified",
+        title="Clean against certified accuracy, one dot per seed and setting", x="clean", y="certified",
         kind="scatter", phase="front", x_label="clean accuracy %", y_label="certified accuracy %",
+    ),
+    Chart(
+        title="Certified accuracy by the weight of the clean loss (kappa)", x="setting", y="certified", phase="front",
+        arms=("fast", "vanilla"), x_label="kappa", y_label="certified accuracy %",
+    ),
+    Chart(
+        title="Clean accuracy by the weight of the clean loss (kappa)", x="setting", y="clean", phase="front",
+        arms=("fast", "vanilla"), x_label="kappa", y_label="clean accuracy %",
     ),
     Chart(title="Size of the box", x="epoch", y="eps", phase="training"),
     Chart(title="Training loss", x="epoch", y="train_loss", phase="training", log_y=True),

@@ -1,6 +1,7 @@
 """``weightsmith certify``: for how many examples of a data set a classifier's robustness is proved."""
 
 import csv
+import importlib
 import inspect
 import io
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from weightsmith.certify.bounding import Method, Rounding
 from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, reason, require
 from weightsmith.core.files import check_target, file_atomically, write_atomically
+from weightsmith.core.graph import UnsupportedOperation
 from weightsmith.core.load import load_object
 from weightsmith.lab.data.image_sets import load_images
 from weightsmith.lab.data.images import Images
 from weightsmith.lab.models import build_model
 from weightsmith.lab.tasks.scoring import load_weights
+from weightsmith.tools.onnx_network import read_onnx
 
 _SUFFIXES = (".csv", ".parquet")
 
@@ -149,12 +152,22 @@ def _network(model: str, architecture: str, checkpoint: str, images: Images) -> 
 def _from_onnx(path: Path) -> nn.Module:
     if not path.is_file():
         raise UsageError(f"model {str(path)!r}: there is no such file")
-    onnx2torch = require("onnx2torch", extra="onnx", purpose=f"the model {str(path)!r} (it brings torchvision)")
     try:
-        network: nn.Module = onnx2torch.convert(str(path))
-    except Exception as error:  # a damaged file, or an operator that it does not know
-        raise UsageError(f"model {str(path)!r} cannot be converted: {reason(error)}") from error
-    return network
+        return read_onnx(path)
+    except UnsupportedOperation as error:
+        try:
+            onnx2torch: Any = importlib.import_module("onnx2torch")
+            network: nn.Module = onnx2torch.convert(str(path))
+        except ModuleNotFoundError:
+            more = "pip install onnx2torch (it brings torchvision) may read it"
+        except Exception as other:  # an operator that it does not know either
+            more = f"onnx2torch cannot convert it either ({reason(other)})"
+        else:
+            return network
+        raise UsageError(
+            f"model {str(path)!r} has {error}, which is not read here: {more}; or give the network as module:function, "
+            "or a state dict with --architecture"
+        ) from error
 
 
 def _normalization(images: Images, mean: tuple[float, ...], std: tuple[float, ...], kind: str) -> tuple[Tensor, Tensor]:
