@@ -48,7 +48,7 @@ def measure(arm: str, seed: int, start_: Callable[[Tensor, str, torch.Generator]
     unit = torch.full((HIDDEN,), HIDDEN**-0.5, dtype=torch.float64)
     first = torch.outer(unit, beta) if arm == "aligned" else filled(arm) / filled("full").norm()
     readout = unit if arm == "aligned" else torch.zeros_like(unit)
-    found = {}
+    found: dict[str, float] = {}
     for scale in SCALES:
         trained = trained_alignment(scale * first, scale * readout, beta)
         expected = expected_alignment(scale * first, scale * readout, beta)
