@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments import decisions, rich_lazy
-from weightsmith.experiments.linear_network import expected_alignment, trained_alignment
+from weightsmith.experiments.linear_network import expected_alignment, mean_alignment, measure, trained_alignment
+from weightsmith.experiments.starts import start_
 from weightsmith.init import low_rank_
 from weightsmith.lab.tasks import make_task
 
@@ -37,6 +38,54 @@ def test_an_aligned_balanced_start_stays_as_it_is():
     beta = torch.randn(20, dtype=torch.float64)
     u = torch.full((30,), 30**-0.5, dtype=torch.float64)
     assert trained_alignment(1e-3 * torch.outer(u, beta / beta.norm()), 1e-3 * u, beta) == pytest.approx(1, abs=1e-4)
+
+
+def started(arm, size=40):
+    return start_(torch.empty(size, size), arm, 1.25, torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize("arm", ["r1-frobenius", "r20-frobenius", "r20-both", "orthogonal"])
+def test_a_start_keeps_the_frobenius_norm_of_full_rank(arm):
+    assert started(arm).norm() == pytest.approx(started("full").norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("arm", ["r1-spectral", "r20-spectral", "r20-both", "r3-both"])
+def test_a_start_keeps_the_spectral_norm_of_full_rank(arm):
+    largest = torch.linalg.svdvals(started("full"))[0].item()
+    found = torch.linalg.svdvals(started(arm))
+    assert found[0] == pytest.approx(largest, rel=1e-5)
+    assert (found > 1e-5 * found[0]).sum() == int(arm[1:].split("-")[0])
+
+
+def test_a_rank_too_low_for_both_norms_has_equal_singular_values():
+    found = torch.linalg.svdvals(started("r3-both"))[:3]
+    assert found[2] == pytest.approx(found[0].item(), rel=1e-5)
+
+
+def in_linear_network(arm, seed=0):
+    return measure(arm, seed, lambda w, name, generator: start_(w, name, 1.25, generator))
+
+
+def test_the_theory_matches_small_starts_of_every_rank_and_norm():
+    for arm in ("r1-frobenius", "r5-frobenius", "r10-spectral", "full", "orthogonal"):
+        found = in_linear_network(arm)
+        assert found["linear_gap"] < 1e-4
+        assert found["linear_gap_0.1"] < 0.005
+        assert found["linear_1"] > 0
+
+
+def test_the_theory_does_not_hold_for_large_starts():
+    gaps = [in_linear_network("r5-frobenius", seed)["linear_gap_1"] for seed in range(3)]
+    assert sum(gaps) / 3 > 0.02
+
+
+def test_an_aligned_start_is_lazy_and_ranks_are_ordered():
+    assert in_linear_network("aligned")["linear"] == pytest.approx(1, abs=1e-4)
+    means = [
+        sum(in_linear_network(arm, seed)["linear"] for seed in range(5)) / 5
+        for arm in ("r1-frobenius", "r5-frobenius", "r10-frobenius", "full", "orthogonal")
+    ]
+    assert means == sorted(means)
 
 
 def draw(name, count=4000):
@@ -94,6 +143,8 @@ def test_rows_of_images_count_at_the_last_step_alone():
     losses = task.losses(model, batch)
     expected = torch.nn.functional.cross_entropy(model(batch.inputs)[:, -1], batch.targets[:, -1], reduction="none")
     torch.testing.assert_close(losses, expected)
+    assert decisions.last_alone(task)
+    assert not decisions.last_alone(make_task(SMOKE))
 
 
 def test_the_time_constant_mixes_old_and_new():

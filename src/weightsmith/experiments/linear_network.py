@@ -13,11 +13,48 @@ balanced, its alignment is 1.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from weightsmith.diagnose import kernel_alignment
+
+INPUTS, HIDDEN = 20, 30
+SCALES = (0.001, 0.1, 1.0)
+"""Frobenius norms of the full-rank start: where the theory is exact, close, and no longer meant to hold."""
+
+
+def measure(arm: str, seed: int, start_: Callable[[Tensor, str, torch.Generator], Tensor]) -> dict[str, float]:
+    """Train the network from an arm's start at every scale; the alignment, and how far the theory is off.
+
+    Args:
+        arm: What ``start_`` takes; ``"aligned"``: rank one along the task, with a balanced readout.
+        seed: Of the task and the start.
+        start_: Fills ``W(0)``.
+
+    Returns:
+        ``linear`` and ``linear_gap`` for the smallest scale, the others with their scale behind.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    beta = torch.randn(INPUTS, generator=generator, dtype=torch.float64)
+    beta /= beta.norm()
+    drawn = generator.get_state()
+
+    def filled(name: str) -> Tensor:
+        generator.set_state(drawn)
+        return start_(torch.empty(HIDDEN, INPUTS, dtype=torch.float64), name, generator)
+
+    unit = torch.full((HIDDEN,), HIDDEN**-0.5, dtype=torch.float64)
+    first = torch.outer(unit, beta) if arm == "aligned" else filled(arm) / filled("full").norm()
+    readout = unit if arm == "aligned" else torch.zeros_like(unit)
+    found: dict[str, float] = {}
+    for scale in SCALES:
+        trained = trained_alignment(scale * first, scale * readout, beta)
+        expected = expected_alignment(scale * first, scale * readout, beta)
+        end = "" if scale == SCALES[0] else f"_{scale:g}"
+        found |= {f"linear{end}": trained, f"linear_gap{end}": abs(trained - expected)}
+    return found
 
 
 def expected_alignment(first: Tensor, readout: Tensor, beta: Tensor) -> float:
