@@ -55,7 +55,7 @@ $(CORE): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(CORE)
-	$(INSTALL) ".[hf,search,vision,onnx,noise,prune,dev,docs]"
+	$(INSTALL) ".[hf,search,vision,onnx,noise,prune,rl,dev,docs]"
 	touch $@
 
 $(MODELS): tests/fetch_models.py | $(INSTALLED)

@@ -322,3 +322,29 @@ def test_order_side_and_unit_change_no_verdict(winner, loser, order, worth):
     assert (swapped.low, swapped.high) == pytest.approx((-judged.high, -judged.low))
     assert (scaled.low, scaled.high) == pytest.approx((8 * judged.low, 8 * judged.high))
     assert scaled.seeds_needed == judged.seeds_needed
+
+
+def gated(raised_by):
+    results = {"new": arm(12 + NOISE), "old": arm(10 + raised_by + NOISE), "before": arm(np.full(7, 10.0))}
+    gate = claim("old", "before", text="old has learned", primary=False, worth=1.0, gate=True)
+    return judge([claim(), gate], [metric()], results, plan=SEVEN)
+
+
+def test_no_claim_is_judged_when_the_gate_is_not_met():
+    judged, gate = gated(0.2)
+    assert (judged.verdict, gate.verdict) == ("not run", "no relevant effect")
+    assert "the gate is not met (old has learned)" in judged.reason
+    assert decided([judged, gate])
+
+
+def test_a_gate_that_is_met_changes_no_verdict():
+    judged, gate = gated(1.5)
+    assert (judged.verdict, gate.verdict) == ("supported", "supported")
+
+
+def test_a_gate_whose_arm_did_not_run_takes_no_verdict_back():
+    gate = claim("old", "before", primary=False, worth=1.0, gate=True)
+    judged, left_out = judge(
+        [claim(), gate], [metric()], {"new": arm(12 + NOISE), "old": arm(np.full(7, 10.0))}, plan=SEVEN
+    )
+    assert (judged.verdict, left_out.verdict) == ("supported", "not run")

@@ -7,19 +7,16 @@ well-formed with digits that do not fall.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments import policies
-from weightsmith.experiments.policies import PolicyConfig, RunningMean
+from weightsmith.experiments.aggregation import Aggregation, report_missing, rivals
+from weightsmith.experiments.policies import BEFORE, PolicyConfig, PolicyRun, RunningMean, by_prompt, gate, starter
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.models.policy import PolicyTransformer
-from weightsmith.lab.policy import Rollout, held_out_prompts, optimize_policy
+from weightsmith.lab.policy import Rollout
 from weightsmith.lab.tasks.expressions import AnyDigits
 from weightsmith.reweight import (
     Conciseness,
@@ -59,24 +56,30 @@ class Config(PolicyConfig):
 
 
 _WEIGHTINGS: dict[str, Callable[[Config], FixedWeights]] = {
+    BEFORE.name: lambda _: FixedWeights(BALANCED),
     "balanced": lambda _: FixedWeights(BALANCED),
     "accuracy": lambda _: FixedWeights(ACCURACY),
     "efficiency": lambda _: FixedWeights(EFFICIENCY),
     "gradient": lambda c: GradientWeights(3, weights=BALANCED, step_size=c.step_size),
     "hypervolume": lambda _: HypervolumeWeights(BALANCED, MAXIMIZE),
     "hypervolume-reward": lambda _: HypervolumeWeights(BALANCED, MAXIMIZE, apply_to="reward"),
+    "upgrad": lambda _: Aggregation("UPGrad", 3),
+    "mgda": lambda _: Aggregation("MGDA", 3),
 }
+_BALANCED_ARM = Arm("balanced", "fixed weights 0.334, 0.333, 0.333", "fixed, balanced")
 
 
 def arms(_: Config) -> list[Arm]:
-    """Three fixed weightings, both dynamic ones, and the form of one that cancels."""
+    """No optimization, three fixed weightings, both dynamic ones, the form of one that cancels, and TorchJD's rules."""
     return [
-        Arm("balanced", "fixed weights 0.334, 0.333, 0.333", "fixed, balanced"),
+        BEFORE,
+        _BALANCED_ARM,
         Arm("accuracy", "fixed weights 0.5, 0.25, 0.25", "fixed, accuracy"),
         Arm("efficiency", "fixed weights 0.25, 0.375, 0.375", "fixed, efficiency"),
         Arm("gradient", "weights moved by the agreement of gradients", "gradient weights"),
         Arm("hypervolume", "advantages times a factor from validation points", "hypervolume"),
         Arm("hypervolume-reward", "rewards times that factor, as released: cancels under GRPO", "hypervolume, rewards"),
+        *rivals(),
     ]
 
 
@@ -105,6 +108,14 @@ def claims(_: Config) -> list[Claim]:
             text="A factor on the rewards changes accuracy (control: it cancels under GRPO)", metric="accuracy",
             winner="hypervolume-reward", loser="balanced", worth=1.0,
         ),
+        *[
+            Claim(
+                text=f"Gradient weights dominate a larger hypervolume than {arm.title}", metric="hypervolume",
+                winner="gradient", loser=arm.name, worth=0.03,
+            )
+            for arm in rivals()
+        ],
+        gate("accuracy", _BALANCED_ARM),
     ]  # fmt: skip
 
 
@@ -135,11 +146,6 @@ CHARTS = (
 )
 
 
-def start(config: Config, seed: int, folder: Path) -> Any:
-    """The policy after supervised training."""
-    return policies.start(config, TASK, seed, folder)
-
-
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
     config.check()
@@ -147,43 +153,40 @@ def check(config: Config) -> None:
         raise UsageError(f"method must be one of {', '.join(METHODS)}, got {config.method!r}")
     if config.validate_every < 1 or not config.max_norm > 0:
         raise UsageError("validate_every must be at least 1 and max_norm above 0")
-    for make in _WEIGHTINGS.values():
-        make(config)
+    report_missing()
+    for arm in arms(config):
+        _WEIGHTINGS[arm.name](config)
 
 
 def job(config: Config, job: Job) -> Mapping[str, Value]:
     """Optimize the policy of one arm and seed, and measure it on held-out prompts."""
-    model, optimizer = policies.begin(config, TASK, job.start, job.device)
-    weighting, shortness = _WEIGHTINGS[job.arm](config), Conciseness()
-    prompts = held_out_prompts(TASK, config.test_prompts, job.device)
-    few = held_out_prompts(TASK, config.measure_prompts, job.device, "validation")
-    before = _point(policies.measured(model, TASK, prompts, config.test_samples))
-    if isinstance(weighting, HypervolumeWeights):
-        weighting.update(_point(policies.measured(model, TASK, few, config.measure_samples)))
-    metas = RunningMean()
+    run, weighting, shortness = PolicyRun(config, TASK, job), _WEIGHTINGS[job.arm](config), Conciseness()
+    before, metas = _point(run.tested()), RunningMean()
 
     def validate(step: int) -> None:
         if isinstance(weighting, HypervolumeWeights) and step % config.validate_every == 0:
-            weighting.update(_point(policies.measured(model, TASK, few, config.measure_samples)))
+            weighting.update(_point(run.validated()))
 
     def advantages(rollout: Rollout) -> Tensor:
         metas.add(weighting.meta)
-        lengths = rollout.mask.sum(1).tolist()
-        short = torch.tensor(shortness(lengths), device=rollout.scores.device)
+        short = torch.tensor(shortness(rollout.mask.sum(1).tolist()), device=rollout.scores.device)
         scores = torch.stack([rollout.scores[:, 0], short, rollout.scores[:, 1]], 1)
         find = partial(objective_advantages, group=rollout.group, method=config.method, mask=rollout.mask)
-        if isinstance(weighting, GradientWeights):
-            single = torch.eye(3, device=scores.device)
-            each = torch.stack([find(scores, one) for one in single])
-            weighting.update(_influence(config, model, rollout, each))
+        if isinstance(weighting, GradientWeights | Aggregation):
+            each = torch.stack([find(scores, one) for one in torch.eye(3, device=scores.device)])
+            if isinstance(weighting, Aggregation):
+                return each.transpose(0, 1)
+            weighting.update(_influence(run, rollout, each, config.max_norm))
         return weighting.advantage_factor * find(scores, weighting.reward_weights)
 
     def loss(rollout: Rollout, gains: Tensor) -> Tensor:
-        logp, _, _ = policies.scored(model, rollout)
-        return policy_loss(logp, gains, rollout.mask, old_logp=rollout.logp).loss
+        find = partial(policy_loss, run.scored(rollout)[0], mask=rollout.mask, old_logp=rollout.logp)
+        if isinstance(weighting, Aggregation):
+            return weighting.loss([find(one).loss for one in gains.unbind(1)], list(run.model.parameters()))
+        return find(gains).loss
 
     def measure(_: int) -> dict[str, float]:
-        accuracy, length, clarity = _point(policies.measured(model, TASK, few, config.measure_samples))
+        accuracy, length, clarity = _point(run.validated())
         shares = dict(zip(_NAMES, weighting.weights.tolist(), strict=True))
         return {
             "accuracy": 100 * accuracy,
@@ -193,22 +196,19 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
             **shares,
         }
 
-    job.diverged = optimize_policy(
-        model, optimizer, TASK, advantages=advantages, loss=loss, steps=config.steps, prompts=config.prompts,
-        samples=config.samples, mini_batches=config.mini_batches, seed=job.seed, device=job.device,
-        clip_norm=config.clip_norm, after_step=validate, measure=measure, measure_every=config.measure_every,
-        states={"weights": weighting, "shortness": shortness, "meta": metas}, asked={"arm": job.arm}, record=job.record,
-        folder=job.folder,
+    validate(0)
+    run.optimize(
+        advantages=advantages, loss=loss, measure=measure, after_step=validate,
+        states={"weights": weighting, "shortness": shortness, "meta": metas},
     )  # fmt: skip
-    rollout = policies.measured(model, TASK, prompts, config.test_samples)
-    after = _point(rollout)
+    rollout = run.tested()
     unit = torch.tensor([1.0, float(TASK.new_tokens), 1.0], dtype=torch.float64)
-    scaled = (torch.tensor([after, before], dtype=torch.float64) / unit).tolist()
-    right, clear = (100 * rollout.scores[:, k].view(len(prompts), -1).mean(1) for k in range(2))
+    after, reference = (torch.tensor([_point(rollout), before], dtype=torch.float64) / unit).tolist()
+    right, clear = (100 * by_prompt(rollout, rollout.scores[:, k]).mean(1) for k in range(2))
     return {
-        "hypervolume": hypervolume([scaled[0]], scaled[1], MAXIMIZE),
+        "hypervolume": hypervolume([after], reference, MAXIMIZE),
         "accuracy": right,
-        "length": rollout.mask.sum(1).float().view(len(prompts), -1).mean(1),
+        "length": by_prompt(rollout, rollout.mask.sum(1).float()).mean(1),
         "clarity": clear,
         **dict(zip(_NAMES, weighting.weights.tolist(), strict=True)),
         "meta": metas.value(weighting.meta),
@@ -221,13 +221,12 @@ def _point(rollout: Rollout) -> list[float]:
     return [accuracy, rollout.mask.sum(1).double().mean().item(), clarity]
 
 
-def _influence(config: Config, model: PolicyTransformer, rollout: Rollout, each: Tensor) -> Tensor:
+def _influence(run: PolicyRun, rollout: Rollout, each: Tensor, max_norm: float) -> Tensor:
     """On the last block, with norms over all parameters, as the paper does on its middle layers."""
-    logp, _, _ = policies.scored(model, rollout)
-    targets: list[nn.Parameter] = list(model.blocks[-1].parameters())
     return objective_influence(
-        logp, each, rollout.mask, targets, max_norm=config.max_norm, norm_params=list(model.parameters())
-    )
+        run.scored(rollout)[0], each, rollout.mask, list(run.model.blocks[-1].parameters()), max_norm=max_norm,
+        norm_params=list(run.model.parameters()),
+    )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -253,7 +252,7 @@ EXPERIMENT = Experiment(
     metrics=metrics,
     charts=CHARTS,
     job=job,
-    start=start,
+    start=starter(TASK),
     check=check,
     reading=(
         "All arms of a seed begin with the same supervised policy and see the same prompts and random numbers; what is "

@@ -1,6 +1,8 @@
 """What the experiments on policy optimization share: the small policy, its supervised start, and how it is measured."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,25 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError
+from weightsmith.lab.experiment import Arm, Claim
+from weightsmith.lab.job import Job
 from weightsmith.lab.models.policy import PolicyTransformer
-from weightsmith.lab.policy import PolicyTask, Rollout, sample, warm_up
+from weightsmith.lab.policy import PolicyTask, Rollout, held_out_prompts, optimize_policy, sample, warm_up
 from weightsmith.lab.progress import seed_everything
+from weightsmith.lab.train import Row, Stateful
 from weightsmith.reweight import fused_linear_logprob
 
 _MEASURE_SEED = 104_729
+BEFORE = Arm("before", "the supervised policy that all other arms begin with", "before RL")
+"""The arm that optimizes nothing: what the others are to rise above."""
+
+
+def gate(metric: str, arm: Arm) -> Claim:
+    """The condition under which other claims are judged: policy optimization without the technique has learned."""
+    return Claim(
+        text=f"{arm.label} answers at least 5 % more of the prompts than the policy before RL", metric=metric,
+        winner=arm.name, loser=BEFORE.name, worth=5.0, gate=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +123,12 @@ class RunningMean:
         self.total, self.count = float(state["total"]), int(state["count"])
 
 
-def start(config: PolicyConfig, task: PolicyTask, seed: int, _: Path) -> Any:
-    """Train a policy on right answers; all arms of a seed begin with it."""
+def starter(task: PolicyTask) -> Callable[[Any, int, Path], Any]:
+    """An experiment's ``start``: the policy of a seed after supervised training, with which all its arms begin."""
+    return partial(_start, task)
+
+
+def _start(task: PolicyTask, config: PolicyConfig, seed: int, _: Path) -> Any:
     seed_everything(seed)
     model = config.network(task)
     warm_up(
@@ -119,12 +138,58 @@ def start(config: PolicyConfig, task: PolicyTask, seed: int, _: Path) -> Any:
     return model.state_dict()
 
 
-def begin(config: PolicyConfig, task: PolicyTask, state: Any, device: torch.device) -> tuple[PolicyTransformer, Any]:
-    """The policy of `start`, and its optimizer."""
-    model = config.network(task)
-    model.load_state_dict(state)
-    model.to(device)
-    return model, torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+class PolicyRun:
+    """The policy of one arm and seed: optimized as the configuration says, measured on held-out prompts.
+
+    Args:
+        config: See there.
+        task: What it is to answer.
+        job: With the state of `starter`'s policy.
+    """
+
+    def __init__(self, config: PolicyConfig, task: PolicyTask, job: Job) -> None:
+        self.config, self.task, self.job = config, task, job
+        self.model = config.network(task)
+        self.model.load_state_dict(job.start)
+        self.model.to(job.device)
+        self._few = held_out_prompts(task, config.measure_prompts, job.device, "validation")
+        self._prompts = held_out_prompts(task, config.test_prompts, job.device)
+
+    def optimize(
+        self,
+        *,
+        advantages: Callable[[Rollout], Tensor],
+        loss: Callable[[Rollout, Tensor], Tensor],
+        measure: Callable[[int], Row],
+        states: Mapping[str, Stateful],
+        after_step: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run `optimize_policy`; the arm `BEFORE` takes no step."""
+        config, job = self.config, self.job
+        job.diverged = optimize_policy(
+            self.model, torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=0.01), self.task,
+            advantages=advantages, loss=loss, steps=0 if job.arm == BEFORE.name else config.steps,
+            prompts=config.prompts, samples=config.samples, mini_batches=config.mini_batches, seed=job.seed,
+            device=job.device, clip_norm=config.clip_norm, after_step=after_step, measure=measure,
+            measure_every=config.measure_every, states=states, asked={"arm": job.arm}, record=job.record,
+            folder=job.folder,
+        )  # fmt: skip
+
+    def scored(self, rollout: Rollout, **options: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities, entropies and second moments of a rollout's answers, by `fused_linear_logprob`."""
+        return scored(self.model, rollout, **options)
+
+    def validated(self) -> Rollout:
+        """Answers to the prompts of the curves."""
+        return self._measured(self._few, self.config.measure_samples)
+
+    def tested(self) -> Rollout:
+        """Answers to the prompts of the result."""
+        return self._measured(self._prompts, self.config.test_samples)
+
+    def _measured(self, prompts: Tensor, samples: int) -> Rollout:
+        # the same random numbers for all arms
+        return sample(self.model, self.task, prompts, samples, torch.Generator().manual_seed(_MEASURE_SEED))
 
 
 def scored(
@@ -137,9 +202,9 @@ def scored(
     )  # fmt: skip
 
 
-def measured(model: PolicyTransformer, task: PolicyTask, prompts: Tensor, samples: int) -> Rollout:
-    """Answers on which all arms are measured with the same random numbers."""
-    return sample(model, task, prompts, samples, torch.Generator().manual_seed(_MEASURE_SEED))
+def by_prompt(rollout: Rollout, values: Tensor) -> Tensor:
+    """Values of all answers ``(N,)`` as ``(prompts, samples)``."""
+    return values.view(int(rollout.group[-1]) + 1, -1)
 
 
 def mean_entropy(rollout: Rollout) -> float:

@@ -6,19 +6,23 @@ collapse shows as a fall of pass@16 and of the number of distinct right answers 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from weightsmith.core.errors import UsageError
-from weightsmith.experiments import policies
-from weightsmith.experiments.policies import PolicyConfig, RunningMean
+from weightsmith.experiments.policies import (
+    BEFORE,
+    PolicyConfig,
+    PolicyRun,
+    RunningMean,
+    by_prompt,
+    gate,
+    mean_entropy,
+    starter,
+)
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.models.policy import PolicyTransformer
-from weightsmith.lab.policy import Rollout, held_out_prompts, optimize_policy, pass_at_least_once
+from weightsmith.lab.policy import Rollout, pass_at_least_once
 from weightsmith.lab.tasks.expressions import ThreeDigits
 from weightsmith.reweight import (
     ClipCov,
@@ -62,6 +66,7 @@ class Config(PolicyConfig):
 
 
 _RULES: dict[str, Callable[[Config], TokenRule | None]] = {
+    BEFORE.name: lambda _: None,
     "grpo": lambda _: None,
     "clip-higher": lambda c: ClipHigher(c.clip_low, 0.28),
     "clip-cov": lambda c: ClipCov(c.cov_ratio, low=c.cov_low),
@@ -76,6 +81,7 @@ _RULES: dict[str, Callable[[Config], TokenRule | None]] = {
     "w-reinforce": lambda _: WReinforce(),
 }
 _ARMS = (
+    BEFORE,
     Arm("grpo", "no intervention", "GRPO"),
     Arm("clip-higher", "the ratio may rise to 1.28: what DAPO and TRL's users do today", "clip-higher"),
     Arm("clip-cov", "drops a few tokens of high covariance", "Clip-Cov"),
@@ -89,11 +95,11 @@ _ARMS = (
     Arm("entropy-adv", "adds entropy to the advantage", "Entropy-Adv"),
     Arm("w-reinforce", "weighs right answers by 0.1, without a baseline", "W-REINFORCE"),
 )
-_FEW = 5
+_FEW = 6
 
 
 def arms(config: Config) -> list[Arm]:
-    """STEER, its signed form, what people use today, and more rivals."""
+    """No optimization, STEER and its signed form, what people use today, and more rivals."""
     return list(_ARMS if config.all_rivals else _ARMS[:_FEW])
 
 
@@ -124,6 +130,7 @@ def claims(_: Config) -> list[Claim]:
             text="STEER has a higher pass@1 than Clip-Cov", metric="pass_1", winner="steer", loser="clip-cov",
             worth=1.0, paper="45.7 → 48.6", paper_gain=2.9,
         ),
+        gate("pass_1", _ARMS[1]),
     ]  # fmt: skip
 
 
@@ -147,32 +154,21 @@ CHARTS = (
 )
 
 
-def start(config: Config, seed: int, folder: Path) -> Any:
-    """The policy after supervised training."""
-    return policies.start(config, TASK, seed, folder)
-
-
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
     config.check()
-    if config.test_samples < 2:
-        raise UsageError(f"test_samples must be at least 2, got {config.test_samples}")
     for arm in arms(config):
         _RULES[arm.name](config)
 
 
 def job(config: Config, job: Job) -> Mapping[str, Value]:
     """Optimize the policy of one arm and seed, and measure it on held-out prompts."""
-    model, optimizer = policies.begin(config, TASK, job.start, job.device)
-    rule = _RULES[job.arm](config)
-    prompts = held_out_prompts(TASK, config.test_prompts, job.device)
-    few = held_out_prompts(TASK, config.measure_prompts, job.device, "validation")
-    seen = RunningMean()
+    run, rule, seen = PolicyRun(config, TASK, job), _RULES[job.arm](config), RunningMean()
 
     def loss(rollout: Rollout, advantages: Tensor) -> Tensor:
         needs = () if rule is None else rule.needs
-        logp, entropy, second = policies.scored(
-            model, rollout, entropy_grad=isinstance(rule, EntropyBonus), second_moment="second_moment" in needs
+        logp, entropy, second = run.scored(
+            rollout, entropy_grad=isinstance(rule, EntropyBonus), second_moment="second_moment" in needs
         )
         found = policy_loss(
             logp, advantages, rollout.mask, old_logp=rollout.logp, rule=rule, entropy=entropy,
@@ -185,52 +181,37 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         return found.loss
 
     def measure(_: int) -> dict[str, float]:
-        rollout = policies.measured(model, TASK, few, config.measure_samples)
-        right = _right(rollout, config.measure_samples)
-        any_right = 100 * right.any(1).float().mean().item()
-        entropy = policies.mean_entropy(rollout)
+        rollout = run.validated()
+        right = by_prompt(rollout, rollout.scores[:, 0])
         return {
-            "entropy": entropy,
-            "pass_1": 100 * right.float().mean().item(),
-            "pass_any": any_right,
+            "entropy": mean_entropy(rollout),
+            "pass_1": 100 * right.mean().item(),
+            "pass_any": 100 * right.amax(1).mean().item(),
             "weight": seen.value(1.0),
         }
 
-    states: dict[str, Any] = {"weight": seen} | ({} if rule is None else {"rule": rule})
-    entropy_start = _entropy(model, few, config)
-    job.diverged = optimize_policy(
-        model, optimizer, TASK, loss=loss, steps=config.steps, prompts=config.prompts, samples=config.samples,
-        advantages=lambda rollout: group_advantages(rollout.scores[:, 0], rollout.group),
-        mini_batches=config.mini_batches, seed=job.seed, device=job.device, clip_norm=config.clip_norm, measure=measure,
-        measure_every=config.measure_every, states=states, asked={"arm": job.arm}, record=job.record, folder=job.folder,
+    entropy_start = mean_entropy(run.validated())
+    run.optimize(
+        advantages=lambda rollout: group_advantages(rollout.scores[:, 0], rollout.group), loss=loss, measure=measure,
+        states={"weight": seen} | ({} if rule is None else {"rule": rule}),
     )  # fmt: skip
-    rollout = policies.measured(model, TASK, prompts, config.test_samples)
-    right = _right(rollout, config.test_samples)
+    rollout = run.tested()
+    right = by_prompt(rollout, rollout.scores[:, 0]) > 0
     return {
         "pass_1": 100 * right.float().mean(1),
         "pass_16": 100 * pass_at_least_once(right, config.test_samples).float(),
-        "entropy": policies.mean_entropy(rollout),
-        "distinct": _distinct(rollout, config.test_samples),
+        "entropy": mean_entropy(rollout),
+        "distinct": _distinct(rollout),
         "weight": seen.value(1.0),
         "entropy_start": entropy_start,
     }
 
 
-def _right(rollout: Rollout, samples: int) -> Tensor:
-    return rollout.scores[:, 0].view(-1, samples) > 0
-
-
-def _entropy(model: PolicyTransformer, prompts: Tensor, config: Config) -> float:
-    return policies.mean_entropy(policies.measured(model, TASK, prompts, config.measure_samples))
-
-
-def _distinct(rollout: Rollout, samples: int) -> Tensor:
+def _distinct(rollout: Rollout) -> Tensor:
     """Different right answers per prompt."""
     places = torch.tensor([TASK.vocabulary**i for i in range(TASK.new_tokens)], device=rollout.answers.device)
-    codes = torch.where(rollout.scores[:, 0] > 0, (rollout.answers * places).sum(1), -1).view(-1, samples)
-    ordered = codes.sort(1).values
-    fresh = torch.cat([torch.ones_like(ordered[:, :1], dtype=torch.bool), ordered.diff(dim=1) > 0], 1)
-    return (fresh & (ordered >= 0)).sum(1).float()
+    codes = torch.where(rollout.scores[:, 0] > 0, (rollout.answers * places).sum(1), -1)
+    return torch.tensor([float(len(set(row) - {-1})) for row in by_prompt(rollout, codes).tolist()])
 
 
 EXPERIMENT = Experiment(
@@ -253,7 +234,7 @@ EXPERIMENT = Experiment(
     metrics=metrics,
     charts=CHARTS,
     job=job,
-    start=start,
+    start=starter(TASK),
     check=check,
     reading=(
         "All arms of a seed begin with the same supervised policy and see the same prompts and random numbers. Weights "

@@ -79,6 +79,8 @@ class Claim:
         worth: Smallest effect worth having, in the unit of ``margin``, decided before any run; ``None``: any.
         paper: What the paper says, for the reader to compare.
         paper_gain: The paper's own gain ``s * (winner - loser)`` in the unit of ``margin``, where it gives a number.
+        gate: The other claims are judged only when this difference is at least ``worth`` on average: for what must
+            have worked before any comparison means something.
     """
 
     text: str
@@ -91,6 +93,7 @@ class Claim:
     worth: float | None = None
     paper: str = ""
     paper_gain: float | None = None
+    gate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ def judge(
 
     A seed in which an arm diverged has no difference. A winner that diverged is not supported and a loser that diverged
     does not refute, because without its worst seeds an arm looks better than it is; neither allows "no relevant
-    effect".
+    effect". Where a gate is not met, no other claim is judged.
 
     Args:
         claims: The declared claims.
@@ -51,7 +51,20 @@ def judge(
         if family:
             judgements = _judge_family([pairs[index] for index in family], named, plan)
             judged.update(zip(family, judgements, strict=True))
-    return [judged[index] for index in range(len(claims))]
+    return _behind_gates([judged[index] for index in range(len(claims))], named)
+
+
+def _behind_gates(judgements: list[Judgement], metrics: Mapping[str, Metric]) -> list[Judgement]:
+    """Take the verdicts back when a gate is not met."""
+    for gate in judgements:
+        if gate.claim.gate and gate.look is not None and not gate.difference >= (gate.worth or 0.0):
+            form = metrics[gate.claim.metric].format
+            why = (
+                f"the gate is not met ({gate.claim.text}): the difference is {format(gate.difference, form)}, needed "
+                f"is {format(gate.worth or 0.0, form)}; no claim is judged"
+            )
+            return [j if j.claim.gate else Judgement(j.claim, "not run", why) for j in judgements]
+    return judgements
 
 
 def _check(claims: Sequence[Claim], metrics: Mapping[str, Metric]) -> None:
