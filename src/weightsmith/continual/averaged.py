@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 
-_CACHED = 2**18  # elements that stay in a core's cache from one operation to the next
+_LEAST = 2**18  # elements of a part
 _PARTS = 4  # on a GPU: few large kernels, and buffers of a quarter of all parameters
 
 
@@ -100,13 +100,13 @@ class Part:
 
 
 def parts_of(named: Sequence[tuple[str, Tensor]], *, mode: str, dtype: torch.dtype, cpu: bool) -> list[Part]:
-    """Put parameters into parts by device and precision, each small enough for a core's cache."""
+    """Put parameters into parts by device and precision, on a GPU several, so that what a step allocates is small."""
     groups: dict[tuple[torch.device, torch.dtype], list[list[tuple[str, Tensor]]]] = {}
     total = sum(parameter.numel() for _, parameter in named)
     for name, parameter in named:
         device = torch.device("cpu") if cpu else parameter.device
         lists = groups.setdefault((device, torch.promote_types(parameter.dtype, dtype)), [[]])
-        most = _CACHED if device.type == "cpu" else max(_CACHED, total // _PARTS)
+        most = total if device.type == "cpu" else max(_LEAST, total // _PARTS)
         if lists[-1] and sum(p.numel() for _, p in lists[-1]) + parameter.numel() > most:
             lists.append([])
         lists[-1].append((name, parameter))

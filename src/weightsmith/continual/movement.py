@@ -19,22 +19,21 @@ class Apart:
         self._averages = _views(part, part.average)
         self._previous = None if part.previous is None else _views(part, part.previous)
         before = self._previous if self._previous is not None else map(torch.zeros_like, self._averages)
-        gradients = [
+        self._gradients = [
             last if p.grad is None else _dense(p.grad).to(device=device, dtype=to)
             for p, last in zip(part.parameters, before, strict=True)
         ]
-        self._gradients = gradients
-        live = [p.detach().to(device=device, dtype=to) for p in part.parameters]
-        self._distances = torch._foreach_sub(live, self._averages)
+        self._live = [p.detach().to(device=device, dtype=to) for p in part.parameters]
 
     def norms(self) -> tuple[Tensor, Tensor, Tensor]:
         """L1 norms ``(p,)`` of the gradients, of their changes and of the distances."""
-        size, distance = (_sums(torch._foreach_abs(tensors)) for tensors in (self._gradients, self._distances))
-        if self._previous is None:
-            return size, torch.zeros_like(size), distance
-        changes = torch._foreach_sub(self._gradients, self._previous)
-        torch._foreach_abs_(changes)
-        return size, _sums(changes), distance
+        size = [gradient.abs().sum() for gradient in self._gradients]
+        distance = [(p - star).abs_().sum() for p, star in zip(self._live, self._averages, strict=True)]
+        change = [torch.zeros_like(norm) for norm in size]
+        if self._previous is not None:
+            pairs = zip(self._gradients, self._previous, strict=True)
+            change = [(gradient - last).abs_().sum() for gradient, last in pairs]
+        return torch.stack(size).double(), torch.stack(change).double(), torch.stack(distance).double()
 
     def remember(self, finite: Tensor) -> None:
         """Keep the gradients of the parameters that ``finite`` names, ``(p,)``."""
@@ -46,11 +45,9 @@ class Apart:
 
     def move(self, alpha: Tensor, active: Tensor) -> None:
         """Add ``alpha`` times the distance to the average of every active parameter."""
-        chosen = active.tolist()
-        distances = _where(chosen, self._distances)
-        if distances:
-            torch._foreach_mul_(distances, alpha[active].tolist())
-            torch._foreach_add_(_where(chosen, self._averages), distances)
+        for star, p, weight, moves in zip(self._averages, self._live, alpha.tolist(), active.tolist(), strict=True):
+            if moves:
+                star.lerp_(p, weight)
 
 
 class Whole:
@@ -103,12 +100,8 @@ def _views(part: Part, flat: Tensor) -> list[Tensor]:
     return [values for _, values in part.views(flat)]
 
 
-def _where(chosen: list[bool], tensors: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+def _where(chosen: list[bool], tensors: list[Tensor]) -> list[Tensor]:
     return [tensor for tensor, wanted in zip(tensors, chosen, strict=True) if wanted]
-
-
-def _sums(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([tensor.sum() for tensor in tensors]).double()
 
 
 def _dense(gradient: Tensor) -> Tensor:
