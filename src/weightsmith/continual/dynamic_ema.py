@@ -233,10 +233,14 @@ class DynamicEMA:
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call `step` after every step that ``optimizer`` takes; steps that a gradient scaler skips do not count.
 
+        Args:
+            optimizer: Of torch, or wrapped by accelerate, whose accumulation counts as one step.
+
         Returns:
             The hook's handle; its ``remove()`` ends it.
         """
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return inner.register_step_post_hook(lambda *_: self.step())
 
     @property
     def last_alpha(self) -> dict[str, float]:
