@@ -50,7 +50,7 @@ def test_images_are_turned_and_negated():
     assert torch.equal(streams._seen(x, 0.0, False), x)
 
 
-@pytest.mark.parametrize("arm", ["lcia", "lwf", "ewc", "joint"])
+@pytest.mark.parametrize("arm", ["lcia", "lwf", "ewc", "replay", "joint"])
 def test_instructions_arrive_one_after_another(tmp_path, arm):
     found = do(settings(**TEXT), arm, tmp_path)
     assert found["groups"] == (2 if arm == "lcia" else 1)
@@ -61,7 +61,8 @@ def test_instructions_arrive_one_after_another(tmp_path, arm):
 def test_joint_training_sees_every_row_of_every_task():
     for config in (settings(train_examples=120, test_examples=12), settings(**TEXT)):
         stages = lcia._stages(config)
-        train = streams.together(config, stages).train
+        parts = [(stage.task, torch.arange(len(stage.task.train))) for stage in stages]
+        train = streams.together(config, parts).train
         assert len(train) == sum(len(stage.task.train) for stage in stages)
         at = len(stages[0].task.train)
         both, alone = train.__getitems__([0, at]), stages[1].task.train.__getitems__([0])
@@ -70,8 +71,50 @@ def test_joint_training_sees_every_row_of_every_task():
         assert torch.equal(inputs[1][..., : expected.shape[-1]], expected[0])
 
 
-def test_sets_of_your_own_need_their_instructions():
-    with pytest.raises(UsageError, match="prompts must name the instruction of each of the 2 sets, got 0"):
-        streams.instructions(settings(), ("a.csv", "b.csv"), ())
+def test_replay_keeps_as_many_bytes_as_the_groups(tmp_path):
+    config = settings(train_examples=120, test_examples=12, steps=2, batch_size=8)
+    lcia_kept, replay, joint = (do(config, arm, tmp_path / arm) for arm in ("lcia", "replay", "joint"))
+    assert replay["examples"] == joint["examples"]  # all data fit into the bytes of a group here
+    assert replay["kept"] <= lcia_kept["kept"]
+    held = lcia._Replay(budget=640.0, held=[])  # ten images of 8 x 8
+    for stage in lcia._stages(config):
+        held.add(stage.task, seed=0)
+    assert [len(rows) for _, rows in held.held] == [2, 2, 2, 2]
+    assert len(held.with_new(config, lcia.task(config)).train) == len(lcia.task(config).train) + 8
+
+
+def test_sets_of_your_own_need_their_instructions(tmp_path):
+    with pytest.raises(UsageError, match="prompts must name the instruction of each of the 2 sets of your own, got 0"):
+        streams.data_sets(settings(), ("a.csv", "b.csv"), ())
     with pytest.raises(UsageError, match="kinds must be degrees"):
         streams.images(settings(train_examples=120, test_examples=12), ("0", "left"))
+    own = tmp_path / "own.csv"
+    own.write_text("question,answer\n" + "".join(f"Double: {i},{2 * i}\n" for i in range(40)))
+    text = settings(**TEXT | {"sets": ("sums", str(own)), "prompts": ("Double the number",)})
+    assert [stage.instructions[-1] for stage in lcia._stages(text)][1] == "Double the number"
+
+
+def test_any_task_with_classes_or_tokens_makes_a_sequence(tmp_path):
+    for name, sign in (("a", 1), ("b", 0)):
+        rows = "".join(f"{'good' if i % 2 else 'bad'} film {i},{int(i % 2 == sign)}\n" for i in range(60))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
+    sets = tuple(str(tmp_path / f"{name}.csv") for name in "ab")
+    changes = {"task": "sentences", "model": "", "sets": sets, "prompts": ("Judge the film", "Judge it wrongly")}
+    config = settings(**changes, steps=3, train_examples=None, test_examples=None, batch_size=8)
+    for arm in ("joint", "replay"):
+        assert 0 <= torch.as_tensor(do(config, arm, tmp_path / arm)["score"]).mean() <= 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "restoration", "model": ""}, "must predict classes or tokens"),
+        ({"sets": ("digits", "digits")}, "sets must name at least two tasks, each once"),
+        ({"kinds": ("0",)}, "kinds must name at least two tasks"),
+        ({"task": "questions", "model": "", "data": "arithmetic"}, "sets must name the data of at least two tasks"),
+        ({"sets": ("sums", "capitals"), "data": "digits"}, "data must be empty"),
+    ],
+)
+def test_what_makes_no_sequence_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        lcia._stages(settings(train_examples=120, test_examples=12, **changes))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 
-_CACHED = 2**18  # elements that stay in a core's cache from one operation to the next
+_LEAST = 2**18  # elements of a part
 _PARTS = 4  # on a GPU: few large kernels, and buffers of a quarter of all parameters
 
 
@@ -49,25 +49,6 @@ class Part:
         """Bytes of the buffers."""
         return self.average.nbytes + (self.previous.nbytes if self.previous is not None else 0)
 
-    def distances(self) -> Tensor:
-        """The parameters minus their average, ``(n,)``, as precise as the average."""
-        return self._flat([parameter.detach() for parameter in self.parameters]).sub_(self.average)
-
-    def gradient(self) -> Tensor:
-        """All gradients, ``(n,)``; the previous one stands in where there is none."""
-        before = self.previous if self.previous is not None else torch.zeros_like(self.average)
-        parts = zip(self.parameters, before.split(self.sizes), strict=True)
-        return self._flat([last if p.grad is None else _dense(p.grad) for p, last in parts])
-
-    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        to, device = self.average.dtype, self.average.device
-        return torch.cat([tensor.reshape(-1).to(device=device, dtype=to) for tensor in tensors])
-
-    def norms(self, flat: Tensor) -> Tensor:
-        """The L1 norm of every parameter's elements, ``(p,)``."""
-        norms = torch.stack(torch._foreach_norm(flat.split(self.sizes), 1))
-        return norms if flat.device.type == "mps" else norms.double()
-
     def trainable(self) -> Tensor:
         """Which parameters take part, ``(p,)``: frozen ones keep their average."""
         return self._mask([p.requires_grad for p in self.parameters])
@@ -82,28 +63,6 @@ class Part:
         if len(set(flags)) == 1:
             return torch.full((len(flags),), flags[0], device=device)
         return torch.tensor(flags).to(device, non_blocking=True)
-
-    def _each(self, values: Tensor) -> Tensor:
-        """A value per parameter as one per element."""
-        return values.repeat_interleave(self.counts, output_size=len(self.average))
-
-    def move(self, distances: Tensor, alpha: Tensor, active: Tensor) -> None:
-        """Add ``alpha`` times the distance to the average of every active parameter; overwrites ``distances``."""
-        if alpha.device.type == "cpu" and bool(active.all()):
-            torch._foreach_mul_(distances.split(self.sizes), alpha.tolist())
-            self.average += distances
-        else:  # a product with 0 would let a number in that is not finite
-            scaled = distances.mul_(self._each(alpha.to(distances.dtype)))
-            self.average += scaled.masked_fill_(~self._each(active), 0)
-
-    def remember(self, gradient: Tensor, finite: Tensor) -> None:
-        """Keep the gradients of the parameters that ``finite`` names, ``(p,)``."""
-        assert self.previous is not None
-        if finite.device.type == "cpu" and bool(finite.all()):
-            self.previous.copy_(gradient)
-        else:
-            torch.where(self._each(finite), gradient, self.previous, out=self.previous)
-        self.known = self.known | finite
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Names and live parameters."""
@@ -141,13 +100,13 @@ class Part:
 
 
 def parts_of(named: Sequence[tuple[str, Tensor]], *, mode: str, dtype: torch.dtype, cpu: bool) -> list[Part]:
-    """Put parameters into parts by device and precision, each small enough for a core's cache."""
+    """Put parameters into parts by device and precision, on a GPU several, so that what a step allocates is small."""
     groups: dict[tuple[torch.device, torch.dtype], list[list[tuple[str, Tensor]]]] = {}
     total = sum(parameter.numel() for _, parameter in named)
     for name, parameter in named:
         device = torch.device("cpu") if cpu else parameter.device
         lists = groups.setdefault((device, torch.promote_types(parameter.dtype, dtype)), [[]])
-        most = _CACHED if device.type == "cpu" else max(_CACHED, total // _PARTS)
+        most = total if device.type == "cpu" else max(_LEAST, total // _PARTS)
         if lists[-1] and sum(p.numel() for _, p in lists[-1]) + parameter.numel() > most:
             lists.append([])
         lists[-1].append((name, parameter))
@@ -207,7 +166,3 @@ def check_whole(name: str, parameter: Tensor) -> None:
             f"{name} is sharded over processes (FSDP or ZeRO), and the norms are of whole tensors: train with DDP or "
             "ZeRO stage 0"
         )
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from weightsmith.continual.averaged import Part, check_whole, named_trainable, parts_of
 from weightsmith.continual.balance import Mode, balance_weight
+from weightsmith.continual.movement import movement
 from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
 
 _MODES = ("official", "paper", "fixed")
@@ -163,16 +164,13 @@ class DynamicEMA:
             self._look_back()
 
     def _step(self, part: Part, first: bool) -> None:
-        gradient = part.gradient()
-        size = part.norms(gradient)
-        change = torch.zeros_like(size)
+        moved = movement(part)
+        size, change, distance = moved.norms()
+        change = torch.where(part.known & part.present(), change, 0)
         if part.previous is not None:
-            change = torch.where(part.known & part.present(), part.norms(gradient - part.previous), 0)
             self._moved = self._moved | (size != 0).any()
         moving = part.trainable()
         active = moving & size.isfinite()
-        distances = part.distances()
-        distance = part.norms(distances)
         finite = active & distance.isfinite() | ~moving
         active = active & distance.isfinite()
         self._check_finite(part, finite)
@@ -183,9 +181,9 @@ class DynamicEMA:
         fell = active & (alpha == 1 - self.fallback_beta)
         alpha = torch.where(active, torch.ones_like(alpha) if first else alpha, 0)
         if part.previous is not None:
-            part.remember(gradient, active & part.present())
+            moved.remember(active & part.present())
         part.lag = torch.where(active, (1 - alpha) * distance, part.lag)  # the average is about to move by alpha
-        part.move(distances, alpha, active)
+        moved.move(alpha, active)
         part.alpha = alpha
         self._pairs += sum(p.requires_grad for p in part.parameters)
         self._counted = self._counted + fell.sum()
@@ -235,10 +233,14 @@ class DynamicEMA:
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call `step` after every step that ``optimizer`` takes; steps that a gradient scaler skips do not count.
 
+        Args:
+            optimizer: Of torch, or wrapped by accelerate, whose accumulation counts as one step.
+
         Returns:
             The hook's handle; its ``remove()`` ends it.
         """
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return inner.register_step_post_hook(lambda *_: self.step())
 
     @property
     def last_alpha(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class ForgettingMeter:
             a process of its own.
 
     Raises:
-        UsageError: There is no set, or the file is damaged or of other sets.
+        UsageError: There is no set, one is empty or can be read only once, or the file is damaged or of other sets.
 
     Example:
         >>> batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
@@ -134,12 +134,19 @@ class ForgettingMeter:
             raise UsageError(f"held_out must have names, and none of them 'after' or {_START!r}, got {wrong[0]!r}")
         if better not in ("higher", "lower"):
             raise unknown("better", str(better), ("higher", "lower"))
+        for name, data in held_out.items() if score is None else ():
+            _check_set(name, data)
         self.held_out, self.better = dict(held_out), better
         self.path = None if path is None else Path(path)
         self._score: Score = score if score is not None else prediction_accuracy
         self._rows: list[tuple[str, dict[str, float]]] = []
         if self.path is not None and self.path.exists():
             self._rows = _read(self.path, list(self.held_out))
+
+    @property
+    def tasks(self) -> list[str]:
+        """What has been recorded, in order: after a kill a script goes on with the others."""
+        return [name for name, _ in self._rows if name != _START]
 
     @property
     def empty(self) -> bool:
@@ -181,11 +188,17 @@ class ForgettingMeter:
 
     def _add(self, model: nn.Module, name: str, write: bool) -> dict[str, float]:
         with evaluating(model), torch.no_grad():
-            scores = {key: float(self._score(model, data)) for key, data in self.held_out.items()}
+            scores = {key: self._scored(model, key) for key in self.held_out}
         self._rows.append((name, scores))
         if self.path is not None and write:
             self.to_csv(self.path)
         return scores
+
+    def _scored(self, model: nn.Module, name: str) -> float:
+        try:
+            return float(self._score(model, self.held_out[name]))
+        except UsageError as error:
+            raise UsageError(f"held_out {name!r}: {error}") from error
 
     def report(self) -> ForgettingReport:
         """What has been recorded, and what follows from it."""
@@ -270,12 +283,28 @@ def _read(path: Path, sets: Sequence[str]) -> list[tuple[str, dict[str, float]]]
     return rows
 
 
+def _check_set(name: str, data: Any) -> None:
+    """Refuse what cannot be scored after every task, before any is trained."""
+    if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        raise UsageError(
+            f"held_out {name!r} must hold batches that can be read after every task, such as a list or a DataLoader, "
+            f"got {type(data).__name__}"
+        )
+    if isinstance(data, Sized) and not len(data):
+        raise UsageError(f"held_out {name!r} is empty")
+
+
 def _divided(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise UsageError(f"a batch must hold labels, got {', '.join(map(str, batch))}")
         moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         labels = moved.pop("labels")
+        if not isinstance(labels, Tensor):
+            raise UsageError(
+                f"labels of a batch must be a tensor, got {type(labels).__name__}: give batches, not rows, for example "
+                "DataLoader(rows, batch_size=8, collate_fn=...)"
+            )
         return moved, labels
     if isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, labels = batch
@@ -285,6 +314,6 @@ def _divided(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
 
 def _is_causal(model: nn.Module) -> bool:
     base: Any = model
-    while hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+    while inner := next((key for key in ("_orig_mod", "module", "get_base_model") if hasattr(base, key)), None):
+        base = getattr(base, inner)() if inner == "get_base_model" else getattr(base, inner)
     return type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weightsmith.continual import EWC, ContinualTuner, InstructionRouter, transfer
 from weightsmith.core.errors import UsageError, require
 from weightsmith.core.outputs import logits_of
-from weightsmith.experiments.streams import Stage, check_names, stages_of, together
+from weightsmith.experiments.streams import Stage, bytes_per_example, stages_of, together
 from weightsmith.lab.data.instructions import SETS
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
@@ -34,6 +34,9 @@ _PAPER = "CoIN, LLaVA-7B, mean final accuracy: LoRA 28.74, EMA 0.99 48.09, dynam
 class Config(TrainConfig):
     """What the LCIA experiment compares, and how."""
 
+    DEFAULT_SETS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "questions": ("sums", "reversed", "sums-reworded", "capitals")
+    }
     DEFAULT_MODELS: ClassVar[Mapping[str, str]] = {**TrainConfig.DEFAULT_MODELS, "images": "mlp"}
 
     epochs: float = 10
@@ -44,10 +47,10 @@ class Config(TrainConfig):
     """Rank of LoRA on every linear layer but the head; 0 trains all weights."""
     kinds: tuple[str, ...] = ("0", "-0", "30", "-30")
     """Images: the tasks, as degrees to turn by; with - before them, of the negative."""
-    sets: tuple[str, ...] = ("sums", "reversed", "sums-reworded", "capitals", "reversed-reworded")
-    """Questions: the tasks, as names of data."""
+    sets: tuple[str, ...] = ()
+    """The tasks, as names of data, one each; empty: images are seen in the kinds above, questions are made here."""
     prompts: tuple[str, ...] = ()
-    """Questions: the instruction of each of your own sets, for the router."""
+    """The instruction of each of your own sets, in their order, for the router."""
     kappa: float = 2.0
     """Scale of the balance weight: 2 as in the authors' code, 0.01 for small adapters."""
     encoder: str = ""
@@ -71,6 +74,7 @@ def arms(_: Config) -> list[Arm]:
         *(Arm(f"ema-{beta}", f"average with the fixed weight {beta}", f"EMA {beta}") for beta in _BETAS),
         Arm("ewc", "important weights are held in place", "EWC"),
         Arm("lwf", "distillation from the model before the task", "LwF"),
+        Arm("replay", "earlier examples, in the bytes that LCIA's other groups take", "replay, equal bytes"),
         Arm("joint", "all tasks at once: an upper bound", "joint training"),
     ]
 
@@ -93,6 +97,7 @@ def claims(config: Config) -> list[Claim]:
         ),
         Claim(text="Groups help the dynamic average", metric="score", winner="lcia", loser="dynamic"),
         Claim(text="The average helps within groups", metric="score", winner="lcia", loser="groups"),
+        Claim(text="LCIA ends better than replay of as many bytes", metric="score", winner="lcia", loser="replay"),
     ]  # fmt: skip
     for beta in _BETAS[1:]:
         text = f"The dynamic average ends better than a fixed average of {beta}"
@@ -117,6 +122,7 @@ def metrics(config: Config) -> list[Metric]:
         Metric("forward", f"before{unit}", None, ".2f", help="On each task right before it is trained (FWT)."),
         Metric("groups", "groups", None, ".0f", help="Of parameters."),
         Metric("kept", "bytes kept", "lower", ",.0f", help="From task to task: parameters, what EWC remembers, data."),
+        Metric("examples", "of them data", None, ",.0f", help="Bytes of stored examples."),
         Metric("alpha", "median weight", None, ".4f", help="Of the live parameters in the average, at the last step."),
         Metric("fallback", "fallbacks", None, ".2f", help="Share of tensors and steps with the fallback weight."),
     ]
@@ -142,14 +148,14 @@ def check(config: Config) -> None:
         raise UsageError(f"rank must be at least 0, got {config.rank}")
     if config.loss or config.metric:
         raise UsageError("loss and metric must be those of the task: what is compared is the mean over tasks")
-    check_names(config.task, {"images": config.kinds, "questions": config.sets})
     if config.rank:
         require("peft", extra="hf", purpose="LoRA")
 
 
 @lru_cache(maxsize=1)
 def _stages(config: Config) -> list[Stage]:
-    return stages_of(config, kinds=config.kinds, sets=config.sets, prompts=config.prompts)
+    sets = config.sets or (() if config.data else config.DEFAULT_SETS.get(config.task, ()))
+    return stages_of(config, kinds=config.kinds, sets=sets, prompts=config.prompts)
 
 
 def task(config: Config) -> Task:
@@ -171,13 +177,49 @@ def _network(config: Config, job: Job) -> nn.Module:
     )
 
 
+def _router(config: Config) -> InstructionRouter:
+    return InstructionRouter(config.encoder or "tfidf", threshold=None if config.encoder else 0.3)
+
+
+def _groups(config: Config, stages: list[Stage]) -> int:
+    """How many groups of parameters LCIA keeps."""
+    router = _router(config)
+    for stage in stages:
+        router.commit(router.assign(stage.instructions), stage.instructions)
+    return len(router.groups)
+
+
+@dataclass
+class _Replay:
+    """Examples of earlier tasks within a number of bytes, equally many of each.
+
+    Attributes:
+        budget: Bytes.
+        held: Tasks, and the rows that are kept of each, in a random order.
+    """
+
+    budget: float
+    held: list[tuple[Task, Tensor]]
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of the examples."""
+        return sum(len(rows) * bytes_per_example(task) for task, rows in self.held)
+
+    def with_new(self, config: Config, task: Task) -> Task:
+        """A task with the kept examples added to its own."""
+        return together(config, [(task, torch.arange(len(task.train))), *self.held])
+
+    def add(self, task: Task, seed: int) -> None:
+        """Keep examples of a task that has ended, and fewer of the others."""
+        rows = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))
+        held = [*self.held, (task, rows)]
+        self.held = [(one, at[: int(self.budget / len(held) / bytes_per_example(one))]) for one, at in held]
+
+
 def _tuner(config: Config, arm: str, model: nn.Module) -> ContinualTuner:
     grouped = arm in ("lcia", "groups")
-    router = (
-        InstructionRouter(config.encoder or "tfidf", threshold=None if config.encoder else 0.3)
-        if grouped
-        else InstructionRouter(lambda texts: torch.ones(len(texts), 1))
-    )
+    router = _router(config) if grouped else InstructionRouter(lambda texts: torch.ones(len(texts), 1))
     options: dict[str, Any] = {"kappa": config.kappa}
     if arm == "eq45":
         options = {"mode": "paper"}
@@ -210,35 +252,43 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     stages = _stages(config)
     model = _network(config, job)
     one = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    tuner, averaged = _tuner(config, job.arm, model), job.arm not in ("plain", "groups", "ewc", "lwf", "joint")
+    tuner, averaged = (
+        _tuner(config, job.arm, model),
+        job.arm not in ("plain", "groups", "ewc", "lwf", "replay", "joint"),
+    )
     ewc = EWC(model, config.ewc)
+    replay = _Replay((_groups(config, stages) - 1) * one if job.arm == "replay" else 0, [])
     rows: list[tuple[str, dict[str, float]]] = []
     alphas: list[float] = []
     fallback: float | None = None
-    sequence, more = stages, {}
+    sequence = stages
     if job.arm == "joint":
-        sequence = [replace(stages[-1], task=together(config, stages))]
-        more = {} if config.steps is None else {"steps": config.steps * len(stages)}
+        everything = [(stage.task, torch.arange(len(stage.task.train))) for stage in stages]
+        sequence = [replace(stages[-1], task=together(config, everything))]
     for at, stage in enumerate(sequence):
         loss: Any = None
         if job.arm == "ewc" and at:
             loss = lambda m, b, task=stage.task: task.losses(m, b).mean() + ewc.penalty()  # noqa: E731
         if job.arm == "lwf" and at:
             loss = partial(_distilled, stage.task, copy.deepcopy(model).eval(), config.lwf)
+        trained = replay.with_new(config, stage.task)
+        taken = steps(config, job.arm) if job.arm == "joint" else config.total_steps(stage.task)
         with tuner.task(stage.instructions):
             ema = tuner.ema if averaged else None
             tuner.ema = ema
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
             fitted = config.fit(
-                model, optimizer, stage.task, job.seed + at, loss=loss, validate="never",
+                model, optimizer, trained, job.seed + at, steps=taken, loss=loss, validate="never",
                 hooks=[Hook(after_step=ema.step, state=ema)] if ema is not None else (),
-                record=partial(job.record, phase=f"task {at + 1}"), folder=job.folder / f"task-{at + 1}", **more,
+                record=partial(job.record, phase=f"task {at + 1}"), folder=job.folder / f"task-{at + 1}",
             )  # fmt: skip
             job.diverged = job.diverged or fitted.diverged
         if job.diverged:
             return dict.fromkeys((metric.name for metric in metrics(config)), float("nan"))
         if ema is not None:
             alphas, fallback = list(ema.last_alpha.values()), ema.fallback_fraction
+        if job.arm == "replay":
+            replay.add(stage.task, job.seed)
         if job.arm == "ewc":
             ewc.consolidate(_examples(config, stage.task, model, job.seed + at))
         values = [_score(config, tuner, other) for other in stages]
@@ -246,13 +296,15 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         seen = [rows[-1][1][other.name] for other in (stages if job.arm == "joint" else stages[: at + 1])]
         job.record({"tasks": at + 1, "seen": sum(seen) / len(seen)}, phase="after task")
         tuner.use(tuner.assignment.group if tuner.assignment is not None else 1)
-    data = sum(_bytes(stage.task) for stage in stages)
-    kept = {"ewc": one + ewc.nbytes, "lwf": 2 * one, "joint": one + data}.get(job.arm, tuner.nbytes)
+    data = sum(len(stage.task.train) * bytes_per_example(stage.task) for stage in stages)
+    examples = data if job.arm == "joint" else replay.nbytes
+    kept = {"ewc": one + ewc.nbytes, "lwf": 2 * one}.get(job.arm, tuner.nbytes) + examples
     measured = transfer(rows, better=task(config).metric.better or "higher")
     final = sum(rows[-1][1].values()) / len(stages)
     job.record({"kept": float(kept), "final": final, "new": measured.new}, phase="end")
     found: dict[str, Value] = dict.fromkeys(metric.name for metric in metrics(config))
-    found |= {"score": _together(values, final), "kept": float(kept), "groups": float(len(tuner.router.groups))}
+    found |= {"score": _together(values, final), "kept": float(kept), "examples": float(examples)}
+    found["groups"] = float(len(tuner.router.groups))
     if job.arm == "joint":
         return found
     names = ("over_steps", "new", "forgetting", "backward", "forward")
@@ -277,13 +329,6 @@ def _together(values: list[float | Tensor], mean: float) -> Value:
     return torch.cat(scores) if equal else mean
 
 
-def _bytes(task: Task) -> int:
-    """What all training examples take: a byte per pixel, four per token."""
-    inputs = task.example().inputs
-    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
-    return len(task.train) * int(first[0].numel()) * (1 if first.is_floating_point() else 4)
-
-
 def steps(config: Config, _: str) -> int:
     """Training steps of a job."""
     return sum(config.total_steps(stage.task) for stage in _stages(config))
@@ -298,7 +343,7 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(train_examples=600, test_examples=100, epochs=10, batch_size=16),
-        "laptop": Config(epochs=20, batch_size=16),
+        "laptop": Config(steps=150, batch_size=16),
         "long": Config(
             task="questions", model="HuggingFaceTB/SmolLM2-135M-Instruct", pretrained=True, rank=8, kappa=0.01,
             lr=5e-4, steps=60, batch_size=8, length=48, train_examples=300, test_examples=50, sets=tuple(SETS),
@@ -320,7 +365,8 @@ EXPERIMENT = Experiment(
         "LCIA and 'groups alone' read the task's instructions, at test time too, and the others do not. Every average "
         "is a point between keeping and learning, so look at it beside all fixed weights; none was chosen on the test "
         "split. 'Bytes kept' is what is needed from task to task: the trained parameters of every group, what EWC "
-        "remembers, LwF's model before, or for joint training all data. While training, a dynamic average needs two "
-        "more copies of the trained parameters, a fixed one needs one."
+        "remembers, LwF's model before, stored examples, or for joint training all data. Replay may keep as many "
+        "bytes as LCIA: what its groups take beyond the first goes to random examples of earlier tasks. While "
+        "training, a dynamic average needs two more copies of the trained parameters, a fixed one needs one."
     ),
 )  # fmt: skip

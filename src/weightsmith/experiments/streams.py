@@ -1,7 +1,7 @@
-"""Tasks that arrive one after another, for one model: related images, or instructions."""
+"""Tasks that arrive one after another, for one model: a data set each, or related images."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from weightsmith.core.errors import UsageError
 from weightsmith.core.outputs import call
 from weightsmith.lab.data.instructions import SETS
-from weightsmith.lab.data.tokens import Bytes, pad_of
-from weightsmith.lab.data.views import View
+from weightsmith.lab.data.tokens import Bytes, Words, pad_of
+from weightsmith.lab.data.views import View, labels_of
 from weightsmith.lab.task import Batch, Batches, Outcome, Split, Task
 from weightsmith.lab.tasks import TaskConfig, make_task, shared_task
 from weightsmith.lab.tasks.tokenized import IGNORED, Rows, tokenizer_of
@@ -37,21 +37,22 @@ class Stage:
 def stages_of(
     config: TaskConfig, *, kinds: tuple[str, ...], sets: tuple[str, ...], prompts: tuple[str, ...]
 ) -> list[Stage]:
-    """The tasks in their order, as `images` or `instructions` makes them."""
-    return images(config, kinds) if config.task == "images" else instructions(config, sets, prompts)
-
-
-def check_names(task: str, names: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse a task that makes no sequence, and sequences that are none.
+    """The tasks in their order: one per data set where there are any, else the same images seen in several ways.
 
     Raises:
-        UsageError: Names what is wrong.
+        UsageError: The sequence is none, or a task has nothing to predict that is a class or a token.
     """
-    if task not in names:
-        raise UsageError(f"task must be {' or '.join(names)}, got {task}")
-    given = names[task]
-    if len(set(given)) < max(2, len(given)):
-        raise UsageError(f"kinds and sets must name at least two tasks, each once, got {', '.join(given) or 'none'}")
+    if sets and config.data:
+        raise UsageError(f"data must be empty where sets names the data of every task, got {config.data!r}")
+    for name, given in (("sets", sets), ("kinds", () if sets else kinds)):
+        if given and len(set(given)) < max(2, len(given)):
+            raise UsageError(f"{name} must name at least two tasks, each once, got {', '.join(given)}")
+    found = data_sets(config, sets, prompts) if sets else images(config, kinds)
+    for stage in found:
+        targets = stage.task.example().targets
+        if targets is None or targets.is_floating_point():
+            raise UsageError(f"task must predict classes or tokens, and {config.task} does not")
+    return found
 
 
 def images(config: TaskConfig, kinds: tuple[str, ...]) -> list[Stage]:
@@ -62,6 +63,11 @@ def images(config: TaskConfig, kinds: tuple[str, ...]) -> list[Stage]:
         kinds: Degrees to turn by; with ``-`` before them, of the negative.
     """
     base = shared_task(config)
+    inputs = base.example().inputs
+    if not (isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point()):
+        raise UsageError(f"sets must name the data of at least two tasks: {config.task} has no images to turn")
+    if not kinds:
+        raise UsageError("kinds must name at least two tasks, got none")
     found = []
     for at, kind in enumerate(kinds):
         try:
@@ -74,38 +80,65 @@ def images(config: TaskConfig, kinds: tuple[str, ...]) -> list[Stage]:
     return found
 
 
-def instructions(config: TaskConfig, sets: tuple[str, ...], prompts: tuple[str, ...]) -> list[Stage]:
-    """Sets of questions with answers.
+def data_sets(config: TaskConfig, sets: tuple[str, ...], prompts: tuple[str, ...]) -> list[Stage]:
+    """A task per data set, of the kind that the configuration names.
 
     Args:
-        config: Of a task of questions.
+        config: Of the tasks.
         sets: Names of data.
-        prompts: The instruction of every set, for the router; the questions hold it already. Sets that are made here
-            have their own.
+        prompts: The instruction of every set that is not made here, for the router; questions hold it already.
     """
-    own = all(name in SETS for name in sets)
-    if not own and len(prompts) != len(sets):
-        raise UsageError(f"prompts must name the instruction of each of the {len(sets)} sets, got {len(prompts)}")
-    wordings = [SETS[name].wordings if own else (prompts[at],) for at, name in enumerate(sets)]
+    foreign = [name for name in sets if name not in SETS]
+    if len(prompts) != len(foreign):
+        wanted = f"each of the {len(foreign)} sets of your own" if foreign else "sets of your own alone"
+        raise UsageError(f"prompts must name the instruction of {wanted}, got {len(prompts)}")
+    given = dict(zip(foreign, prompts, strict=True))
+    wordings = [(given[name],) if name in given else SETS[name].wordings for name in sets]
     tasks = [make_task(replace(config, data=name)) for name in sets]
+    classes = [_classes(task) for task in tasks]
+    if len(set(classes)) > 1:
+        raise UsageError(f"sets must have equally many classes, got {', '.join(map(str, classes))}")
     return [Stage(*parts) for parts in zip(sets, wordings, tasks, strict=True)]
 
 
-def together(config: TaskConfig, stages: list[Stage]) -> Task:
-    """One task of all: what training on everything at once sees."""
-    first = stages[0].task
-    if isinstance(first.train, Rows):
-        pad = pad_of(tokenizer_of(config, Bytes()))
-        rows: list[Rows] = [stage.task.train for stage in stages]  # type: ignore[misc]
-        width = max(part.inputs.shape[1] for part in rows)
-        train: Batches = Rows(
-            torch.cat([_wide(part.inputs, width, pad) for part in rows]),
-            torch.cat([_wide(part.targets, width, IGNORED) for part in rows]),
-            torch.cat([part.lengths for part in rows]),
-            mask=rows[0].mask,
-        )
-        return replace(first, train=train)
-    return replace(first, train=_Joined([stage.task.train for stage in stages]))
+def _classes(task: Task) -> int:
+    """How many classes a task tells apart; 0 where it predicts tokens."""
+    targets = task.example().targets
+    return int(labels_of(task.train).max()) + 1 if targets is not None and targets.dim() == 1 else 0
+
+
+def together(config: TaskConfig, parts: Sequence[tuple[Task, Tensor]]) -> Task:
+    """One task of chosen training rows of several.
+
+    Args:
+        config: Of the tasks.
+        parts: Tasks, and ``(n,)`` rows of each; the first one's losses and scores are taken.
+    """
+    first = parts[0][0]
+    if not isinstance(first.train, Rows):
+        return replace(first, train=_Joined([View(task.train, rows) for task, rows in parts]))
+    token_targets = first.train.targets.dim() == 2
+    pad = pad_of(tokenizer_of(config, Bytes() if token_targets else Words()))
+    held: list[tuple[Rows, Tensor]] = [(task.train, rows) for task, rows in parts]  # type: ignore[misc]
+    width = max(rows.inputs.shape[1] for rows, _ in held)
+    train = Rows(
+        torch.cat([_wide(rows.inputs[at], width, pad) for rows, at in held]),
+        torch.cat(
+            [_wide(rows.targets[at], width, IGNORED) if token_targets else rows.targets[at] for rows, at in held]
+        ),
+        torch.cat([rows.lengths[at] for rows, at in held]),
+        mask=first.train.mask,
+    )
+    return replace(first, train=train)
+
+
+def bytes_per_example(task: Task) -> float:
+    """What a stored example takes: a byte per pixel, four per token."""
+    if isinstance(task.train, Rows):
+        return 4 * task.train.lengths.double().mean().item()
+    inputs = task.example().inputs
+    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    return float(first[0].numel() * (1 if first.is_floating_point() else 4))
 
 
 class _Joined:

@@ -271,7 +271,7 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     exemplar = _bytes(task)
     kept = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     options = _OPTIONS.get(job.arm, AligningOptions(align=False, distill=False))
-    teacher = kept if options.distill or job.arm == "replay-bytes" else 0
+    teacher = kept if options.distill else 0
     budget = config.memory + (kept // exemplar if job.arm == "replay-bytes" else 0)
     memory = ExemplarMemory(budget, selection=config.selection, seed=job.seed)
     wa = WeightAligning(model, head, options, memory=memory)

@@ -1,6 +1,7 @@
 """Continual tuning under Hugging Face's ``Trainer``: the average of LCIA, and what is forgotten."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from weightsmith.core.files import file_atomically
 transformers: Any = require("transformers", extra="hf", purpose="continual tuning under a Trainer")
 
 _STATE = "lcia.pt"
+_AVERAGE = "weightsmith_average"  # attribute of the Trainer's state, which all callbacks of one training share
 
 
 class LCIACallback(transformers.TrainerCallback):
@@ -63,6 +65,7 @@ class LCIACallback(transformers.TrainerCallback):
             if not file.is_file():
                 raise UsageError(f"{file} is missing, so the average of the run to resume is unknown: start it anew")
             self.ema.load_state_dict(_read(file))
+        setattr(state, _AVERAGE, self.ema)
 
     def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Gradients are still there; a step that the gradient scaler skipped does not count."""
@@ -94,17 +97,18 @@ class LCIACallback(transformers.TrainerCallback):
             with file_atomically(Path(args.output_dir, f"checkpoint-{state.global_step}", _STATE)) as fresh:
                 torch.save(self.ema.state_dict(), fresh)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
         """The average becomes the model; with a tuner, its ``end`` does that."""
         if self.tuner is None and self.ema is not None:
             self.ema.copy_to_model()
+            setattr(state, _AVERAGE, None)
 
 
 class ForgettingCallback(transformers.TrainerCallback):
     """Record after every training run what the model can do on all held-out sets, and show what was lost and gained.
 
     Independent of how the model is trained: give the same meter to the Trainer of every task. Callbacks run in order:
-    put it after one that changes the model at the end of training, such as `LCIACallback`.
+    put it after one that changes the model at the end of training; of `LCIACallback` it takes the average in any order.
 
     Args:
         meter: Collects the results.
@@ -130,7 +134,9 @@ class ForgettingCallback(transformers.TrainerCallback):
 
     def on_train_end(self, _args: Any, state: Any, *_: Any, model: Any = None, **__: Any) -> None:
         """Measure, and show it on one process."""
-        self.meter.record(model, self.task, write=state.is_world_process_zero)
+        average = getattr(state, _AVERAGE, None)  # which is about to become the model
+        with average.swapped() if average is not None and average.step_count else nullcontext():
+            self.meter.record(model, self.task, write=state.is_world_process_zero)
         if self.show is not None and state.is_world_process_zero:
             self.show(str(self.meter.report()))
 
