@@ -322,3 +322,17 @@ def test_order_side_and_unit_change_no_verdict(winner, loser, order, worth):
     assert (swapped.low, swapped.high) == pytest.approx((-judged.high, -judged.low))
     assert (scaled.low, scaled.high) == pytest.approx((8 * judged.low, 8 * judged.high))
     assert scaled.seeds_needed == judged.seeds_needed
+
+
+@pytest.mark.parametrize(("gain", "verdict_"), [(2, "supported"), (-2, "undecided")])
+def test_no_claim_is_decided_before_the_gate_is_met(gain, verdict_):
+    results = {"new": arm(12 + NOISE), "old": arm(np.full(7, 10.0)), "floor": arm(10 - gain + NOISE)}
+    gate = claim(text="old has learned", winner="old", loser="floor", primary=False, gate=True)
+    judged = judge([claim(), gate], [metric()], results, plan=SEVEN)
+    assert judged[0].verdict == verdict_
+    assert judged[1].closes == (gain < 0)
+    assert decided(judged)  # a gate that failed is not opened by more seeds
+    if gain < 0:
+        assert "the gate is not met (old has learned)" in judged[0].reason
+        del results["floor"]
+        assert judge([claim(), gate], [metric()], results, plan=SEVEN)[0].verdict == "undecided"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.load import load_object
+from weightsmith.core.modes import evaluating
 from weightsmith.lab.data.degradations import DEGRADATIONS
 from weightsmith.lab.data.photographs import Patches, load_photographs
 from weightsmith.lab.experiment import Metric
@@ -18,7 +19,7 @@ from weightsmith.lab.tasks.config import TaskConfig
 from weightsmith.lab.tasks.scoring import load_weights
 from weightsmith.lab.train import evaluate
 
-_PATCHES, _TEST_PATCHES, _SIDE = 384, 96, 32
+_PATCHES, _TEST_PATCHES, _SIDE, _SHOWN = 384, 96, 32, 128
 _SMALL = {
     "num_blocks": (1, 1), "num_refinement": 1, "heads": (1, 2), "expansion": 2.0, "prompt_sizes": (8,),
     "prompt_length": 3,
@@ -83,6 +84,21 @@ def make(config: TaskConfig) -> Task:
     )
 
 
+@torch.no_grad()
+def examples(task: Task, model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """A large test patch with each degradation, to look at: degraded, restored and clean, ``(3, S, S)`` in [0, 1]."""
+    test = task.held_out["test"]
+    assert isinstance(test, Patches)
+    side = min([_SHOWN, *(min(image.shape[:2]) for image in test.photographs)])
+    shown = Patches(test.photographs, len(DEGRADATIONS), side, draw_anew=False).__getitems__(range(len(DEGRADATIONS)))
+    assert shown.targets is not None
+    with evaluating(model):
+        device = next((parameter.device for parameter in model.parameters()), shown.inputs.device)
+        restored = model(shown.inputs.to(device)).float().clamp(0, 1).cpu()
+    rows = zip(shown.inputs, restored, shown.targets, strict=True)
+    return dict(zip(DEGRADATIONS, rows, strict=True))
+
+
 def _losses(model: nn.Module, batch: Batch) -> Tensor:
     assert batch.targets is not None
     return (forward(model, batch) - batch.targets).abs().flatten(1).mean(1)
@@ -92,10 +108,11 @@ def _scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     assert batch.targets is not None
     restored = forward(model, batch).float().clamp(0, 1)
     loss = (restored - batch.targets).abs().flatten(1).mean(1)
-    psnr, before = _psnr(restored, batch.targets), _psnr(batch.inputs, batch.targets)
-    return {"loss": loss, "psnr": psnr, "gain": psnr - before}
+    after, before = psnr(restored, batch.targets), psnr(batch.inputs, batch.targets)
+    return {"loss": loss, "psnr": after, "gain": after - before}
 
 
-def _psnr(images: Tensor, clean: Tensor) -> Tensor:
+def psnr(images: Tensor, clean: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image, ``(B, C, H, W)`` in [0, 1] to ``(B,)``."""
     error = (images - clean).square().flatten(1).mean(1).clamp_min(1e-10)
     return -10 * error.log10()
