@@ -70,7 +70,7 @@ class Judgement:
 
 
 def decided(judgements: Sequence[Judgement]) -> bool:
-    """The stop rule: a gate failed, or every primary claim that ran has a verdict (every one, where none is primary)."""
+    """The stop rule: a gate failed, or every primary claim that ran (each, where none is primary) has a verdict."""
     if any(judged.closes and judged.verdict == "refuted" for judged in judgements):
         return True
     deciding = [judged for judged in judgements if judged.claim.primary] or judgements
