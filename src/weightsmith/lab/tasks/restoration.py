@@ -49,10 +49,13 @@ def make(config: TaskConfig) -> Task:
     side = config.size or _SIDE
     test_side = min([2 * side, *(min(image.shape[:2]) for image in photographs.test + photographs.validation)])
     count = config.test_examples or _TEST_PATCHES
-    train = Patches(photographs.train, config.train_examples or _PATCHES, side, draw_anew=True)
+    pairs = photographs.pairs
+    train = Patches(
+        photographs.train, config.train_examples or _PATCHES, side, draw_anew=True, pairs=pairs.get("train")
+    )
     splits = {
-        "validation": Patches(photographs.validation, count, test_side, draw_anew=False),
-        "test": Patches(photographs.test, count, test_side, draw_anew=False),
+        split: Patches(images, count, test_side, draw_anew=False, pairs=pairs.get(split))
+        for split, images in (("validation", photographs.validation), ("test", photographs.test))
     }
     build = network(config.model_name)
 
@@ -78,7 +81,8 @@ def make(config: TaskConfig) -> Task:
         held_out=splits,
         fingerprint=photographs.fingerprint + code_of(config.model, config.checkpoint),
         facts={
-            "data": f"{config.data_name}, patches of {side} x {side} pixels with noise, haze or rain",
+            "data": f"{config.data_name}, patches of {side} x {side} pixels with noise, haze or rain"
+            + (f" ({' and '.join(sorted(pairs['train']))} as published, in pairs)" if pairs else ""),
             "model": config.model_name,
         },
     )
@@ -90,7 +94,8 @@ def examples(task: Task, model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Te
     test = task.held_out["test"]
     assert isinstance(test, Patches)
     side = min([_SHOWN, *(min(image.shape[:2]) for image in test.photographs)])
-    shown = Patches(test.photographs, len(DEGRADATIONS), side, draw_anew=False).__getitems__(range(len(DEGRADATIONS)))
+    patches = Patches(test.photographs, len(DEGRADATIONS), side, draw_anew=False, pairs=test.pairs)
+    shown = patches.__getitems__(range(len(DEGRADATIONS)))
     assert shown.targets is not None
     with evaluating(model):
         device = next((parameter.device for parameter in model.parameters()), shown.inputs.device)
