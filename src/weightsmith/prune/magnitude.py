@@ -103,6 +103,16 @@ class MagnitudePruner:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(self.model)}
         self._snapshots[label], self._digests[label] = state, _digest(state)
 
+    def digest(self, label: str = "init") -> str:
+        """Fingerprint of a snapshot: names, shapes and values.
+
+        Raises:
+            UsageError: There is no such snapshot.
+        """
+        if label not in self._digests:
+            raise UsageError(f"snapshot {label!r} is missing: call snapshot() first; {near(label, self._digests)}")
+        return self._digests[label]
+
     def load_snapshot(self, state: Mapping[str, Tensor], label: str = "init") -> None:
         """Take a ``state_dict`` as what to rewind to, for example of another initialization.
 
