@@ -7,10 +7,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from rich.console import Console
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric
+from weightsmith.lab.gallery import Picture, keep_gallery
 from weightsmith.lab.record import JobResult, job_folder, write_job, write_run
 from weightsmith.lab.report import (
     export_figures,
@@ -456,3 +458,35 @@ def test_a_receipt_holds_a_run_without_curves_and_finds_deviations(tmp_path):
 def test_show_prints_where_there_is_no_notebook(tmp_path, capsys):
     show(make_run(tmp_path))
     assert "Use new here." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("margin", "met"), [(0.01, True), (0.5, False)])
+def test_a_gate_that_is_not_met_is_the_first_thing_said(tmp_path, margin, met):
+    gate = Claim(text="New has learned", metric="acc", winner="new", loser="old", gate=True, margin=margin)
+    report = load(make_run(tmp_path, claims=(*CLAIMS, gate)))
+    assert [one.claim.text for one in report.gates] == ["New has learned"]
+    assert bool(report.closed) != met
+    assert ("supported" in {one.verdict for one in report.primary}) == met
+    for text in (printed(report, 200), to_markdown(report), to_html(report)):
+        assert ("Gate not met, so no other claim is judged. New has learned" in text) != met
+        assert ("Nothing is decided here" in text) != met
+    assert "of 3 claims supported" in report.headline
+
+
+def test_kept_pictures_are_embedded_with_words_for_them(tmp_path):
+    pytest.importorskip("PIL")
+    make_run(tmp_path)
+    for order, arm in enumerate(("new", "old")):
+        for seed in (1, 2):
+            image = torch.full((3, 4, 5), 0.1 * seed)
+            keep_gallery(job_folder(tmp_path, arm, seed), [Picture.of(image, "<Rain>", f"by {arm}", order)])
+    page = to_html(load(tmp_path))
+    assert page.count("data:image/png;base64,") == 2  # of the first seed that has any
+    assert 'alt="&lt;Rain&gt;: by new"' in page
+    assert page.index("by new") < page.index("by old")
+    (job_folder(tmp_path, "new", 1) / "gallery.json").write_text(
+        '{"pictures": [{"group": "a", "caption": "b", "order": 1, "png": "PHN2Zz4="}]}'
+    )
+    report = load(tmp_path)
+    assert "no PNG" in report.damaged[0]
+    assert list(report.gallery) == ["<Rain>"]

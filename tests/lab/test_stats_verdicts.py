@@ -324,27 +324,15 @@ def test_order_side_and_unit_change_no_verdict(winner, loser, order, worth):
     assert scaled.seeds_needed == judged.seeds_needed
 
 
-def gated(raised_by):
-    results = {"new": arm(12 + NOISE), "old": arm(10 + raised_by + NOISE), "before": arm(np.full(7, 10.0))}
-    gate = claim("old", "before", text="old has learned", primary=False, worth=1.0, gate=True)
-    return judge([claim(), gate], [metric()], results, plan=SEVEN)
-
-
-def test_no_claim_is_judged_when_the_gate_is_not_met():
-    judged, gate = gated(0.2)
-    assert (judged.verdict, gate.verdict) == ("not run", "no relevant effect")
-    assert "the gate is not met (old has learned)" in judged.reason
-    assert decided([judged, gate])
-
-
-def test_a_gate_that_is_met_changes_no_verdict():
-    judged, gate = gated(1.5)
-    assert (judged.verdict, gate.verdict) == ("supported", "supported")
-
-
-def test_a_gate_whose_arm_did_not_run_takes_no_verdict_back():
-    gate = claim("old", "before", primary=False, worth=1.0, gate=True)
-    judged, left_out = judge(
-        [claim(), gate], [metric()], {"new": arm(12 + NOISE), "old": arm(np.full(7, 10.0))}, plan=SEVEN
-    )
-    assert (judged.verdict, left_out.verdict) == ("supported", "not run")
+@pytest.mark.parametrize(("gain", "verdict_"), [(2, "supported"), (-2, "undecided")])
+def test_no_claim_is_decided_before_the_gate_is_met(gain, verdict_):
+    results = {"new": arm(12 + NOISE), "old": arm(np.full(7, 10.0)), "floor": arm(10 - gain + NOISE)}
+    gate = claim(text="old has learned", winner="old", loser="floor", primary=False, gate=True)
+    judged = judge([claim(), gate], [metric()], results, plan=SEVEN)
+    assert judged[0].verdict == verdict_
+    assert judged[1].closes == (gain < 0)
+    assert decided(judged)  # a gate that failed is not opened by more seeds
+    if gain < 0:
+        assert "the gate is not met (old has learned)" in judged[0].reason
+        del results["floor"]
+        assert judge([claim(), gate], [metric()], results, plan=SEVEN)[0].verdict == "undecided"

@@ -1,3 +1,7 @@
+import contextlib
+import json
+from random import Random
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -5,6 +9,7 @@ from torch import nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.prune import MagnitudePruner, load_sparse, save_sparse
+from weightsmith.prune.sparse import sparse_masks
 
 
 def pruned(amount=0.9, size=400):
@@ -81,3 +86,62 @@ def test_damage_is_said(tmp_path, change, message):
     save_file(change(load_file(path)), path, metadata=header)
     with pytest.raises(UsageError, match=message):
         load_sparse(path)
+
+
+def test_any_damage_is_said_and_never_another_error(tmp_path):
+    path = save_sparse(pruned(size=10)[0], tmp_path / "m.safetensors")
+    whole, random = path.read_bytes(), Random(0)
+    for number in range(150):
+        damaged = bytearray(whole)
+        if number % 2:
+            damaged = damaged[: random.randrange(len(whole))]
+        else:
+            damaged[random.randrange(900)] ^= 1 << random.randrange(8)
+        path.write_bytes(bytes(damaged))
+        for read in (load_sparse, sparse_masks):
+            with contextlib.suppress(UsageError):  # a flipped bit of a value is no damage that can be seen
+                read(path)
+    path.write_bytes(whole[:-1])
+    for read in (load_sparse, sparse_masks):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read(path)
+
+
+@pytest.mark.parametrize("shape", [[2**39, 2**39], [True, 3], [-1]])
+def test_a_shape_that_is_none_is_said(tmp_path, shape):
+    header = {"weightsmith_sparse": json.dumps({"shapes": {"w": shape}, "tied": {}})}
+    tensors = {"w.mask": torch.zeros(0, dtype=torch.uint8), "w.values": torch.zeros(0)}
+    save_file(tensors, tmp_path / "m.safetensors", metadata=header)
+    with pytest.raises(UsageError):
+        load_sparse(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), r"its 1\.weight is \(2, 4\), the model \(3, 4\)"),
+        (nn.Sequential(nn.Linear(4, 4)), "the model has no '1.bias'"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 2)), "the file has no '2.bias'"),
+    ],
+)
+def test_a_file_of_another_model_changes_nothing(tmp_path, model, message):
+    path = save_sparse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), tmp_path / "m.safetensors")
+    before = model[0].weight.detach().clone()
+    with pytest.raises(UsageError, match=message):
+        load_sparse(path, model)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_names_that_the_format_uses_itself(tmp_path):
+    state = {"w": torch.zeros(64), "w.mask": torch.ones(3), "v": torch.arange(8.0)}
+    path = save_sparse(state, tmp_path / "m.safetensors", masks={"v": torch.tensor([1, 0, 2, 0, 1, 0, 0, 1.0])})
+    found = load_sparse(path)
+    assert torch.equal(found["w"], state["w"])
+    assert torch.equal(found["w.mask"], state["w.mask"])
+    assert found["v"].tolist() == [0, 0, 2, 0, 4, 0, 0, 7]
+    with pytest.raises(UsageError, match="beside a tensor named"):
+        save_sparse(state, path, masks={"w": torch.ones(64, dtype=torch.bool)})
+    with pytest.raises(UsageError, match="must be a tensor to be stored, got int"):
+        save_sparse({"w": 3}, path)
+    with pytest.raises(UsageError, match="is a folder"):
+        save_sparse(state, tmp_path)

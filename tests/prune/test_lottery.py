@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -86,3 +89,71 @@ def test_another_question_does_not_take_an_earlier_answer(tmp_path):
     iterate(make, Training(), evaluate, rounds=1, amount=0.2, out=tmp_path)
     with pytest.raises(UsageError, match="choose another folder"):
         iterate(make, Training(), evaluate, rounds=1, amount=0.3, out=tmp_path)
+
+
+def test_another_network_does_not_take_the_answer_and_a_file_is_no_folder(tmp_path):
+    iterate(make, Training(), evaluate, rounds=1, out=tmp_path / "a")
+    other = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with pytest.raises(UsageError, match="first weights"):
+        iterate(lambda: other, Training(), evaluate, rounds=1, out=tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="must be a folder"):
+        iterate(make, Training(), evaluate, rounds=1, out=tmp_path / "file")
+
+
+def test_a_predicate_of_the_users_does_not_hinder_going_on(tmp_path):
+    def linear(_, module):
+        return isinstance(module, nn.Linear)
+
+    iterate(make, Training(), evaluate, rounds=1, out=tmp_path, where=lambda n, m: linear(n, m))
+    again = Training()
+    iterate(make, again, evaluate, rounds=1, out=tmp_path, where=lambda n, m: linear(n, m))  # at another address
+    assert again.rounds == []
+
+
+def test_a_damaged_round_is_named(tmp_path):
+    iterate(make, Training(), evaluate, rounds=1, out=tmp_path)
+    path = tmp_path / "round-01/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UsageError, match="round-01"):
+        iterate(make, Training(), evaluate, rounds=1, out=tmp_path)
+
+
+SCRIPT = """
+import sys, time, torch
+from torch import nn
+from weightsmith.prune import iterate
+
+x, y = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
+
+def train(model, pruner, number):
+    print("round", number, flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pruner.attach(optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x + torch.randn(32, 4)), y).backward()
+        optimizer.step()
+        time.sleep(float(sys.argv[2]))
+
+iterate(lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2)), train, lambda model: {}, rounds=2, out=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_goes_on(tmp_path):
+    def start(folder, seconds):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / folder), str(seconds)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    killed = start("killed", 0.1)
+    for line in killed.stdout:
+        if line == "round 1\n":
+            killed.kill()
+    killed.wait()
+    said, _ = start("killed", 0).communicate()
+    assert said.split("\n")[:-1] == ["round 1", "round 2"]
+    start("whole", 0).communicate()
+    for number in range(3):
+        one, other = (tmp_path / name / f"round-{number:02d}/model.safetensors" for name in ("killed", "whole"))
+        assert one.read_bytes() == other.read_bytes()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
-from weightsmith.prune import MagnitudePruner
+from weightsmith.prune import MagnitudePruner, load_sparse, save_sparse
 from weightsmith.prune.bits import pack_bits, unpack_bits
 from weightsmith.prune.ranking import percentile
 
@@ -341,3 +341,87 @@ def test_the_report_reads_well():
     text = str(MagnitudePruner(network()).prune_(0.5))
     assert "of prunable weights kept" in text
     assert "0.weight (11, 7)" in text
+
+
+class Experts(nn.Module):
+    """Stacked expert weights with a router, beside a layer that is there twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 8, 16)), nn.Parameter(torch.randn(4, 16, 8))
+        self.gate, self.again = nn.Linear(8, 4), nn.Linear(8, 8)
+        self.shared = self.again
+
+    def forward(self, x):
+        h = torch.einsum("bi,eio->beo", self.shared(self.again(x)), self.up).relu()
+        return (torch.einsum("beo,eoi->bei", h, self.down) * self.gate(x).softmax(-1)[..., None]).sum(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTM(8, 8, 2, bidirectional=True, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.cell(x[:, None])[0][:, -1])
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    return model
+
+
+def frozen():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    return model
+
+
+STRANGE = {
+    "experts": Experts, "recurrent": Recurrent, "tied": tied, "frozen": frozen,
+    "grouped": lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 1, groups=2), nn.Flatten()),
+    "transposed": lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 4, 2, groups=2)),
+    "bfloat16": lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)).bfloat16(),
+    "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), backend="eager"),
+    "normalized": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 3)),
+    "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_models_are_pruned_trained_rewound_and_stored(kind, tmp_path):
+    torch.manual_seed(0)
+    model = STRANGE[kind]()
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(4, 8, dtype=next(model.parameters()).dtype)
+    pruner = MagnitudePruner(model)
+    pruner.snapshot()
+    assert pruner.prune_(0.5).density == pytest.approx(0.5, abs=0.03)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    pruner.attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x[:, None] if kind == "attention" else x).float().square().mean().backward()
+        optimizer.step()
+    for name, mask in pruner.masks.items():
+        assert (model.state_dict()[name][~mask] == 0).all()
+    pruner.rewind_()
+    for name, tensor in model.state_dict().items():
+        mask = pruner.masks.get(name, torch.ones((), dtype=torch.bool))
+        if kind == "tied" and name == "2.weight":
+            mask = pruner.masks["0.weight"]
+        if kind == "experts" and name == "shared.weight":
+            mask = pruner.masks["again.weight"]
+        assert torch.equal(tensor, first[name] * mask)
+    path = save_sparse(model, tmp_path / "m.safetensors", masks=pruner.masks)
+    other = STRANGE[kind]()
+    load_sparse(path, other)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_weight_whose_entries_share_memory_is_left_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight = nn.Parameter(torch.randn(1, 4).expand(4, 4))
+    assert MagnitudePruner(model).left_out == {"0.weight": "is expanded: its entries share memory"}

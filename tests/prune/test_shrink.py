@@ -79,3 +79,27 @@ def test_bad_use():
         shrink_(Residual(), "x")
     with pytest.raises(UsageError, match="tolerance must be"):
         shrink_(Residual(), X, tolerance=2)
+
+
+class Heads(nn.Module):
+    """Holds a size of its own, as the attention of transformers does."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.q(x).reshape(len(x), 2, 4).flatten(1))
+
+
+def test_layers_whose_sizes_the_model_holds_itself_stay():
+    model = Heads()
+    kill(model.q, 3)
+    before, x = model.q.weight.detach().clone(), torch.randn(2, 8)
+    found = shrink_(model, x)
+    assert "would not run" in found.left["q"] or "cannot follow" in found.left["q"]
+    assert torch.equal(model.q.weight, before)
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4))
+    kill(grouped[0], 2)
+    assert "0" in shrink_(grouped, X).left
+    assert grouped(X).shape == (2, 8, 1, 1)

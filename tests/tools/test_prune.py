@@ -86,3 +86,14 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     save_file({"a": torch.full((4, 8), torch.nan)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="a holds NaN"):
         prune_folder(tmp_path / "model.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["model/model.safetensors", "model/new.safetensors", "out/m.safetensors", "model"])
+def test_a_sparse_file_never_replaces_what_is_read_or_made(tmp_path, place):
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.randn(8, 8)}, tmp_path / "model/model.safetensors")
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="sparse must be neither in"):
+        prune_folder(tmp_path / "model", tmp_path / "out", 0.5, sparse=tmp_path / place)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+    assert not (tmp_path / "out").exists()

@@ -38,7 +38,34 @@ def test_an_image_is_restored_and_shown_beside_the_original(tmp_path, capsys, mo
     with torch.no_grad():
         expected = (trained().eval()(x).clamp(0, 1)[0].permute(1, 2, 0) * 255).round().byte().numpy()
     assert np.array_equal(after, expected)
-    assert pixels(tmp_path / "two.png").shape == (23, 62, 3)
+    both = pixels(tmp_path / "two.png")
+    assert both.shape == (23 + 16, 62, 3)
+    assert np.array_equal(both[16:], np.concatenate([before, after], 1))
+
+
+def test_dense_network_ticket_and_clean_image_are_drawn_side_by_side(tmp_path, capsys):
+    image = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "in.png")
+    Image.fromarray(255 - image).save(tmp_path / "clean.png")
+    model = trained()
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    pruner = MagnitudePruner(model)
+    pruner.prune_(0.9)
+    save_sparse(model, tmp_path / "t.safetensors", masks=pruner.masks)
+    with pytest.raises(SystemExit) as ended:
+        options = {"checkpoint": "m.safetensors", "ticket": "t.safetensors", "clean": "clean.png", "out": "out.png"}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(tmp_path / value))]
+        cli.main(["restore", str(tmp_path / "in.png"), "--model", "promptir-4", *words])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert all(f"{name}: PSNR" in told for name in ("before", "restored", "ticket"))
+    assert "SSIM" in told
+    drawn = pixels(tmp_path / "out.compared.png")[16:]
+    first, second, third, last = np.split(drawn, 4, axis=1)
+    assert np.array_equal(first, image)
+    assert np.array_equal(last, 255 - image)
+    assert np.array_equal(second, pixels(tmp_path / "out.png"))
+    assert not np.array_equal(second, third)
 
 
 def test_weights_of_every_kind_of_file(tmp_path):
@@ -70,6 +97,9 @@ def test_tiles_of_a_local_network_give_the_whole():
         (["in.png", "--checkpoint", "none.pt", "--out", "o.png"], "no such file"),
         (["in.png", "--checkpoint", "m.safetensors", "--out", "o.txt"], "must end like an image"),
         (["in.png", "--checkpoint", "m.safetensors", "--out", "o.png"], "does not fit promptir"),
+        (["in.png", "--checkpoint", "m.safetensors", "--out", "in.png"], "is a file that is read"),
+        (["in.png", "--checkpoint", "m.safetensors", "--out", "o.png", "--side-by-side", "o.png"], "another file"),
+        (["in.png", "--checkpoint", "m.safetensors", "--out", "o.png", "--clean", "large.png"], "size of the image"),
         (["in.png", "--checkpoint", "m.safetensors", "--out", "o.png", "--model", "promptir-4", "--tile", "8",
           "--overlap", "4"], "overlap below half"),
     ],
@@ -77,6 +107,7 @@ def test_tiles_of_a_local_network_give_the_whole():
 def test_bad_use_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("in.png")
+    Image.fromarray(np.zeros((9, 12, 3), np.uint8)).save("large.png")
     save_file(trained().state_dict(), "m.safetensors")
     with pytest.raises(SystemExit) as ended:
         cli.main(["restore", *words])

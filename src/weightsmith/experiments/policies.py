@@ -26,8 +26,8 @@ BEFORE = Arm("before", "the supervised policy that all other arms begin with", "
 def gate(metric: str, arm: Arm) -> Claim:
     """The condition under which other claims are judged: policy optimization without the technique has learned."""
     return Claim(
-        text=f"{arm.label} answers at least 5 % more of the prompts than the policy before RL", metric=metric,
-        winner=arm.name, loser=BEFORE.name, worth=5.0, gate=True,
+        text=f"{arm.label} answers over 5 % more of the prompts than the policy before RL", metric=metric,
+        winner=arm.name, loser=BEFORE.name, margin=5.0, gate=True,
     )  # fmt: skip
 
 

@@ -74,13 +74,13 @@ class Claim:
         winner: The arm that should come out ahead.
         loser: The arm it is compared with.
         primary: One of the claims that the experiment exists for, two at most; the others are about the mechanism.
+        gate: A condition for all other claims: until it is supported, none of them is decided. It is a family of its
+            own.
         margin: By how much at least, in the metric's unit; negative for "not worse by more than".
         relative: ``margin``, ``worth`` and ``paper_gain`` are fractions of the loser's absolute value, seed by seed.
         worth: Smallest effect worth having, in the unit of ``margin``, decided before any run; ``None``: any.
         paper: What the paper says, for the reader to compare.
         paper_gain: The paper's own gain ``s * (winner - loser)`` in the unit of ``margin``, where it gives a number.
-        gate: The other claims are judged only when this difference is at least ``worth`` on average: for what must
-            have worked before any comparison means something.
     """
 
     text: str
@@ -88,12 +88,12 @@ class Claim:
     winner: str
     loser: str
     primary: bool = False
+    gate: bool = False
     margin: float = 0.0
     relative: bool = False
     worth: float | None = None
     paper: str = ""
     paper_gain: float | None = None
-    gate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +204,8 @@ class Experiment(Generic[Config]):
                 raise UsageError(f"claim {claim.text!r} needs a metric with a direction; {claim.metric} has none")
             if claim.worth is not None and claim.worth <= 0:
                 raise UsageError(f"worth must be above 0, got {claim.worth} in claim {claim.text!r}")
+            if claim.gate and claim.primary:
+                raise UsageError(f"claim {claim.text!r} must be a gate or primary, not both")
         return {
             "slug": self.slug,
             "title": self.title,

@@ -121,6 +121,7 @@ _RUN = {
             "winner": str,
             "loser": str,
             "primary": bool,
+            "gate?": bool,
             "margin": float,
             "relative": bool,
             "worth": (float, None),

@@ -1,5 +1,7 @@
 """Masks as bits: eight positions a byte, in row-major order, the first one in the lowest bit."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     Raises:
         UsageError: The number of bytes does not fit the shape, or bits beyond its end are set.
     """
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)  # of Python's integers: a damaged shape must not overflow into a small one
     if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != -(-count // 8):
         raise UsageError(
             f"a mask of shape {shape} takes {-(-count // 8)} bytes, got {packed.dtype} {tuple(packed.shape)}"

@@ -65,6 +65,10 @@ def prune_folder(
     check_target(target, [source])
     if target.exists() and not overwrite:
         raise UsageError(f"out {str(target)!r} exists: give overwrite=True, or --overwrite, to replace it")
+    if sparse is not None:
+        check_target(Path(sparse), [source, target], argument="sparse")
+        if Path(sparse).is_dir():
+            raise UsageError(f"sparse {str(sparse)!r} is a folder: give the file to write")
     stored = Checkpoint(source).stored()
     chosen = choose(source, stored, names)
     for name in chosen:

@@ -97,7 +97,8 @@ def iterate(
         The rounds, the dense one first.
 
     Raises:
-        UsageError: A number is out of range, or ``out`` holds a run with other settings.
+        UsageError: A number is out of range, ``out`` is a file, or holds a run with other settings or of
+            another network, or one whose files are damaged.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise UsageError(f"rounds must be an integer of at least 1, got {rounds!r}")
@@ -108,8 +109,13 @@ def iterate(
     model = make()
     pruner = MagnitudePruner(model, **options)
     pruner.snapshot()
-    settings = {"shares": shares, "rewind_to": rewind_to, "seed": seed, "options": repr(sorted(options.items()))}
+    settings = {
+        "shares": shares, "rewind_to": rewind_to, "seed": seed, "options": _words(options),
+        "first weights": pruner.digest()[:16],
+    }  # fmt: skip
     folder = None if out is None else Path(out)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UsageError(f"out {str(folder)!r} must be a folder, and is a file")
     done: list[Round] = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +136,15 @@ def iterate(
         if place is not None:
             _write(place, done[-1], settings, model, pruner)
     return done
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    """Options as text that is the same in another process: a function by its name, not by its address."""
+    named = {
+        name: f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
+        for name, value in options.items()
+    }
+    return repr(sorted(named.items()))
 
 
 def _write(place: Path, found: Round, settings: dict[str, Any], model: nn.Module, pruner: MagnitudePruner) -> None:

@@ -87,14 +87,21 @@ def shrink_(model: nn.Module, example: Any, *, tolerance: float = 1e-5) -> Shrun
             trial = copy.deepcopy(model)
             reason = _remove(pruning, trial, name, dead, example)
             if reason is None:
-                found = [logits_of(call(trial, probe)) for probe in probes]
-                reason = next(filter(None, map(partial(_change, tolerance=tolerance), found, wanted)), None)
+                reason = _difference(trial, probes, wanted, tolerance)
             if reason is None:
                 _remove(pruning, model, name, dead, example)
                 removed[name] = len(dead)
             else:
                 left[name] = f"{len(dead)} channels stay: {reason}"
     return Shrunk(model, removed, left, before, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _difference(trial: nn.Module, probes: list[Any], wanted: list[Tensor], tolerance: float) -> str | None:
+    try:
+        found = [logits_of(call(trial, probe)) for probe in probes]
+    except Exception as error:  # sizes that the model's own code holds, such as those of attention heads
+        return f"the model would not run ({type(error).__name__})"
+    return next(filter(None, map(partial(_change, tolerance=tolerance), found, wanted)), None)
 
 
 def _change(found: Tensor, wanted: Tensor, *, tolerance: float) -> str | None:

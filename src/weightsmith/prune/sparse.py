@@ -37,10 +37,19 @@ def save_sparse(
         The path.
 
     Raises:
-        UsageError: A mask has another shape than its tensor, or is of a tensor that there is not.
+        UsageError: A mask has another shape than its tensor, or is of a tensor that there is not; the state holds
+            something else than tensors; or the path is a folder.
     """
+    if Path(path).is_dir():
+        raise UsageError(f"path {str(path)!r} is a folder: give the file to write")
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     masks = dict(masks or {})
+    strange = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if strange is not None:
+        kind = type(state[strange]).__name__
+        raise UsageError(
+            f"model: {strange!r} must be a tensor to be stored, got {kind}; leave it out of the state dict"
+        )
     for name, mask in masks.items():
         if name not in state or state[name].shape != mask.shape:
             got = tuple(state[name].shape) if name in state else "no such tensor"
@@ -56,9 +65,12 @@ def save_sparse(
             continue
         seen[place] = name
         tensor = tensor.detach().cpu().contiguous()
-        mask = masks[name].cpu() if name in masks else tensor != 0
+        taken = [f"{name}.{part}" for part in ("mask", "values") if f"{name}.{part}" in state]
+        if taken and name in masks:
+            raise UsageError(f"masks: {name} cannot be stored as bits and values beside a tensor named {taken[0]!r}")
+        mask = masks[name].cpu().bool() if name in masks else tensor != 0
         kept = int(mask.sum())
-        if name not in masks and kept * tensor.element_size() + math.ceil(mask.numel() / 8) >= tensor.nbytes:
+        if taken or (name not in masks and kept * tensor.element_size() + math.ceil(mask.numel() / 8) >= tensor.nbytes):
             stored[name] = tensor.clone()
             continue
         stored[f"{name}.mask"], stored[f"{name}.values"] = pack_bits(mask), tensor[mask]
@@ -82,17 +94,10 @@ def load_sparse(path: Path | str, model: nn.Module | None = None, *, strict: boo
         The dense state dict.
 
     Raises:
-        UsageError: The file is missing, damaged, or no sparse file.
+        UsageError: The file is missing, damaged, no sparse file, or does not fit the model, which then is as it was.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"path {str(path)!r}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"path {str(path)!r} cannot be read: {reason(error)}") from error
+    header, stored = _read(path)
     if _KEY not in header:
         raise UsageError(f"path {str(path)!r} is no sparse file of this library: load it as plain safetensors")
     table = parse_json(header[_KEY], f"the header of {path}")
@@ -101,7 +106,7 @@ def load_sparse(path: Path | str, model: nn.Module | None = None, *, strict: boo
         raise UsageError(f"path {str(path)!r} is damaged: its header has no shapes")
     state: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        if not isinstance(shape, list) or not all(isinstance(size, int) and 0 <= size < 2**40 for size in shape):
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
             raise UsageError(f"path {str(path)!r} is damaged: {name!r} has no shape")
         if not {f"{name}.mask", f"{name}.values"} <= stored.keys():
             raise UsageError(f"path {str(path)!r} is damaged: mask or values of {name!r} are missing")
@@ -118,11 +123,42 @@ def load_sparse(path: Path | str, model: nn.Module | None = None, *, strict: boo
             raise UsageError(f"path {str(path)!r} is damaged: {name!r} is tied to {source!r}, which is missing")
         state[name] = state[source]
     if model is not None:
+        _check_fits(path, state, model, strict)
         model.load_state_dict(state, strict=strict)
     return state
 
 
 def sparse_masks(path: Path | str) -> dict[str, Tensor]:
-    """The masks of a sparse file as bits, by name."""
-    with safe_open(path, framework="pt") as file:
-        return {name.removesuffix(".mask"): file.get_tensor(name) for name in file.keys() if name.endswith(".mask")}  # noqa: SIM118
+    """The masks of a sparse file as bits, by name.
+
+    Raises:
+        UsageError: The file is missing or damaged.
+    """
+    header, stored = _read(Path(path), only=".mask")
+    shapes = parse_json(header.get(_KEY, "{}"), f"the header of {path}").get("shapes")
+    names = shapes if isinstance(shapes, dict) else {}
+    return {name: stored[f"{name}.mask"] for name in names if f"{name}.mask" in stored}
+
+
+def _read(path: Path, only: str = "") -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file, those whose names end in ``only``."""
+    if not path.is_file():
+        raise UsageError(f"path {str(path)!r}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(only)]  # noqa: SIM118
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"path {str(path)!r} cannot be read: {reason(error)}") from error
+
+
+def _check_fits(path: Path, state: Mapping[str, Tensor], model: nn.Module, strict: bool) -> None:
+    """Refuse before anything is loaded: torch copies what fits and then complains."""
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name in state and isinstance(tensor, Tensor) and state[name].shape != tensor.shape:
+            shapes = f"{tuple(state[name].shape)}, the model {tuple(tensor.shape)}"
+            raise UsageError(f"path {str(path)!r} does not fit the model: its {name} is {shapes}")
+    if strict and (odd := sorted(own.keys() ^ state.keys())):
+        where = "the file" if odd[0] in own else "the model"
+        raise UsageError(f"path {str(path)!r} does not fit the model: {where} has no {odd[0]!r}")

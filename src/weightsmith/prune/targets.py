@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 from weightsmith.core.errors import UsageError
@@ -44,6 +45,8 @@ def find_weights(model: nn.Module, where: Where, *, frozen: bool = False) -> tup
             slot = holders[id(parameter)][0]
             if not (parameter.requires_grad or frozen):
                 left_out[slot.name] = "is frozen: give frozen=True to prune it"
+            elif torch._debug_has_internal_overlap(parameter) == 1:
+                left_out[slot.name] = "is expanded: its entries share memory"
             elif parameter.numel():
                 found[slot.name] = slot
     if not found:

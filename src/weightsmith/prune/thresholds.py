@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weightsmith.prune.ranking import percentile
 
-_PIECE = 1 << 20
+_PIECE = 1 << 17  # fits a cache, with what is computed from it
 _STRIDE = 997  # prime, so that it does not fall in step with rows
 
 
@@ -65,17 +66,18 @@ def prune_ranked(
         ties_to_remove = index - sum(int(((piece > 0) & (piece < threshold)).sum()) for piece in scores())
     found = []
     for ranked in weights:
-        kept = []
-        for _, piece in ranked.pieces(dtype):
-            keep = piece >= threshold
+        kept = np.empty(ranked.mask.numel(), bool)
+        for position, piece in ranked.pieces(dtype):
+            values, keep = piece.numpy(), kept[position : position + len(piece)]
+            np.greater_equal(values, threshold, out=keep)
             if ties_to_remove:
-                ties = (piece == threshold).nonzero().flatten()[:ties_to_remove]
+                ties = np.flatnonzero(values == threshold)[:ties_to_remove]
                 keep[ties] = False
                 ties_to_remove -= len(ties)
-            kept.append(keep)
-        mask = torch.cat(kept).reshape(ranked.mask.shape) & ranked.mask.cpu()
-        least = math.ceil(min_density * mask.numel())
-        found.append(_highest(ranked, least, dtype) if int(mask.count_nonzero()) < least else mask)
+        kept &= ranked.mask.reshape(-1).cpu().numpy()
+        least = math.ceil(min_density * len(kept))
+        mask = torch.from_numpy(kept).reshape(ranked.mask.shape)
+        found.append(_highest(ranked, least, dtype) if np.count_nonzero(kept) < least else mask)
     return found
 
 

@@ -1,12 +1,14 @@
 """``weightsmith restore``: take noise, haze or rain off an image with a trained network."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -15,10 +17,13 @@ from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, reason, require
 from weightsmith.core.files import file_atomically
 from weightsmith.core.modes import evaluating
+from weightsmith.lab.data.degradations import psnr_ssim
 from weightsmith.lab.models.promptir import PromptIR
 from weightsmith.lab.tasks.restoration import network
 from weightsmith.prune import load_sparse
 
+Pixels = NDArray[np.uint8]
+_LABEL, _SSIM_SIDE = 16, 7  # pixels: of a name above an image; the window of SSIM
 _console = Console()
 
 
@@ -31,8 +36,10 @@ def restore(
     tile: int = 512,
     overlap: int = 32,
     side_by_side: Path | None = None,
+    ticket: Path | None = None,
+    clean: Path | None = None,
 ) -> int:
-    """Restore one image of any size with a network of the PromptIR family.
+    """Restore one image of any size with a network of the PromptIR family, and draw it beside the original.
 
     Args:
         image: The image; gray and transparent ones become RGB.
@@ -42,28 +49,77 @@ def restore(
         model: promptir, promptir-WIDTH, or module:function.
         tile: Larger images are restored in overlapping squares of this side, in pixels.
         overlap: How far these reach into each other.
-        side_by_side: Also write this picture of before and after.
+        side_by_side: Where the picture of before and after goes; by default beside --out, as NAME.compared.png.
+        ticket: Weights of another network of this kind, for example a pruned one: its result is drawn beside the first.
+        clean: The image as it should be: it is drawn as well, and PSNR and SSIM against it are told.
     """
     if checkpoint is None or out is None:
         raise UsageError("--checkpoint names the weights, --out the image to write")
     pillow: Any = require("PIL.Image", extra="vision", purpose="reading and writing images")
-    try:
-        with pillow.open(image) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"image {str(image)!r} cannot be read: {reason(error)}") from error
-    if pillow.registered_extensions().get(out.suffix.lower()) is None:
-        raise UsageError(f"out {str(out)!r} must end like an image, for example .png")
-    trained = load_network(model, checkpoint)
-    before = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-    after = restore_tiled(trained, before, tile=tile, overlap=overlap).clamp(0, 1)
-    restored = (after[0].permute(1, 2, 0) * 255).round().byte().numpy()
-    for path, content in ((out, restored), (side_by_side, np.concatenate([pixels, restored], axis=1))):
-        if path is not None:
-            with file_atomically(path) as fresh:
-                pillow.fromarray(content).save(fresh)
+    side_by_side = side_by_side or out.with_name(f"{out.stem}.compared.png")
+    for option, path in (("out", out), ("side-by-side", side_by_side)):
+        if pillow.registered_extensions().get(path.suffix.lower()) is None:
+            raise UsageError(f"{option} {str(path)!r} must end like an image, for example .png")
+        if any(path.resolve() == other.resolve() for other in (image, clean, checkpoint, ticket) if other is not None):
+            raise UsageError(f"{option} {str(path)!r} is a file that is read: choose another name")
+    if side_by_side.resolve() == out.resolve():
+        raise UsageError(f"side-by-side must be another file than out, got {str(out)!r} for both")
+    before = _read(pillow, image, "image")
+    wanted = None if clean is None else _read(pillow, clean, "clean")
+    if wanted is not None and wanted.shape != before.shape:
+        sizes = " and ".join(f"{pixels.shape[1]} x {pixels.shape[0]}" for pixels in (before, wanted))
+        raise UsageError(f"clean {str(clean)!r} must have the size of the image, got {sizes}")
+    panels = {"before": before}
+    networks = {"restored": load_network(model, checkpoint)}
+    if ticket is not None:
+        networks["ticket"] = load_network(model, ticket)
+    images = torch.from_numpy(before.copy()).permute(2, 0, 1)[None].float() / 255
+    for name, network_ in networks.items():
+        after = restore_tiled(network_, images, tile=tile, overlap=overlap).clamp(0, 1)
+        panels[name] = (after[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    if wanted is not None:
+        for name, pixels in panels.items():
+            _console.print(f"{name}: {_quality(wanted, pixels)}", highlight=False)
+        panels["clean"] = wanted
+    for path, content in ((out, panels["restored"]), (side_by_side, _beside(panels))):
+        with file_atomically(path) as fresh:
+            pillow.fromarray(content).save(fresh)
     _console.print(f"Restored: {markup(out.resolve())}", soft_wrap=True, highlight=False)
+    _console.print(f"Before and after: {markup(side_by_side.resolve())}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _read(pillow: Any, path: Path, name: str) -> Pixels:
+    try:
+        with pillow.open(path) as opened:
+            return np.asarray(opened.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} {str(path)!r} cannot be read: {reason(error)}") from error
+
+
+def _quality(clean: Pixels, pixels: Pixels) -> str:
+    if min(clean.shape[:2]) < _SSIM_SIDE:
+        return f"PSNR {_psnr(clean, pixels):.2f} dB"
+    ratio, structure = psnr_ssim(clean / 255, pixels / 255)
+    return f"PSNR {ratio:.2f} dB, SSIM {structure:.4f}"
+
+
+def _psnr(clean: Pixels, pixels: Pixels) -> float:
+    error = np.square(clean / 255 - pixels / 255).mean()
+    return float("inf") if error == 0 else float(-10 * np.log10(error))
+
+
+def _beside(panels: Mapping[str, Pixels]) -> Pixels:
+    """Draw images of one size side by side, each below its name."""
+    from PIL import Image, ImageDraw
+
+    height, width = next(iter(panels.values())).shape[:2]
+    canvas = Image.new("RGB", (width * len(panels), height + _LABEL), "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (name, pixels) in enumerate(panels.items()):
+        draw.text((place * width + 2, 2), name, fill="black")
+        canvas.paste(Image.fromarray(pixels), (place * width, _LABEL))
+    return np.asarray(canvas)
 
 
 def load_network(name: str, checkpoint: Path) -> nn.Module:

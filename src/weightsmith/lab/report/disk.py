@@ -7,7 +7,8 @@ from weightsmith.core.display import is_number_format, printable
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
 from weightsmith.lab.experiment import Arm, Chart, Claim, Metric
-from weightsmith.lab.record import JobResult, read_jobs, read_run, results_of
+from weightsmith.lab.gallery import read_gallery
+from weightsmith.lab.record import JobResult, job_folder, read_jobs, read_run, results_of
 from weightsmith.lab.report.html import to_html
 from weightsmith.lab.report.markdown import to_markdown
 from weightsmith.lab.report.model import Report
@@ -57,7 +58,11 @@ def load(run_folder: Path) -> Report:
     }
     judgements = tuple(judge(claims, metrics, results_of(jobs), plan=plan))
     damaged = tuple(str(item) for item in read if not isinstance(item, JobResult))
-    return Report(run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, judgements, plan, damaged)
+    gallery, unread = read_gallery([job_folder(run_folder, job.arm, job.seed) for job in jobs])
+    return Report(
+        run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, judgements, plan,
+        (*damaged, *unread), gallery,
+    )  # fmt: skip
 
 
 def _printable(content: Any) -> Any:

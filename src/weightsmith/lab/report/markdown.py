@@ -21,9 +21,8 @@ def to_markdown(report: Report) -> str:
     parts += [f"> {_text(notice)}" for notice in words.notices(report)]
     if report.judgements:
         parts.append(f"**{report.headline}.**")
-    for title, judgements in (("Primary claims", report.primary), ("Mechanism claims", report.mechanism)):
-        if judgements:
-            parts += [f"## {title}", _claims(report, judgements)]
+    for title, judgements in report.sections.items():
+        parts += [f"## {title}", _claims(report, judgements)]
     parts += ["## Results", _results(report), words.TABLE_NOTE]
     if run.get("reading"):
         parts += ["## How to read it", _text(run["reading"])]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.lab.experiment import Arm, Chart, Claim, Metric
+from weightsmith.lab.gallery import Picture
 from weightsmith.lab.record import JobResult
 from weightsmith.lab.stats import Judgement, Plan, Summary, Verdict
 
@@ -26,6 +27,7 @@ class Report:
         judgements: One per claim, in the experiment's order.
         plan: When the data were to be looked at.
         damaged: What could not be read, a line each.
+        gallery: Pictures that jobs of one seed kept, by group.
     """
 
     run: Mapping[str, Any]
@@ -39,14 +41,16 @@ class Report:
     judgements: tuple[Judgement, ...]
     plan: Plan = field(default_factory=Plan)
     damaged: tuple[str, ...] = ()
+    gallery: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
 
     @property
     def headline(self) -> str:
         """The result in one line: "2 of 3 claims supported, 1 undecided"."""
-        total = len(self.judgements)
+        judged = [*self.primary, *self.mechanism]
+        total = len(judged)
         if not total:
             return "No claim to judge: this run describes, it does not decide"
-        count = Counter(judgement.verdict for judgement in self.judgements)
+        count = Counter(judgement.verdict for judgement in judged)
         others: tuple[Verdict, ...] = ("refuted", "no relevant effect", "undecided", "not run")
         rest = "".join(f", {count[verdict]} {verdict}" for verdict in others if count[verdict])
         return f"{count['supported']} of {total} claim{'s' if total > 1 else ''} supported{rest}"
@@ -59,7 +63,23 @@ class Report:
     @property
     def mechanism(self) -> tuple[Judgement, ...]:
         """The other claims."""
-        return tuple(judgement for judgement in self.judgements if not judgement.claim.primary)
+        return tuple(one for one in self.judgements if not (one.claim.primary or one.claim.gate))
+
+    @property
+    def gates(self) -> tuple[Judgement, ...]:
+        """The conditions for all of them."""
+        return tuple(judgement for judgement in self.judgements if judgement.claim.gate)
+
+    @property
+    def closed(self) -> tuple[Judgement, ...]:
+        """The conditions that are not met: while there is one, no other claim is decided."""
+        return tuple(gate for gate in self.gates if gate.closes)
+
+    @property
+    def sections(self) -> dict[str, tuple[Judgement, ...]]:
+        """All claims by heading, in the order in which they are shown."""
+        found = {"Gate": self.gates, "Primary claims": self.primary, "Mechanism claims": self.mechanism}
+        return {title: members for title, members in found.items() if members}
 
     def label(self, arm: str) -> str:
         """How an arm is named to a reader."""

@@ -47,7 +47,7 @@ def _claims(report: Report) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column()
-    for judgement in (*report.primary, *report.mechanism):
+    for judgement in (*report.gates, *report.primary, *report.mechanism):
         if grid.row_count:
             grid.add_row()
         verdict = Text(f"{words.SYMBOLS[judgement.verdict]} {judgement.verdict}", _STYLES[judgement.verdict])

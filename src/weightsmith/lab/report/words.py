@@ -72,17 +72,21 @@ def fewer(report: Report, arm: str, metric: Metric) -> str:
 
 def answer(report: Report) -> list[str]:
     """The first screen: on what, what was found and how large it is, and what to do; a sentence or two each."""
-    leading = report.primary or report.judgements
     sentences = [_on_what(report)]
-    sentences += [finding(report, judgement) for judgement in leading]
+    if report.closed:
+        sentences += [f"Gate not met, so no other claim is judged. {finding(report, gate)}" for gate in report.closed]
+    else:
+        sentences += [finding(report, judgement) for judgement in report.primary or report.mechanism]
     return [*sentences, advice(report)]
 
 
 def advice(report: Report) -> str:
     """Whether to use it: one part per primary claim, or per claim where none is primary."""
-    leading = report.primary or report.judgements
+    leading = report.primary or report.mechanism
     if not leading:
         return "This experiment declares no claims."
+    if report.closed:
+        return "Nothing is decided here: the condition for judging is not met."
     by_arm: dict[str, list[Judgement]] = {}
     for judgement in leading:
         by_arm.setdefault(judgement.claim.winner, []).append(judgement)
@@ -162,6 +166,8 @@ def _on_what(report: Report) -> str:
 def finding(report: Report, judgement: Judgement) -> str:
     """One claim's outcome as a plain sentence with its size."""
     claim, metric = judgement.claim, report.metric(judgement.claim)
+    if report.closed and not claim.gate and judgement.verdict != "not run":
+        return f"{claim.text}: undecided, the gate is not met."
     winner, loser = report.label(claim.winner), report.label(claim.loser)
     if judgement.verdict == "not run":
         return f"{claim.text}: not run."

@@ -63,8 +63,15 @@ class Judgement:
     winner_diverged: int = 0
     loser_diverged: int = 0
 
+    @property
+    def closes(self) -> bool:
+        """Whether it is a gate that is not met, so that no other claim is decided."""
+        return self.claim.gate and self.verdict != "supported"
+
 
 def decided(judgements: Sequence[Judgement]) -> bool:
-    """The stop rule: every primary claim that ran has a verdict (every claim, where none is primary)."""
+    """The stop rule: a gate failed, or every primary claim that ran (each, where none is primary) has a verdict."""
+    if any(judged.closes and judged.verdict == "refuted" for judged in judgements):
+        return True
     deciding = [judged for judged in judgements if judged.claim.primary] or judgements
     return all(judged.verdict != "undecided" for judged in deciding)

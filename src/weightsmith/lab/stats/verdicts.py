@@ -24,11 +24,12 @@ def judge(
     """Judge all declared claims on the runs so far.
 
     The primary claims are one family and the mechanism claims another; each has its own 5 % over all looks. A family
-    is what is declared: a claim whose arms did not run still counts for Holm's correction.
+    is what is declared: a claim whose arms did not run still counts for Holm's correction. Gates are a third family:
+    until all of them are supported, the other claims stay undecided.
 
     A seed in which an arm diverged has no difference. A winner that diverged is not supported and a loser that diverged
     does not refute, because without its worst seeds an arm looks better than it is; neither allows "no relevant
-    effect". Where a gate is not met, no other claim is judged.
+    effect".
 
     Args:
         claims: The declared claims.
@@ -46,25 +47,24 @@ def judge(
     _check(claims, named)
     pairs = [pair(claim, named[claim.metric], results, plan) for claim in claims]
     judged: dict[int, Judgement] = {}
-    for primary in (True, False):
-        family = [index for index, claim in enumerate(claims) if claim.primary == primary]
+    for kind in ((True, False), (False, True), (False, False)):
+        family = [index for index, claim in enumerate(claims) if (claim.gate, claim.primary) == kind]
         if family:
             judgements = _judge_family([pairs[index] for index in family], named, plan)
             judged.update(zip(family, judgements, strict=True))
-    return _behind_gates([judged[index] for index in range(len(claims))], named)
+    ordered = [judged[index] for index in range(len(claims))]
+    closed = [one for one in ordered if one.closes]
+    return [_behind(one, closed[0].claim) for one in ordered] if closed else ordered
 
 
-def _behind_gates(judgements: list[Judgement], metrics: Mapping[str, Metric]) -> list[Judgement]:
-    """Take the verdicts back when a gate is not met."""
-    for gate in judgements:
-        if gate.claim.gate and gate.look is not None and not gate.difference >= (gate.worth or 0.0):
-            form = metrics[gate.claim.metric].format
-            why = (
-                f"the gate is not met ({gate.claim.text}): the difference is {format(gate.difference, form)}, needed "
-                f"is {format(gate.worth or 0.0, form)}; no claim is judged"
-            )
-            return [j if j.claim.gate else Judgement(j.claim, "not run", why) for j in judgements]
-    return judgements
+def _behind(judged: Judgement, gate: Claim) -> Judgement:
+    """What a claim comes to while a gate is not met: nothing, whatever its numbers are."""
+    if judged.claim.gate or judged.verdict == "not run":
+        return judged
+    return replace(
+        judged, verdict="undecided", reason=f"the gate is not met ({gate.text})", too_few=None, seeds_needed=None,
+        examples_needed=None,
+    )  # fmt: skip
 
 
 def _check(claims: Sequence[Claim], metrics: Mapping[str, Metric]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.load import load_object
+from weightsmith.core.modes import evaluating
 from weightsmith.lab.data.degradations import DEGRADATIONS
 from weightsmith.lab.data.photographs import Patches, load_photographs
 from weightsmith.lab.experiment import Metric
@@ -18,7 +19,7 @@ from weightsmith.lab.tasks.config import TaskConfig
 from weightsmith.lab.tasks.scoring import load_weights
 from weightsmith.lab.train import evaluate
 
-_PATCHES, _TEST_PATCHES, _SIDE = 384, 96, 32
+_PATCHES, _TEST_PATCHES, _SIDE, _SHOWN = 384, 96, 32, 128
 _SMALL = {
     "num_blocks": (1, 1), "num_refinement": 1, "heads": (1, 2), "expansion": 2.0, "prompt_sizes": (8,),
     "prompt_length": 3,
@@ -48,10 +49,13 @@ def make(config: TaskConfig) -> Task:
     side = config.size or _SIDE
     test_side = min([2 * side, *(min(image.shape[:2]) for image in photographs.test + photographs.validation)])
     count = config.test_examples or _TEST_PATCHES
-    train = Patches(photographs.train, config.train_examples or _PATCHES, side, draw_anew=True)
+    pairs = photographs.pairs
+    train = Patches(
+        photographs.train, config.train_examples or _PATCHES, side, draw_anew=True, pairs=pairs.get("train")
+    )
     splits = {
-        "validation": Patches(photographs.validation, count, test_side, draw_anew=False),
-        "test": Patches(photographs.test, count, test_side, draw_anew=False),
+        split: Patches(images, count, test_side, draw_anew=False, pairs=pairs.get(split))
+        for split, images in (("validation", photographs.validation), ("test", photographs.test))
     }
     build = network(config.model_name)
 
@@ -77,10 +81,27 @@ def make(config: TaskConfig) -> Task:
         held_out=splits,
         fingerprint=photographs.fingerprint + code_of(config.model, config.checkpoint),
         facts={
-            "data": f"{config.data_name}, patches of {side} x {side} pixels with noise, haze or rain",
+            "data": f"{config.data_name}, patches of {side} x {side} pixels with noise, haze or rain"
+            + (f" ({' and '.join(sorted(pairs['train']))} as published, in pairs)" if pairs else ""),
             "model": config.model_name,
         },
     )
+
+
+@torch.no_grad()
+def examples(task: Task, model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """A large test patch with each degradation, to look at: degraded, restored and clean, ``(3, S, S)`` in [0, 1]."""
+    test = task.held_out["test"]
+    assert isinstance(test, Patches)
+    side = min([_SHOWN, *(min(image.shape[:2]) for image in test.photographs)])
+    patches = Patches(test.photographs, len(DEGRADATIONS), side, draw_anew=False, pairs=test.pairs)
+    shown = patches.__getitems__(range(len(DEGRADATIONS)))
+    assert shown.targets is not None
+    with evaluating(model):
+        device = next((parameter.device for parameter in model.parameters()), shown.inputs.device)
+        restored = model(shown.inputs.to(device)).float().clamp(0, 1).cpu()
+    rows = zip(shown.inputs, restored, shown.targets, strict=True)
+    return dict(zip(DEGRADATIONS, rows, strict=True))
 
 
 def _losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -93,10 +114,11 @@ def _scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     assert batch.targets is not None
     restored = forward(model, batch).float().clamp(0, 1)
     loss = (restored - batch.targets).abs().flatten(1).mean(1)
-    psnr, before = _psnr(restored, batch.targets), _psnr(batch.inputs, batch.targets)
-    return {"loss": loss, "psnr": psnr, "gain": psnr - before}
+    after, before = psnr(restored, batch.targets), psnr(batch.inputs, batch.targets)
+    return {"loss": loss, "psnr": after, "gain": after - before}
 
 
-def _psnr(images: Tensor, clean: Tensor) -> Tensor:
+def psnr(images: Tensor, clean: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image, ``(B, C, H, W)`` in [0, 1] to ``(B,)``."""
     error = (images - clean).square().flatten(1).mean(1).clamp_min(1e-10)
     return -10 * error.log10()
