@@ -11,6 +11,7 @@ from weightsmith.lab.record import JobResult, read_jobs, read_run, results_of
 from weightsmith.lab.report.html import to_html
 from weightsmith.lab.report.markdown import to_markdown
 from weightsmith.lab.report.model import Report
+from weightsmith.lab.report.pictures import pictures
 from weightsmith.lab.stats import Plan, judge, summarize
 
 
@@ -57,7 +58,9 @@ def load(run_folder: Path) -> Report:
     }
     judgements = tuple(judge(claims, metrics, results_of(jobs), plan=plan))
     damaged = tuple(str(item) for item in read if not isinstance(item, JobResult))
-    return Report(run, arms, metrics, charts, seeds, jobs, len(found) - len(jobs), table, judgements, plan, damaged)
+    kept = pictures(run_folder, arms, jobs)
+    strays = len(found) - len(jobs)
+    return Report(run, arms, metrics, charts, seeds, jobs, strays, table, judgements, plan, damaged, kept)
 
 
 def _printable(content: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from weightsmith.lab.experiment import Arm, Chart, Claim, Metric
 from weightsmith.lab.record import JobResult
+from weightsmith.lab.report.pictures import Picture
 from weightsmith.lab.stats import Judgement, Plan, Summary, Verdict
 
 
@@ -26,6 +27,7 @@ class Report:
         judgements: One per claim, in the experiment's order.
         plan: When the data were to be looked at.
         damaged: What could not be read, a line each.
+        pictures: What jobs have kept to be looked at.
     """
 
     run: Mapping[str, Any]
@@ -39,6 +41,7 @@ class Report:
     judgements: tuple[Judgement, ...]
     plan: Plan = field(default_factory=Plan)
     damaged: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def headline(self) -> str:
