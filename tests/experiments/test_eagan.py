@@ -109,7 +109,13 @@ def test_the_second_data_set_is_trained_on_and_its_absence_is_one_clear_error(tm
                 pixels = torch.randint(0, 256, (96, 96, 3), dtype=torch.uint8, generator=generator)
                 Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
     config = dataclasses.replace(
-        SMOKE, train_examples=None, transfer=str(tmp_path / "stl10"), transfer_side=16, transfer_steps=2, judge_every=2
+        SMOKE,
+        train_examples=None,
+        validation_fraction=0.0,
+        transfer=str(tmp_path / "stl10"),
+        transfer_side=16,
+        transfer_steps=2,
+        judge_every=2,
     )
     done = run(
         eagan.EXPERIMENT, config, seeds=1, arms=["transfer", "transfer-published"], out=tmp_path / "runs", workers=1

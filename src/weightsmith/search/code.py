@@ -32,10 +32,11 @@ def code_of(thing: Any) -> str:
 
 
 def _source(plain: Any) -> str:
-    module = sys.modules.get(plain.__module__ or "")
-    if module is None or module.__name__.partition(".")[0] == "weightsmith":
+    name = plain.__module__ or ""
+    if name.partition(".")[0] == "weightsmith":
         return ""  # ours is tested to give the same results
-    found = code_digest(module)
+    module = sys.modules.get(name)
+    found = code_digest(module) if module is not None else ""
     if found:
         return found
     functions = [plain, *(vars(plain).values() if inspect.isclass(plain) else ())]  # in a notebook there is no file
