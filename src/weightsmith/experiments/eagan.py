@@ -327,8 +327,8 @@ EXPERIMENT = Experiment(
             judge_every=4, final_samples=80, random_architectures=2,
         ),
         "laptop": Config(
-            data="mnist", side=16, channels=12, dis_channels=12, population=12, warm_up=200, population2=6, rounds2=3,
-            final_steps=200,
+            data="mnist", side=16, channels=12, dis_channels=12, population=12, warm_up=150, steps=30, population2=6,
+            rounds2=3, bursts=10, final_steps=200, random_architectures=6,
         ),
         "paper": Config(
             data="cifar10", validation_fraction=0.0, side=32, channels=256, dis_channels=128, latent=120, cell_gain=1.0,

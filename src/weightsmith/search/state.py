@@ -16,7 +16,7 @@ from weightsmith.search.space import Genotype
 from weightsmith.search.stored import reading
 
 if TYPE_CHECKING:
-    from weightsmith.search.evolve import Trainer
+    from weightsmith.search.options import Trainer
 
 _FILE, _READABLE = "search.pt", "generations.json"
 _PHASES = ("warm up", "select", "train", "evaluate")
