@@ -35,6 +35,7 @@ from weightsmith.lab.report.receipt import read_receipt, write_receipt
 from weightsmith.quantize import Grid, load_quantized, round_to_nearest_, save_quantized
 from weightsmith.quantize.grid import quantized_weights
 from weightsmith.quantize.report import BlockReport
+from weightsmith.search import EvolveOptions, Individual, SearchSpace, evolve, gan
 from weightsmith.tools.quantize import calibration
 from weightsmith.tools.quantize.partial import Partial
 from weightsmith.tools.quantize.source import Source
@@ -448,6 +449,32 @@ def lab_receipt(folder: Path) -> Entry:
     return Entry(file, "json", lambda: read_receipt(file), 0.5)
 
 
+def search_state(folder: Path) -> Entry:
+    def evaluate(model: object, individual: Individual) -> dict[str, float]:
+        return {"error": float(individual.genotype[0][0])}
+
+    def read() -> None:
+        torch.manual_seed(0)
+        space, options = SearchSpace.of(a=4, b=4), EvolveOptions(4, 2)
+        evolve(space, evaluate, {"error": "min"}, model=nn.Linear(2, 2), options=options, folder=folder)
+
+    read()
+    return Entry(folder / "search.pt", "bytes", read, 0.3)
+
+
+def gan_training(folder: Path) -> Entry:
+    sizes, images = {"channels": 2, "image_channels": 1}, torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    shallow = ((3, 0, 3, 0, 2, -1, -1),) * 3
+
+    def read() -> None:
+        torch.manual_seed(0)
+        pair = gan.Generator("G*", bottom=1, latent=6, **sizes), gan.Discriminator(shallow, **sizes)
+        gan.train_gan(*pair, images, gan.TrainOptions(steps=1, dis_batch=2, gen_batch=2), folder=folder)
+
+    read()
+    return Entry(folder / "gan.pt", "bytes", read, 0.1)
+
+
 PARSERS = [
     json_object,
     json_lines,
@@ -486,4 +513,6 @@ PARSERS = [
     routed_instructions,
     continual_groups,
     forgetting_table,
+    search_state,
+    gan_training,
 ]

@@ -61,6 +61,23 @@ def evaluate_slowly(model, individual):
     return evaluate(model, individual)
 
 
+class Stops(Exception):
+    pass
+
+
+class Budgeted:
+    """Evaluates until its budget is spent; the budget is no setting, since it changes by itself."""
+
+    def __init__(self, left=10**9):
+        self.left = left
+
+    def __call__(self, model, individual):
+        if not self.left:
+            raise Stops
+        self.left -= 1
+        return evaluate(model, individual)
+
+
 def dies_once(model, individual):
     """Kill the worker in the middle of a generation, the first time only."""
     mark = Path(os.environ["WEIGHTSMITH_TEST_MARK"])

@@ -1,13 +1,16 @@
+import importlib
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
-from searches import OBJECTIVES, SPACE, Adds, Shared, dies_always, dies_once, evaluate, raises
+from searches import OBJECTIVES, SPACE, Adds, Budgeted, Shared, Stops, dies_always, dies_once, evaluate, raises
 
 from weightsmith.core.errors import UsageError
 from weightsmith.search import EvaluationFailed, EvolveOptions, SearchSpace, Trainer, evolve
+from weightsmith.search.code import code_of
 
 OPTIONS = EvolveOptions(population=8, generations=4)
 
@@ -85,32 +88,19 @@ def test_an_error_of_the_evaluation_names_the_genotype(workers):
         search(raises, workers=workers)
 
 
-class Stops(Exception):
-    pass
-
-
 @pytest.mark.parametrize("calls", [1, 7, 8, 9, 20, 31])
 def test_a_search_that_was_stopped_anywhere_goes_on_to_the_same_end(tmp_path, calls):
-    left = calls
-
-    def fails(model, individual):
-        nonlocal left
-        if not left:
-            raise Stops
-        left -= 1
-        return evaluate(model, individual)
-
     with pytest.raises(EvaluationFailed):
-        search(fails, folder=tmp_path)
+        search(Budgeted(calls), folder=tmp_path)
     finished = len(json.loads((tmp_path / "generations.json").read_text()))
     assert finished == calls // 8
     shown, trainer = [], Adds()
-    found = search(folder=tmp_path, progress=shown.append, trainer=trainer)
+    found = search(Budgeted(), folder=tmp_path, progress=shown.append, trainer=trainer)
     unbroken = Adds()
     assert history(found) == history(search(trainer=unbroken))
     assert [generation.number for generation in shown] == [0, 1, 2, 3]
     assert trainer.best == unbroken.best
-    assert history(search(raises, folder=tmp_path)) == history(found)  # nothing is left to do
+    assert history(search(Budgeted(0), folder=tmp_path)) == history(found)  # nothing is left to do
 
 
 @pytest.mark.parametrize("phase", ["warm_up", "train"])
@@ -127,7 +117,7 @@ def test_a_search_that_was_stopped_in_training_goes_on_to_the_same_end(tmp_path,
 
     with pytest.raises(Stops):
         search(folder=tmp_path, trainer=Breaks())
-    assert history(search(folder=tmp_path)) == history(search())
+    assert history(search(folder=tmp_path, trainer=Breaks())) == history(search())
 
 
 def test_more_generations_can_be_added_to_a_finished_search(tmp_path):
@@ -139,6 +129,66 @@ def test_more_generations_can_be_added_to_a_finished_search(tmp_path):
         search(folder=tmp_path, seed=1)
     with pytest.raises(UsageError, match=r"other settings \(options\)"):
         search(folder=tmp_path, options=EvolveOptions(population=6))
+
+
+def test_a_search_is_not_resumed_with_other_code(tmp_path, monkeypatch):
+    code = "def evaluate(model, individual):\n    return {'error': float(individual.genotype[0][0]), 'size': %s}\n"
+    file = tmp_path / "my_search.py"
+    file.write_text(code % "1.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("my_search")
+    folder = tmp_path / "search"
+    search(mine.evaluate, folder=folder)
+    search(mine.evaluate, folder=folder)
+    with pytest.raises(UsageError, match=r"other settings \(code of evaluate\): name another folder"):
+        search(folder=folder)
+    with pytest.raises(UsageError, match=r"code of trainer"):
+        search(mine.evaluate, folder=folder, trainer=Trainer())
+    file.write_text(code % "2.0")
+    with pytest.raises(UsageError, match=r"code of evaluate"):
+        search(mine.evaluate, folder=folder)
+
+
+def test_code_changes_with_settings_and_without_a_file():
+    @dataclass(frozen=True)
+    class Setting:
+        value: object
+
+    @dataclass
+    class Counter:
+        value: int
+
+    assert code_of(Setting(1)) == code_of(Setting(1)) != code_of(Setting(2))
+    assert code_of(Setting(torch.ones(2))) != code_of(Setting(torch.zeros(2)))
+    assert code_of(Counter(1)) == code_of(Counter(2))
+    assert code_of(partial(evaluate, individual=1)) != code_of(partial(evaluate, individual=2))
+    assert code_of(evaluate) != code_of(raises)
+    cells = [{"__name__": "no_such_module"} for _ in range(3)]
+    for space, number in zip(cells, (1, 1, 2), strict=True):
+        exec(f"def f(model, individual):\n    return [lambda: {number}]", space)
+    assert code_of(cells[0]["f"]) == code_of(cells[1]["f"]) != code_of(cells[2]["f"])
+
+
+def test_a_state_of_another_model_is_one_clear_error(tmp_path):
+    search(folder=tmp_path)
+    held = torch.load(tmp_path / "search.pt", weights_only=True)
+    held["weights"]["table"] = torch.zeros(2, 2)
+    torch.save(held, tmp_path / "search.pt")
+    with pytest.raises(UsageError, match="does not fit this model and trainer"):
+        search(folder=tmp_path)
+
+
+def test_those_who_watch_are_told_where_the_search_is():
+    told = []
+    found = search(watch=told.append)
+    assert [at.phase for at in told[:3]] == ["warm up", "train", "evaluate"]
+    assert told[0].seconds_left is None
+    assert told[0].best is None
+    last = told[-1]
+    assert (last.generation, last.generations, last.individual, last.population) == (4, 4, 8, 8)
+    assert last.seconds_left == 0.0
+    assert last.best == min(one.values["error"] for generation in found.generations for one in generation.scored)
+    assert all(at.seconds_left > 0 for at in told[2:-1])
 
 
 def test_a_damaged_state_is_one_clear_error(tmp_path):

@@ -48,7 +48,7 @@ def test_a_search_killed_twenty_times_ends_as_an_unbroken_one(tmp_path):
         finished = now
     assert kills == KILLS, "the search ended before it was killed often enough"
     assert finished > 1, "the kills came too early to show anything"
-    assert history(search(folder=folder)) == unbroken
+    assert history(search(evaluate_slowly, folder=folder)) == unbroken
 
 
 @pytest.mark.slow

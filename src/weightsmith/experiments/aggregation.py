@@ -58,4 +58,5 @@ class Aggregation(FixedWeights):
         found = self._find(jacobian @ jacobian.T)
         if found.sum() > 0:
             self.weights = (found / found.sum()).cpu()
-        return torch.stack(list(losses)) @ found.to(losses[0])
+        weighted: Tensor = torch.stack(list(losses)) @ found.to(losses[0])
+        return weighted

@@ -242,9 +242,9 @@ def _show(
     for kind, (_, after, clean) in examples(task, model).items():
         ratio = psnr(after[None], clean[None]).item()
         order = {"input": 0, "dense": 1}.get(job.arm, 2)
-        pictures.append(Picture.of(after, kind.capitalize(), f"{caption}, {ratio:.1f} dB", order))
+        pictures.append(Picture.of(after[None], kind.capitalize(), f"{caption}, {ratio:.1f} dB", order))
         if not restored:
-            pictures.append(Picture.of(clean, kind.capitalize(), "clean", 9))
+            pictures.append(Picture.of(clean[None], kind.capitalize(), "clean", 9))
     keep_gallery(job.keep, pictures)
     if restored:
         save_sparse(model, job.keep / "model.safetensors", masks=masks)

@@ -3,35 +3,24 @@
 A run folder is named after the digest of configuration, experiment source, package, data and the user's own code.
 """
 
-import ast
-import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import weightsmith
-from weightsmith.core.own_code import is_own, own_path
+from weightsmith.core.own_code import code_digest as code_digest
+from weightsmith.core.own_code import digest as digest
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.identity import bound, bound_words
 from weightsmith.lab.notebook import code_without_file
 
 _CONTENT_BYTES = 2**30  # beyond that, files are told apart by name, size and time of change
 _NO_RESULT_DEPENDS_ON = ("cards", "cli", "lab/report", "lab/watching.py", "lab/track.py", "tools")
-
-
-def digest(*parts: str | bytes) -> str:
-    """Twelve hexadecimal digits of some parts, in order."""
-    total = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        total.update(len(data).to_bytes(8, "little") + data)
-    return total.hexdigest()[:12]
 
 
 def config_digest(config: Any) -> str:
@@ -48,50 +37,6 @@ def files_digest(files: Iterable[Path]) -> str:
         stat = path.stat()
         parts += [path.name, path.read_bytes() if by_content else f"{stat.st_size} {stat.st_mtime_ns}"]
     return digest(*parts)
-
-
-def code_digest(module: ModuleType) -> str:
-    """Changes when a module's source does, or that of a module of the user's own that it imports, directly or not."""
-    file = getattr(module, "__file__", None)
-    if file is None or not Path(file).is_file():
-        return ""
-    start = Path(file).resolve()
-    depth = module.__name__.count(".") + (start.name == "__init__.py")
-    root = start.parents[min(depth, len(start.parents) - 1)]
-    # of an installed package its own files count, not all that lies beside them
-    package = root / module.__name__.partition(".")[0] if depth else start
-    places, waiting, seen = [root, *own_path()], [start], set[Path]()
-    while waiting:
-        path = waiting.pop()
-        if path not in seen:
-            seen.add(path)
-            found = (other.resolve() for other in _imports(path, places))
-            waiting += [other for other in found if is_own(other) or other.is_relative_to(package)]
-    return digest(*sorted(path.read_bytes() for path in seen))
-
-
-def _imports(path: Path, places: Sequence[Path]) -> set[Path]:
-    """Files that a source file imports, read from its text: what has been imported so far varies."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return set()
-    found = {path.with_name("__init__.py"), path.parent.with_name("__init__.py")}
-    for node in ast.walk(tree):
-        bases, names = places, list[str]()
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                bases = path.parents[node.level - 1 : node.level]
-            names = [f"{node.module or ''}.{alias.name}".removeprefix(".") for alias in node.names]
-        for parts in (name.split(".") for name in names):
-            if parts[0] == "weightsmith":  # counts as a whole, and another copy of it may be on the path
-                continue
-            for length in range(1, len(parts) + 1):
-                for place in (base.joinpath(*parts[:length]) for base in bases):
-                    found |= {place.with_name(f"{place.name}.py"), place / "__init__.py"}
-    return {place for place in found if place.is_file()}
 
 
 def function_digest(function: Any, depth: int = 3) -> str:

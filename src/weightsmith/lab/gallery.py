@@ -1,18 +1,18 @@
 """Pictures that jobs keep for the report, for example what went in, what came out and what it should be."""
 
 import base64
-import io
 import json
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from weightsmith.core.display import printable
-from weightsmith.core.errors import UsageError, require
+from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_json
 
@@ -38,19 +38,18 @@ class Picture:
     png: str
 
     @classmethod
-    def of(cls, image: Tensor, group: str, caption: str, order: int) -> "Picture":
-        """Encode an image ``(3, H, W)`` in [0, 1]."""
-        pillow: Any = require("PIL.Image", extra="vision", purpose="pictures in the report")
-        pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-        file = io.BytesIO()
-        pillow.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", optimize=True)
-        return cls(group, caption, order, base64.b64encode(file.getvalue()).decode())
+    def of(cls, images: Tensor, group: str, caption: str, order: int = 0) -> "Picture":
+        """Encode images ``(N, 1 or 3, H, W)``, uint8 or in [0, 1]; see `png`."""
+        pixels = images if images.dtype == torch.uint8 else (images * 255).round().byte()
+        return cls(group, caption, order, base64.b64encode(png(pixels)).decode())
 
 
 def keep_gallery(folder: Path, pictures: Iterable[Picture]) -> None:
-    """Write pictures into the folder that a job keeps."""
+    """Add pictures to those in the folder that a job keeps; of the same group and caption the last counts."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _FILE, json.dumps({"pictures": [asdict(picture) for picture in pictures]}))
+    before = _read(folder / _FILE) if (folder / _FILE).is_file() else []
+    kept = {(picture.group, picture.caption): picture for picture in (*before, *pictures)}
+    write_atomically(folder / _FILE, json.dumps({"pictures": [asdict(picture) for picture in kept.values()]}))
 
 
 def read_gallery(folders: Sequence[Path]) -> tuple[Mapping[str, Sequence[Picture]], list[str]]:
@@ -89,3 +88,24 @@ def _read(path: Path) -> list[Picture]:
         texts = (printable(row["group"]), printable(row["caption"]))
         pictures.append(Picture(*texts, row["order"], base64.b64encode(content).decode()))
     return pictures
+
+
+def png(images: Tensor, columns: int = 8) -> bytes:
+    """A PNG file of images side by side, written without an imaging library, which few users of the lab have.
+
+    Args:
+        images: uint8 ``(N, 1 or 3, H, W)``; an incomplete last row is left out.
+        columns: Images per row.
+    """
+    columns = min(columns, len(images))
+    rows = [torch.cat(list(row), dim=-1) for row in images[: len(images) // columns * columns].split(columns)]
+    canvas = torch.cat(rows, dim=-2)
+    channels, height, width = canvas.shape
+    lines = canvas.permute(1, 2, 0).reshape(height, width * channels)
+    raw = b"".join(b"\0" + bytes(line.tolist()) for line in lines)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    body = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return _SIGNATURE + b"".join(body)

@@ -53,6 +53,12 @@ class Recorder:
             with self.live.open("a") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
+    def show(self, row: Mapping[str, float | int | str]) -> None:
+        """Tell those who watch how far it is; nothing is kept."""
+        if self.live is not None:
+            with self.live.open("a") as file:
+                file.write(json.dumps(dict(row)) + "\n")
+
 
 @dataclass(frozen=True, slots=True)
 class JobResult:

@@ -15,7 +15,7 @@ from weightsmith.core.bars import bars_on
 from weightsmith.lab.run import Run
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_SHOWN = ("rate", "epoch", "step", "train_loss", "validation_loss")
+_SHOWN = ("rate", "epoch", "step", "train_loss", "validation_loss", "generation", "individual", "best", "left")
 _STALE = 3600  # seconds: a job that has recorded nothing for an hour was probably killed
 
 

@@ -13,10 +13,12 @@
 """
 
 from weightsmith.search import gan as gan
-from weightsmith.search.engines import EvaluationFailed, Resources
 from weightsmith.search.evaluation import Individual
-from weightsmith.search.evolve import EvolveOptions, Trainer, cars_selector, evolve
+from weightsmith.search.evolve import evolve
+from weightsmith.search.options import EvolveOptions, Trainer, cars_selector
+from weightsmith.search.outcomes import EvaluationFailed
 from weightsmith.search.records import Generation, Scored, SearchResult
+from weightsmith.search.resources import Resources
 from weightsmith.search.space import Gene, SearchSpace
 from weightsmith.search.supernet import Choice, SuperNet, count_parameters
 

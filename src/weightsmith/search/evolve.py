@@ -17,89 +17,28 @@ Example:
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.search.engines import EvaluateAll, Resources, workers_for
+from weightsmith.search.code import code_of
+from weightsmith.search.engines import workers_for
 from weightsmith.search.evaluation import Evaluate, Individual, Values, check_values, drawing_from
+from weightsmith.search.options import Direction, EvolveOptions, Trainer
+from weightsmith.search.outcomes import EvaluateAll
+from weightsmith.search.progress import Clock, Progress, Watch
 from weightsmith.search.records import Generation, Scored, SearchResult
-from weightsmith.search.selection import WORST, cars, nsga2, ranks
-from weightsmith.search.space import Genotype, SearchSpace
+from weightsmith.search.resources import Resources
+from weightsmith.search.selection import WORST, nsga2, ranks
+from weightsmith.search.space import SearchSpace
 from weightsmith.search.state import State, load, save
 from weightsmith.search.variation import first_population, offspring
-
-Direction = Literal["min", "max"]
-Select = Callable[[Sequence[Scored], int, np.random.Generator], Sequence[int]]
-"""``(scored, keep, rng) -> indices of the survivors``."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvolveOptions:
-    """How a search runs.
-
-    Attributes:
-        population: Individuals; even, at least 4. Half of them survive a generation.
-        generations: How often the population is trained and evaluated.
-        crossover: Share of crossovers among children, the others are mutations; default 0.3 / (0.3 + 0.5), as in the
-            EAGAN paper but exclusive.
-        selector: ``"nsga2"``; ``"random"``: no selection, every generation is drawn anew (the control with an equal
-            budget); or a function ``(scored, keep, rng) -> indices``.
-    """
-
-    population: int = 32
-    generations: int = 18
-    crossover: float = 0.375
-    selector: Literal["nsga2", "random"] | Select = "nsga2"
-
-    def check(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            UsageError: Names the argument.
-        """
-        if not isinstance(self.population, int) or self.population < 4 or self.population % 2:
-            raise UsageError(f"population must be an even number of at least 4, got {self.population!r}")
-        if not isinstance(self.generations, int) or self.generations < 1:
-            raise UsageError(f"generations must be a whole number of at least 1, got {self.generations!r}")
-        if not 0 <= self.crossover <= 1:
-            raise UsageError(f"crossover must be between 0 and 1, got {self.crossover}")
-        if self.selector not in ("nsga2", "random") and not callable(self.selector):
-            raise UsageError(f"selector must be 'nsga2', 'random' or a function, got {self.selector!r}")
-
-
-class Trainer:
-    """Trains the weights that the individuals share; override what is needed.
-
-    Randomness must come from the seeds that are passed, or from the global generators, which are seeded with them: then
-    a resumed search equals an unbroken one.
-
-    Attributes:
-        failed: Slots whose last training was not finite; they count as the worst.
-    """
-
-    failed: frozenset[int] = frozenset()
-
-    def warm_up(self, model: Any, space: SearchSpace, seed: int) -> None:
-        """Train before the first population is drawn."""
-
-    def train(self, model: Any, population: Sequence[Genotype], seed: int) -> None:
-        """Train for one generation."""
-
-    def selected(self, model: Any, best: int) -> None:
-        """The population of the last training was judged; ``best`` is the slot of the best individual."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What training needs beside the model, such as optimizers: tensors, numbers and text in dicts and lists."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a `state_dict` back."""
 
 
 def evolve(
@@ -117,6 +56,7 @@ def evolve(
     folder: Path | str | None = None,
     seed: int = 0,
     progress: Callable[[Generation], None] = lambda generation: None,
+    watch: Watch = lambda progress: None,
 ) -> SearchResult:
     """Search a space for its Pareto front.
 
@@ -134,9 +74,11 @@ def evolve(
         workers: Parallel evaluations. The result does not depend on it.
         address: A running Ray cluster, for example ``"auto"``.
         resources: More about workers: threads, GPUs; replaces ``engine``, ``workers`` and ``address``.
-        folder: Where the state is kept, after every phase of a generation; a search that was killed goes on from there.
+        folder: Where the state is kept, after every phase of a generation; a search that was killed goes on from there,
+            unless an argument or the code of ``evaluate`` or ``trainer`` has changed.
         seed: Everything random follows from it.
         progress: Called with each generation that is finished.
+        watch: Called after every phase and evaluation with a `weightsmith.search.progress.Progress`.
 
     Returns:
         All generations, the front and the best individual.
@@ -153,15 +95,17 @@ def evolve(
     _check(space, objectives, options, resources, seed)
     where = None if folder is None else Path(folder)
     asked = _asked(space, objectives, options, resources, seed, model)
+    asked |= {"code of evaluate": code_of(evaluate), "code of trainer": code_of(trainer)}
     state = load(where, asked) or State(asked)
     state.restore(model, trainer)
     for generation in state.generations:
         progress(generation)
     if state.finished(options.generations):
         return SearchResult(tuple(state.generations), tuple(objectives), state.stopped)
+    told = _told(state, objectives, options, watch)
     with workers_for(evaluate, model, resources) as evaluate_all:
         while not state.finished(options.generations):
-            _advance(state, space, objectives, options, trainer, model, evaluate_all, seed)
+            _advance(state, space, objectives, options, trainer, model, evaluate_all, seed, told)
             if where is not None:
                 save(where, state, model, trainer)
             if state.phase == "select":
@@ -178,6 +122,7 @@ def _advance(
     model: nn.Module | None,
     evaluate_all: EvaluateAll,
     seed: int,
+    told: Callable[[str, int, Values | None], None],
 ) -> None:
     """Do the next phase: warm up, select, train, or evaluate."""
     number = state.generation
@@ -185,6 +130,7 @@ def _advance(
         drawn = derived(seed, 0, "warm up")
         with drawing_from(drawn):
             trainer.warm_up(model, space, drawn)
+        told("warm up", 0, None)
         rng = np.random.default_rng(derived(seed, 0, "population"))
         state.population = first_population(space, options.population, state.seen, rng)
         if len(state.population) < options.population:
@@ -199,6 +145,7 @@ def _advance(
         with drawing_from(drawn):
             trainer.train(model, state.population, drawn)
         state.failed = trainer.failed
+        told("train", 0, None)
         state.phase = "evaluate"
     elif state.phase == "select":
         last = state.generations[-1]
@@ -209,11 +156,33 @@ def _advance(
     else:
         shared = derived(seed, number, "evaluate")
         asked = [Individual(genotype, slot, number, shared) for slot, genotype in enumerate(state.population)]
-        found = dict(evaluate_all({} if model is None else model.state_dict(), asked))
+        found: dict[int, Values] = {}
+        for slot, values in evaluate_all({} if model is None else model.state_dict(), asked):
+            found[slot] = values
+            told("evaluate", len(found), None if slot in state.failed or values.get("failed") else values)
         scored = _scored(state, [found[slot] for slot in range(len(asked))], objectives)
         state.generations.append(Generation(number, scored))
         # selection waits for the next generation: a finished search can be given more of them
         state.generation, state.phase = number + 1, "select"
+
+
+def _told(
+    state: State, objectives: Mapping[str, Direction], options: EvolveOptions, watch: Watch
+) -> Callable[[str, int, Values | None], None]:
+    (name, direction), clock = next(iter(objectives.items())), Clock(options.generations * options.population)
+    better = min if direction == "min" else max
+    known = [one.values[name] for generation in state.generations for one in generation.scored if not one.failed]
+    best = better(known) if known else None
+
+    def tell(phase: str, evaluated: int, values: Values | None) -> None:
+        nonlocal best
+        value = None if values is None else values.get(name)
+        if value is not None and math.isfinite(value):
+            best = value if best is None else better(best, value)
+        left = clock.left(state.generation * options.population + evaluated, now=phase == "evaluate")
+        watch(Progress(phase, state.generation + 1, options.generations, evaluated, options.population, best, left))
+
+    return tell
 
 
 def _scored(state: State, found: Sequence[Values], objectives: Mapping[str, Direction]) -> tuple[Scored, ...]:
@@ -260,22 +229,6 @@ def _next_population(
     state.population = [*parents, *children]
 
 
-def cars_selector(inception: str = "is", distance: str = "fid", size: str = "parameters") -> Select:
-    """The selection of EAGAN's released code as a ``selector``; see `weightsmith.search.selection.cars`.
-
-    Args:
-        inception: Name of the score that should be high.
-        distance: Name of the distance that should be low.
-        size: Name of the size.
-    """
-
-    def select(scored: Sequence[Scored], keep: int, rng: np.random.Generator) -> Sequence[int]:
-        one, two, three = ([each.values[name] for each in scored] for name in (inception, distance, size))
-        return cars(one, two, three, keep, rng)
-
-    return select
-
-
 def derived(seed: int, generation: int, purpose: str) -> int:
     """A seed for one purpose in one generation; independent of how the search came there."""
     entropy = [seed, generation, *purpose.encode()]
@@ -313,7 +266,8 @@ def _asked(
     return {
         "space": repr((space.genes, space.cells)),
         "objectives": repr(dict(objectives)),
-        "options": repr({name: value for name, value in plain.items() if name != "generations"}),
+        "options": repr({name: value for name, value in plain.items() if name != "generations"})
+        + ("" if isinstance(selector, str) else code_of(selector)),
         "threads": str(resources.threads),
         "seed": str(seed),
         "model": str(hash_of(repr(weights))),

@@ -13,11 +13,13 @@ from weightsmith.core.errors import UsageError, reason
 from weightsmith.core.files import file_atomically, write_atomically
 from weightsmith.search.records import Generation, Scored
 from weightsmith.search.space import Genotype
+from weightsmith.search.stored import reading
 
 if TYPE_CHECKING:
-    from weightsmith.search.evolve import Trainer
+    from weightsmith.search.options import Trainer
 
 _FILE, _READABLE = "search.pt", "generations.json"
+_PHASES = ("warm up", "select", "train", "evaluate")
 
 
 @dataclass(slots=True)
@@ -52,10 +54,15 @@ class State:
 
     def restore(self, model: nn.Module | None, trainer: "Trainer") -> None:
         """Hand the weights that were read to their owners."""
-        if self.weights is not None and model is not None:
-            model.load_state_dict(self.weights)
-        if self.trainer is not None:
-            trainer.load_state_dict(self.trainer)
+        try:
+            if self.weights is not None and model is not None:
+                model.load_state_dict(self.weights)
+            if self.trainer is not None:
+                trainer.load_state_dict(self.trainer)
+        except Exception as error:  # a trainer of the user's may raise anything
+            raise UsageError(
+                f"the stored search does not fit this model and trainer: {reason(error)}; name another folder"
+            ) from error
         self.weights = self.trainer = None
 
 
@@ -68,22 +75,26 @@ def load(folder: Path | None, asked: Mapping[str, str]) -> State | None:
     file = None if folder is None else folder / _FILE
     if file is None or not file.is_file():
         return None
-    try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
+    with reading(file, "a search") as held:
         generations = [
-            Generation(number, tuple(Scored(_tuples(g), dict(v), tuple(m), r, f) for g, v, m, r, f in scored))
+            Generation(
+                int(number), tuple(Scored(_tuples(g), _numbers(v), tuple(m), int(r), f) for g, v, m, r, f in scored)
+            )
             for number, scored in held["generations"]
         ]
         state = State(
-            dict(held["asked"]), held["generation"], held["phase"], [_tuples(one) for one in held["population"]],
-            {_tuples(one) for one in held["seen"]}, generations, frozenset(held["failed"]), held["stopped"],
+            dict(held["asked"]), int(held["generation"]), held["phase"], [_tuples(one) for one in held["population"]],
+            {_tuples(one) for one in held["seen"]}, generations, frozenset(held["failed"]), str(held["stopped"]),
             held["weights"], held["trainer"],
         )  # fmt: skip
-    except Exception as error:  # damaged pickles fail in any way
-        raise UsageError(f"{file} cannot be read as a search: {reason(error)}; name another folder") from error
+        if state.phase not in _PHASES or state.generation != len(generations):
+            raise ValueError(f"phase {state.phase!r} of generation {state.generation} after {len(generations)}")
     if state.asked != asked:
         names = ", ".join(sorted(name for name in asked if state.asked.get(name) != asked[name]))
-        raise UsageError(f"folder {folder} holds a search with other settings ({names}): name another folder")
+        raise UsageError(
+            f"folder {folder} holds a search with other settings ({names}): name another folder, or make them as "
+            "they were"
+        )
     return state
 
 
@@ -118,3 +129,7 @@ def _lists(genotype: Genotype) -> list[list[int]]:
 
 def _tuples(genotype: Any) -> Genotype:
     return tuple(tuple(int(gene) for gene in cell) for cell in genotype)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {str(name): float(value) for name, value in values.items()}

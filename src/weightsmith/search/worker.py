@@ -6,8 +6,8 @@ from multiprocessing.connection import Connection
 import cloudpickle
 import torch
 
-from weightsmith.search.engines import outcome
 from weightsmith.search.evaluation import Evaluation
+from weightsmith.search.outcomes import outcome
 
 
 def main(descriptor: int) -> None:

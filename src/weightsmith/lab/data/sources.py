@@ -13,6 +13,7 @@ HUB = {
     "fashion_mnist": "zalando-datasets/fashion_mnist",
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
+    "stl10": "tanganke/stl10",
     "imagenet": "ILSVRC/imagenet-1k",
     "gsm8k": "openai/gsm8k",
 }

@@ -1,7 +1,7 @@
 """Numbers and facts put into words, the same in every output."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -213,6 +213,8 @@ def evidence(report: Report, judgement: Judgement) -> dict[str, str]:
     if judgement.worth is not None:
         found["Smallest relevant effect"] = signed(judgement.worth, spec)
     found["Paired seeds"] = str(judgement.n)
+    if failures := _left_out(report, (claim.winner, claim.loser)):
+        found["Rests on means without failed networks of"] = failures
     if math.isfinite(judgement.p):
         found["p-value"] = f"{p_value(judgement.p)}, corrected for looks and claims"
     if math.isfinite(judgement.low):
@@ -263,7 +265,15 @@ def notices(report: Report) -> list[str]:
             diverged.setdefault(report.label(job.arm), []).append(job.seed)
     if diverged:
         found.append("Diverged: " + ", ".join(f"{arm} (seed {', '.join(map(str, s))})" for arm, s in diverged.items()))
+    if failures := _left_out(report, [arm.name for arm in report.arms]):
+        found.append(f"Failed networks, left out of the means of their arms: {failures}.")
     return found + list(report.damaged)
+
+
+def _left_out(report: Report, arms: Sequence[str]) -> str:
+    """By arm, the sum of the metric ``left_out``: what an arm's other metrics, as means over networks, do not hold."""
+    counts = {arm: sum(job.metrics.get("left_out", 0.0) for job in report.jobs if job.arm == arm) for arm in arms}
+    return ", ".join(f"{report.label(arm)} ({number(count, '.0f')})" for arm, count in counts.items() if count)
 
 
 def facts(report: Report) -> dict[str, str]:

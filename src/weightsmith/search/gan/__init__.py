@@ -17,6 +17,7 @@
 
 from weightsmith.search.gan.counts import discriminator_parameters, generator_parameters
 from weightsmith.search.gan.discriminator import Discriminator, SimpleDiscriminator
+from weightsmith.search.gan.fitness import OBJECTIVES, ScoreGenerator, partners
 from weightsmith.search.gan.generator import Generator
 from weightsmith.search.gan.genotypes import (
     DISCRIMINATOR_SPACE,
@@ -26,10 +27,11 @@ from weightsmith.search.gan.genotypes import (
     discriminator_genotype,
     generator_genotype,
 )
+from weightsmith.search.gan.judges import Inception, train_stand_in
 from weightsmith.search.gan.losses import discriminator_loss, discriminator_step, generator_loss, generator_step
 from weightsmith.search.gan.metrics import frechet_distance, inception_score, kernel_distance, moments
-from weightsmith.search.gan.scoring import Inception, Reference, generate, recalibrate_, score, train_stand_in
-from weightsmith.search.gan.stages import OBJECTIVES, ScoreGenerator, StageOne, StageOptions, StageTwo, partners
+from weightsmith.search.gan.scoring import Reference, generate, recalibrate_, score
+from weightsmith.search.gan.stages import StageOne, StageOptions, StageTwo
 from weightsmith.search.gan.training import TrainOptions, train_gan
 
 __all__ = [

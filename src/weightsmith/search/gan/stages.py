@@ -10,24 +10,19 @@ Source: arXiv 2111.15097, section 3.2 and algorithm 1.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.search.evaluation import Individual
-from weightsmith.search.evolve import Trainer
+from weightsmith.search.gan.fitness import Partners
 from weightsmith.search.gan.losses import discriminator_step, generator_step
-from weightsmith.search.gan.scoring import NotFinite, Reference, generate, recalibrate_, score
+from weightsmith.search.options import Trainer
 from weightsmith.search.space import Genotype, SearchSpace
-from weightsmith.search.supernet import SuperNet, count_parameters
+from weightsmith.search.supernet import SuperNet
 
-OBJECTIVES: Mapping[str, Literal["min", "max"]] = {"distance": "min", "inverse_inception": "min", "parameters": "min"}
-"""Fréchet distance, the reciprocal of the Inception Score, size of the stand-alone network; all minimized."""
-
-_FAILED = {"distance": 1e9, "inverse_inception": 1.0, "inception": 1.0}
 Network = Callable[[Tensor], Tensor]
 
 
@@ -186,19 +181,6 @@ class StageOne(_Stage):
             self._count(slots, loss, norms, before)
 
 
-class Partners(nn.ModuleList):
-    """The generators of stage 2, one per slot, or a single one that all slots share; ``evolve``'s ``model``."""
-
-    def of(self, slot: int) -> nn.Module:
-        """The generator of a slot."""
-        return self[slot % len(self)]
-
-
-def partners(generator: nn.Module, number: int) -> Partners:
-    """Make independent copies of a generator: training one leaves the others as they are."""
-    return Partners(copy.deepcopy(generator) for _ in range(number))
-
-
 class StageTwo(_Stage):
     """Trains a super-discriminator whose candidates are paired with the generators of a `Partners`.
 
@@ -284,48 +266,6 @@ class StageTwo(_Stage):
                 return self._count([slot], loss, norms, before)
         z = self._latents(self.options.gen_batch, latent, like)
         return self._count([slot], generator_step(scored, generator, optimizer, z), norms, before)
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreGenerator:
-    """``evaluate`` of both stages: recalibrate a copy, generate, score.
-
-    Attributes:
-        reference: The real images.
-        samples: Images per individual.
-        recalibrate: Give the copy's BatchNorm its own statistics first; ``False`` is the released code.
-        size: ``genotype -> parameters`` where size is not that of the generator: in stage 2, of the discriminator.
-    """
-
-    reference: Reference
-    samples: int = 5000
-    recalibrate: bool = True
-    size: Callable[[Genotype], int] | None = None
-
-    def __call__(self, model: Any, individual: Individual) -> dict[str, float]:
-        """Score an individual; the same latents for all of a generation."""
-        if isinstance(model, Partners):
-            generator: Any = copy.deepcopy(model.of(individual.slot))
-        else:
-            generator = model.subnet(individual.genotype)
-        size = self.size(individual.genotype) if self.size is not None else count_parameters(generator)
-        if self.recalibrate:
-            recalibrate_(generator, generator.latent, seed=individual.seed)
-        device = next(generator.parameters()).device
-        try:
-            images = generate(
-                generator.eval(), self.samples, generator.latent, seed=individual.seed, device=str(device)
-            )
-        except NotFinite:
-            return _FAILED | {"failed": 1.0, "parameters": size}
-        found = score(images, self.reference)
-        return {
-            "distance": found.distance,
-            "inverse_inception": 1 / found.inception,
-            "inception": found.inception,
-            "parameters": size,
-            "failed": float(found.failed),
-        }
 
 
 def _norms(*models: nn.Module) -> list[nn.Module]:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import file_atomically
+from weightsmith.search.code import code_of
 from weightsmith.search.evaluation import drawing_from
 from weightsmith.search.gan.losses import discriminator_step, generator_step
+from weightsmith.search.stored import reading
 
 Row = dict[str, float]
 
@@ -38,6 +40,7 @@ class TrainOptions:
         ema: Decay of the average of the generator's parameters, updated after each of its steps.
         clip_norm: Largest gradient norm of either network; 50 for STL-10.
         judge_every: Discriminator steps between two calls of ``judge``; 0: only at the end.
+        judge_after: Discriminator steps before the first of these calls.
         save_every: Discriminator steps between two checkpoints.
     """
 
@@ -51,6 +54,7 @@ class TrainOptions:
     ema: float = 0.999
     clip_norm: float | None = None
     judge_every: int = 0
+    judge_after: int = 0
     save_every: int = 1000
 
     @classmethod
@@ -110,13 +114,13 @@ def train_gan(
         folder: Where checkpoints go; training goes on from the last one.
 
     Raises:
-        UsageError: An argument is out of range, or ``folder`` holds another training.
+        UsageError: An argument is out of range, or ``folder`` holds another training or a damaged one.
     """
     options = options or TrainOptions()
     options.check()
     if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
         raise UsageError(f"images must be uint8 (N, C, H, W) and not empty, got {images.dtype} {tuple(images.shape)}")
-    run = _Run(generator, discriminator, options, seed)
+    run = _Run(generator, discriminator, options, seed, judge)
     file = None if folder is None else Path(folder) / "gan.pt"
     if file is not None:
         run.resume(file)
@@ -139,7 +143,8 @@ def train_gan(
         run.skipped += not math.isfinite(loss)
         run.step += 1
         last = run.step == options.steps
-        if judge is not None and (last or (options.judge_every and run.step % options.judge_every == 0)):
+        due = options.judge_every and run.step >= options.judge_after and run.step % options.judge_every == 0
+        if judge is not None and (last or due):
             run.judge(judge)
         if file is not None and (last or run.step % options.save_every == 0):
             run.save(file)
@@ -149,13 +154,16 @@ def train_gan(
 class _Run:
     """What changes while a pair trains."""
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, options: TrainOptions, seed: int) -> None:
+    def __init__(
+        self, generator: nn.Module, discriminator: nn.Module, options: TrainOptions, seed: int, judge: Any
+    ) -> None:
         self.generator, self.discriminator, self.options = generator, discriminator, options
         betas = (float(options.betas[0]), float(options.betas[1]))
         self.g_optimizer = torch.optim.Adam(generator.parameters(), options.lr_g, betas=betas)
         self.d_optimizer = torch.optim.Adam(discriminator.parameters(), options.lr_d, betas=betas)
         self.averaged = [parameter.detach().clone() for parameter in generator.parameters()]
         self.asked = {"seed": seed, **{name: str(value) for name, value in asdict(options).items()}}
+        self.asked["code of judge"] = "" if judge is None else code_of(judge)
         self.step, self.skipped, self.best = 0, 0, math.inf
         self.rows: list[Row] = []
         self.kept: dict[str, Tensor] | None = None
@@ -177,6 +185,8 @@ class _Run:
         state = copy.deepcopy(candidate.state_dict())
         distance = float(judge(candidate))
         self.rows.append({"step": float(self.step), "distance": distance})
+        if not math.isfinite(distance):
+            distance = math.inf  # and never the best
         if distance < self.best or self.kept is None:
             self.best, self.kept = distance, state
 
@@ -198,12 +208,12 @@ class _Run:
     def resume(self, file: Path) -> None:
         if not file.is_file():
             return
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        if held["asked"] != self.asked:
-            raise UsageError(f"{file} is of a training with other settings: name another folder")
-        for name in ("generator", "discriminator", "g_optimizer", "d_optimizer"):
-            getattr(self, name).load_state_dict(held[name])
-        for name in ("step", "skipped", "best", "rows", "kept"):
-            setattr(self, name, held[name])
-        for value, kept in zip(self.averaged, held["averaged"], strict=True):
-            value.copy_(kept)
+        with reading(file, "a training of a GAN") as held:
+            if held["asked"] != self.asked:
+                raise UsageError(f"{file} is of a training with other settings: name another folder")
+            for name in ("generator", "discriminator", "g_optimizer", "d_optimizer"):
+                getattr(self, name).load_state_dict(held[name])
+            self.step, self.skipped, self.best = int(held["step"]), int(held["skipped"]), float(held["best"])
+            self.rows, self.kept = [dict(row) for row in held["rows"]], held["kept"]
+            for value, kept in zip(self.averaged, held["averaged"], strict=True):
+                value.copy_(kept)
