@@ -177,7 +177,7 @@ def test_a_text_file_is_read_as_it_is_written(tmp_path):
     (tmp_path / "books").mkdir()
     for split in ("train", "test"):
         (tmp_path / "books" / f"wiki.{split}.txt").write_text(f"{split}\nmore\n")
-    assert load_text(str(tmp_path / "books")) == ("train\nmore\n", "test\nmore\n")
+    assert load_text(str(tmp_path / "books")) == {"train": "train\nmore\n", "test": "test\nmore\n"}
     assert load_texts(str(tmp_path / "books"), "test") == ["test\nmore\n"]
     with pytest.raises(UsageError, match="split 'dev' is not known"):
         load_texts(str(tmp_path / "books"), "dev")

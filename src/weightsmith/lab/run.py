@@ -111,6 +111,8 @@ def run(
     if fresh and is_leader() and result.folder.exists():
         shutil.rmtree(result.folder)
     result.news += _why_new(result.folder, identity)
+    if task is not None and "validation" in task.facts:
+        result.news.append(f"validation: {task.facts['validation']}")
     description |= {
         "preset": preset,
         "config": asdict(config),
