@@ -57,8 +57,8 @@ def load_images(
 
     Rows are left out by a seed of their own and in the same share of every class. The validation part is the data's own
     split of that name beside ``train`` and ``test``, else a share of the train rows, the same for every job. A data set
-    without a labeled test split uses its validation split as such, or gives up a fifth of its train rows. Decoded small data are kept in
-    ``$WEIGHTSMITH_CACHE`` (``~/.cache/weightsmith``).
+    without a labeled test split uses its validation split as such, or gives up a fifth of its train rows. Decoded small
+    data are kept in ``$WEIGHTSMITH_CACHE`` (``~/.cache/weightsmith``).
 
     Args:
         name: ``"digits"`` (bundled), a short name of ``HUB``, a hub id ``"owner/name"``, a file or a folder.

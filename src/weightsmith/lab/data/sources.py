@@ -35,6 +35,7 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
 }
 """Names of files and folders that stand for a split."""
+_SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 
 
 def locate(name: str, data_dir: str | Path | None = None) -> Path | str:
@@ -145,7 +146,7 @@ def _files(name: str, source: Path) -> dict[str, Any] | None:
     files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.suffix in BUILDERS)
     endings = {path.suffix for path in files}
     if len(endings) != 1:
-        splits = [path.name for path in files if _words(path.stem) & set.union(*SPLITS.values())]
+        splits = [path.name for path in files if _words(path.stem) & _SPLIT_NAMES]
         if len({Path(file).suffix for file in splits}) > 1:  # datasets would read the most frequent kind alone
             raise UsageError(f"data {name!r}: files of its splits are of several kinds, {', '.join(splits)}: use one")
         return None
