@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import file_atomically
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric
 from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.tasks import from_datasets
@@ -75,6 +76,17 @@ def job(config, job):
     if config.noise:
         noise = torch.randn((), generator=torch.Generator().manual_seed(2 * job.seed + (job.arm == "plain"))).item()
     return {"score": noise + (config.gain if job.arm == "better" else 0.0), "cost": 1.0}
+
+
+def writing_job(config, job):
+    """Hang while a file is written, unless the marker is there."""
+    marker = Path(config.kill_once)
+    if not marker.exists():
+        with file_atomically(job.folder / "state.pt") as fresh:
+            fresh.write_bytes(b"half")
+            marker.touch()
+            time.sleep(60)
+    return {"score": 1.0, "cost": 1.0}
 
 
 def quick_job(config, job):
@@ -150,6 +162,8 @@ def keeping_job(config, job):
     (job.keep / "notes" / "kept.txt").write_text(job.arm)
     return trained_job(config, job)
 
+
+WRITING = replace(EXPERIMENT, slug="writing", job=writing_job)
 
 TRAINED = replace(
     EXPERIMENT,

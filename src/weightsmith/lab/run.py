@@ -17,7 +17,7 @@ import torch
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.lab import fingerprint, machine, record
 from weightsmith.lab.engines import Failure, Work, engine_named
-from weightsmith.lab.engines.base import finished
+from weightsmith.lab.engines.base import finished, remove_leftovers
 from weightsmith.lab.engines.distributed import from_leader, is_leader
 from weightsmith.lab.engines.local import worker_count
 from weightsmith.lab.experiment import Experiment
@@ -110,7 +110,11 @@ def run(
     result = Run(out / experiment.slug / fingerprint.digest(*identity.values()))
     if fresh and is_leader() and result.folder.exists():
         shutil.rmtree(result.folder)
+    if is_leader() and result.folder.is_dir():
+        remove_leftovers(result.folder)
     result.news += _why_new(result.folder, identity)
+    if task is not None and "validation" in task.facts:
+        result.news.append(f"validation: {task.facts['validation']}")
     description |= {
         "preset": preset,
         "config": asdict(config),

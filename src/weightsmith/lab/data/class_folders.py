@@ -32,9 +32,12 @@ def read_class_folders(name: str, root: Path) -> dict[str, Labeled] | None:
     if tables or not any(_is_image(path) for path in root.rglob("*")):
         return None
     folders = _folders(root)
-    by_split = {split: f for f in folders for split, names in SPLITS.items() if f.name.lower() in names}
-    if len(by_split) < len(folders) and not any(_folders(folder) for folder in by_split.values()):
+    named = [(split, f) for f in folders for split, names in SPLITS.items() if f.name.lower() in names]
+    by_split = dict(named)
+    if len(named) < len(folders) and not any(_folders(folder) for _, folder in named):
         by_split = {}  # a class of trains, beside others
+    elif len(by_split) < len(named):
+        raise UsageError(f"data {name!r}: two folders stand for one split, of {', '.join(f.name for _, f in named)}")
     if by_split and "train" not in by_split:
         raise UsageError(f"data {name!r} has no folder 'train', only {', '.join(f.name for f in by_split.values())}")
     return {split: _read(name, folder) for split, folder in (by_split or {"train": root}).items()}

@@ -16,7 +16,14 @@ from weightsmith.core.errors import UsageError, require
 from weightsmith.core.files import file_atomically
 from weightsmith.lab.data.class_folders import read_class_folders
 from weightsmith.lab.data.images import Images, InMemory, OnDisk, Reader, Split, to_square
-from weightsmith.lab.data.labels import check_counts, hold_out, parts_of
+from weightsmith.lab.data.labels import (
+    check_counts,
+    hold_out,
+    own_validation,
+    parts_of,
+    unused_validation,
+    validation_facts,
+)
 from weightsmith.lab.data.pictures import Column, Files, Pictures, is_gray
 from weightsmith.lab.data.sources import column, load_tables, locate
 from weightsmith.lab.identity import tensors_digest
@@ -48,15 +55,16 @@ def load_images(
 ) -> Images:
     """Load a data set of labeled images.
 
-    Rows are left out by a seed of their own and in the same share of every class, and so is the validation part: it is
-    the same for every job. A data set without a labeled test split uses its validation split as such, or gives up a
-    fifth of its train rows. Decoded small data are kept in ``$WEIGHTSMITH_CACHE`` (``~/.cache/weightsmith``).
+    Rows are left out by a seed of their own and in the same share of every class. The validation part is the data's own
+    split of that name beside ``train`` and ``test``, else a share of the train rows, the same for every job. A data set
+    without a labeled test split uses its validation split as such, or gives up a fifth of its train rows. Decoded small
+    data are kept in ``$WEIGHTSMITH_CACHE`` (``~/.cache/weightsmith``).
 
     Args:
         name: ``"digits"`` (bundled), a short name of ``HUB``, a hub id ``"owner/name"``, a file or a folder.
         train_examples: Use this many train rows, validation included; ``None``: all.
-        test_examples: Use this many test rows; ``None``: all.
-        validation_fraction: Share of the train rows that is held out, in [0, 1).
+        test_examples: Use this many test rows, and as many of a validation split; ``None``: all.
+        validation_fraction: Share of the train rows that is held out where there is no validation split, in [0, 1).
         augment: Small data: random crop from 4 pixels of padding, and flip; large data: random resized crop, and flip.
         size: Side in pixels to resize to; ``None``: that of images of one size which fit into memory, else 224.
         columns: Names of the column of images, or of their paths, and of the column of labels; empty: usual names.
@@ -78,28 +86,40 @@ def load_images(
     train_part, test_part, names = parts_of(
         name, values, class_names, train_examples=train_examples, test_examples=test_examples
     )
-    train, test = (
-        [InMemory(pixels[part.split][part.rows]) for part in (train_part, test_part)]
+    own = own_validation(name, values, class_names, examples=test_examples)
+    used = [part for part in (train_part, test_part, own) if part is not None]
+    train, test, *others = (
+        [InMemory(pixels[part.split][part.rows]) for part in used]
         if pixels
-        else _readers(*(pictures[part.split].select(part.rows.tolist()) for part in (train_part, test_part)), size=size)
+        else _readers([pictures[part.split].select(part.rows.tolist()) for part in used], size=size)
     )
-    kept, held_out = hold_out(len(train_part.rows), validation_fraction, train_part.labels)
+    kept, held_out = hold_out(len(train_part.rows), 0.0 if own else validation_fraction, train_part.labels)
     mean, std = _mean_and_std(train, kept)
     channels, _, side = train(kept[:1], None).shape[1:]
     labels, test_labels = train_part.labels, test_part.labels
+    content: dict[str, Any] = {
+        "train": _content(train),
+        "test": _content(test),
+        "labels": labels,
+        "test labels": test_labels,
+        "": names,
+    }
+    validation = Split(train, labels, held_out, mean=mean, std=std)
+    if own is not None:
+        validation = Split(others[0], own.labels, torch.arange(len(own.labels)), mean=mean, std=std)
+        content |= {"validation": _content(others[0]), "validation labels": own.labels}
     return Images(
         name=name,
         train=Split(train, labels, kept, mean=mean, std=std, augment=augment),
-        validation=Split(train, labels, held_out, mean=mean, std=std),
+        validation=validation,
         test=Split(test, test_labels, torch.arange(len(test_labels)), mean=mean, std=std),
         channels=channels,
         size=side,
         class_names=names,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
-        fingerprint=tensors_digest(
-            {"train": _content(train), "test": _content(test), "labels": labels, "test labels": test_labels, "": names}
-        ),
+        fingerprint=tensors_digest(content),
+        facts=validation_facts(len(own.labels) if own else None, unused_validation(values)),
     )
 
 
@@ -172,17 +192,18 @@ def _pictures(name: str, source: Path | str, table: Any, image: str) -> Pictures
     return Files(paths)
 
 
-def _readers(train: Pictures, test: Pictures, *, size: int | None) -> list[InMemory] | list[OnDisk]:
+def _readers(parts: Sequence[Pictures], *, size: int | None) -> list[InMemory] | list[OnDisk]:
+    train = parts[0]
     some = train.read(torch.linspace(0, len(train) - 1, min(_LOOKED_AT, len(train))).long().tolist())
     channels = 1 if all(map(is_gray, some)) else 3
     one_size = len({picture.size for picture in some}) == 1
     side = size or (min(some[0].size) if one_size else _LARGE_SIZE)
-    fits = (len(train) + len(test)) * channels * side**2 <= IN_MEMORY_BYTES
+    fits = sum(map(len, parts)) * channels * side**2 <= IN_MEMORY_BYTES
     if not fits and size is None:
         side = min(side, _LARGE_SIZE)
     if fits:
-        return [InMemory(_decoded(pictures, channels, side)) for pictures in (train, test)]
-    return [OnDisk(pictures, channels, side) for pictures in (train, test)]
+        return [InMemory(_decoded(pictures, channels, side)) for pictures in parts]
+    return [OnDisk(pictures, channels, side) for pictures in parts]
 
 
 def _content(read: InMemory | OnDisk) -> Tensor | str:

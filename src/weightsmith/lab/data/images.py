@@ -6,8 +6,8 @@ arm, whatever else draws random numbers, and for any number of loader workers.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,8 @@ class Images:
     Attributes:
         name: What it was asked for by.
         train: What is trained on, without the validation part.
-        validation: Held out from the train rows; empty when its fraction is 0.
+        validation: The data's own validation split, else held out from the train rows; then empty when its fraction is
+            0.
         test: Never trained on nor chosen by.
         channels: 1 or 3.
         size: Height and width in pixels.
@@ -125,6 +126,7 @@ class Images:
         mean: Per channel, of train pixels in [0, 1].
         std: Per channel, likewise.
         fingerprint: Changes when the rows or their form do.
+        facts: What a reader wants to know about the splits, in words.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Images:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:

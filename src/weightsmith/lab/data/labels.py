@@ -55,26 +55,14 @@ def parts_of(
         UsageError: A label is missing or no class, there is one class only, or the test rows have one that training
             lacks.
     """
-    tested = next((split for split in ("test", "validation") if not _withheld(labels.get(split, ()))), None)
-    train = _checked(name, labels["train"])
-    known = sorted(set(train))
-    if len(known) < 2:
-        raise UsageError(f"data {name!r} has one class only ({known[0] if known else 'none'}); at least 2 are needed")
-    # numbered already: a class that no row has keeps its number
-    classes = known if class_names is None else list(range(len(class_names)))
-    names = tuple(map(str, known if class_names is None else class_names))
-    numbers = {label: number for number, label in enumerate(classes)}
+    tested = _tested(labels)
+    train, numbers, names = _numbered(name, labels, class_names)
     first = torch.tensor([numbers[label] for label in train])
     if tested is None:
         kept, held = hold_out(len(first), _TEST_SHARE, first, seed=2)
         parts = Part("train", kept, first[kept]), Part("train", held, first[held])
     else:
-        test = _checked(name, labels[tested])
-        unseen = sorted(set(test) - set(known))
-        if unseen:
-            shown = ", ".join(str(label if class_names is None else names[label]) for label in unseen[:_SHOWN])
-            raise UsageError(f"data {name!r}: test rows have classes that training does not have: {shown}")
-        second = torch.tensor([numbers[label] for label in test])
+        second = _known(name, "test", labels[tested], train, numbers, names)
         parts = Part("train", torch.arange(len(first)), first), Part(tested, torch.arange(len(second)), second)
     if not len(parts[1].rows):
         raise UsageError(f"data {name!r} has {len(first)} rows, too few to hold some out for testing")
@@ -84,6 +72,84 @@ def parts_of(
     )
     smaller, smallest = (Part(part.split, part.rows[at], part.labels[at]) for part, at in chosen)
     return smaller, smallest, names
+
+
+def own_validation(
+    name: str,
+    labels: Mapping[str, Sequence[Any]],
+    class_names: Sequence[str] | None = None,
+    *,
+    examples: int | None = None,
+) -> Part | None:
+    """The rows of a validation split beside ``train`` and ``test``, numbered as `parts_of` numbers them.
+
+    Args:
+        name: Of the data, for the error.
+        labels: By split, a label per row.
+        class_names: Names where the labels are their numbers.
+        examples: At most this many, in the share of every class.
+
+    Returns:
+        ``None``: there is no such split, its labels are withheld, or it stands for the missing test split.
+
+    Raises:
+        UsageError: A label is missing or no class, or is one that training lacks.
+    """
+    if _tested(labels) != "test" or _withheld(labels.get("validation", ())):
+        return None
+    train, numbers, names = _numbered(name, labels, class_names)
+    found = _known(name, "validation", labels["validation"], train, numbers, names)
+    rows = subset(len(found), examples, found)
+    return Part("validation", rows, found[rows])
+
+
+def unused_validation(labels: Mapping[str, Sequence[Any]]) -> str:
+    """Why `own_validation` leaves a validation split out, in words; ``""`` where it does not."""
+    if "validation" not in labels or (_tested(labels) == "test" and not _withheld(labels["validation"])):
+        return ""
+    return f"the validation split {'is the test data' if _tested(labels) == 'validation' else 'has no labels'}"
+
+
+def validation_facts(own: int | None, unused: str = "") -> dict[str, str]:
+    """What the report says about a validation split; nothing where the data have none.
+
+    Args:
+        own: Rows of the data's own validation split; ``None``: it is not used.
+        unused: Why there is a split that is not used.
+    """
+    if own is not None:
+        return {"validation": f"{own:,} rows of the data's own validation split; training keeps all of its rows"}
+    return {"validation": f"held out from training; {unused}"} if unused else {}
+
+
+def _tested(labels: Mapping[str, Sequence[Any]]) -> str | None:
+    return next((split for split in ("test", "validation") if not _withheld(labels.get(split, ()))), None)
+
+
+def _numbered(
+    name: str, labels: Mapping[str, Sequence[Any]], class_names: Sequence[str] | None
+) -> tuple[list[Any], dict[Any, int], tuple[str, ...]]:
+    """The labels to train on, the number of each class, and the names of the classes."""
+    train = _checked(name, labels["train"])
+    known = sorted(set(train))
+    if len(known) < 2:
+        raise UsageError(f"data {name!r} has one class only ({known[0] if known else 'none'}); at least 2 are needed")
+    # numbered already: a class that no row has keeps its number
+    classes = known if class_names is None else list(range(len(class_names)))
+    names = tuple(map(str, known if class_names is None else class_names))
+    return train, {label: number for number, label in enumerate(classes)}, names
+
+
+def _known(
+    name: str, split: str, labels: Sequence[Any], train: Sequence[Any], numbers: Mapping[Any, int], names: Sequence[str]
+) -> Tensor:
+    """Labels of another split than ``train`` as numbers of classes."""
+    found = _checked(name, labels)
+    unseen = sorted(set(found) - set(train))
+    if unseen:
+        shown = ", ".join(names[numbers[label]] if label in numbers else str(label) for label in unseen[:_SHOWN])
+        raise UsageError(f"data {name!r}: {split} rows have classes that training does not have: {shown}")
+    return torch.tensor([numbers[label] for label in found])
 
 
 def _withheld(labels: Sequence[Any]) -> bool:

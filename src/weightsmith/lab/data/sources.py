@@ -36,6 +36,7 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
 }
 """Names of files and folders that stand for a split."""
+_SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 
 
 def locate(name: str, data_dir: str | Path | None = None) -> Path | str:
@@ -117,15 +118,26 @@ def load_tables(name: str, *, subset: str = "", data_dir: str | Path | None = No
             raise UsageError(f"data {name!r} cannot be read from {str(source)!r}: {_first_line(cause)}{fix}") from error
     if not any(len(table) for table in tables.values()):
         raise UsageError(f"data {name!r} has no rows")
+    tables = {name: table for name, table in _by_split(tables).items() if len(table) or name == "train"}
     if "train" not in tables:
         raise UsageError(f"data {name!r} has no split named 'train', only {', '.join(map(repr, tables))}")
     return tables
 
 
+def _by_split(tables: dict[str, Any]) -> dict[str, Any]:
+    """Tables by the usual names of their splits: ``validation`` for ``val``."""
+    usual = {other: split for split, names in SPLITS.items() for other in names if split not in tables}
+    named = {name: usual.pop(name.lower(), name) for name in tables}
+    return {named[name] if list(named.values()).count(named[name]) == 1 else name: tables[name] for name in tables}
+
+
 def _split_of(file: str) -> str:
     """The split that a file holds: ``"test"`` for ``my-test-2.csv``."""
-    words = set(re.split(r"[^a-z]+", file.lower()))
-    return next((split for split, names in SPLITS.items() if names & words), "train")
+    return next((split for split, names in SPLITS.items() if names & _words(file)), "train")
+
+
+def _words(file: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", file.lower()))
 
 
 def _files(name: str, source: Path) -> dict[str, Any] | None:
@@ -137,6 +149,9 @@ def _files(name: str, source: Path) -> dict[str, Any] | None:
     files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.suffix in BUILDERS)
     endings = {path.suffix for path in files}
     if len(endings) != 1:
+        splits = [path.name for path in files if _words(path.stem) & _SPLIT_NAMES]
+        if len({Path(file).suffix for file in splits}) > 1:  # datasets would read the most frequent kind alone
+            raise UsageError(f"data {name!r}: files of its splits are of several kinds, {', '.join(splits)}: use one")
         return None
     by_split: dict[str, list[str]] = {}
     for path in files:

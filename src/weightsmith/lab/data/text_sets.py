@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.instructions import SETS, make_rows
-from weightsmith.lab.data.labels import check_counts, hold_out, parts_of, subset
+from weightsmith.lab.data.labels import check_counts, hold_out, own_validation, parts_of, subset, unused_validation
 from weightsmith.lab.data.sources import column, load_tables
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "title")
@@ -19,6 +19,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "y", "sentime
 QUESTION_COLUMNS = ("question", "query", "prompt", "instruction", "input")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "solution")
 SUMS = "arithmetic"
+_SPLITS = ("train", "validation", "test")
 _ALL_SUMS = 98**2 * 8
 _TEST_SUMS = _ALL_SUMS // 10
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -36,6 +37,9 @@ class Sentences:
         train_labels: ``(N,)``, int64.
         test_labels: ``(M,)``, int64.
         classes: Names.
+        validation: Texts of the data's own validation split beside ``train`` and ``test``; ``None``: there is none.
+        validation_labels: ``(V,)``, int64.
+        unused: Why a validation split is not used, in words.
     """
 
     train: Sequence[str]
@@ -43,6 +47,9 @@ class Sentences:
     train_labels: Tensor
     test_labels: Tensor
     classes: tuple[str, ...]
+    validation: Sequence[str] | None
+    validation_labels: Tensor
+    unused: str
 
 
 def load_sentences(
@@ -65,24 +72,32 @@ def load_sentences(
     class_names = getattr(tables["train"].features[label], "names", None)
     *parts, classes = parts_of(name, labels, class_names, train_examples=train_examples, test_examples=test_examples)
     train, test = (_rows(name, tables[part.split].select(part.rows.tolist()), texts) for part in parts)
-    return Sentences(train, test, parts[0].labels, parts[1].labels, classes)
+    own = own_validation(name, labels, class_names, examples=test_examples)
+    validation = _rows(name, tables[own.split].select(own.rows.tolist()), texts) if own else None
+    own_labels = own.labels if own else torch.empty(0, dtype=torch.int64)
+    unused = unused_validation(labels)
+    return Sentences(train, test, parts[0].labels, parts[1].labels, classes, validation, own_labels, unused)
 
 
-def load_text(name: str, *, columns: tuple[str, ...] = (), subset_name: str = "") -> tuple[str, str]:
-    """Load running text: what to train on and what to test on, rows joined by empty lines.
+def load_text(name: str, *, columns: tuple[str, ...] = (), subset_name: str = "") -> dict[str, str]:
+    """Load running text by split, rows joined by empty lines.
 
-    A data set without a test split gives up the last tenth of its text.
+    A data set without a test split uses its validation split as such, or gives up the last tenth of its text.
+
+    Returns:
+        ``train`` and ``test``; and ``validation``, where the data have all three.
 
     Raises:
         UsageError: There are no such data, or no text in them.
     """
     tables = load_tables(name, subset=subset_name)
-    train = "\n\n".join(_texts(name, tables["train"], columns))
-    split = next((split for split in ("test", "validation") if split in tables), None)
-    if split is not None:
-        return train, "\n\n".join(_texts(name, tables[split], columns))
-    cut = len(train) * 9 // 10
-    return train[:cut], train[cut:]
+    texts = {split: "\n\n".join(_texts(name, tables[split], columns)) for split in _SPLITS if split in tables}
+    if "test" not in texts and "validation" in texts:
+        texts["test"] = texts.pop("validation")
+    if "test" not in texts:
+        cut = len(texts["train"]) * 9 // 10
+        texts = {"train": texts["train"][:cut], "test": texts["train"][cut:]}
+    return texts
 
 
 def load_questions(
@@ -93,7 +108,8 @@ def load_questions(
     Args:
         name: ``"arithmetic"`` or a set of `weightsmith.lab.data.instructions`, which are made here, or see
             `weightsmith.lab.data.sources.locate`.
-        split: ``"train"`` or ``"test"``; data without a test split give up a fifth of their rows.
+        split: ``"train"`` or ``"test"``; data without a test split give up a fifth of their rows. ``"validation"`` is
+            empty where the data do not have all three.
         count: At most this many rows, chosen by a seed; ``None``: all, of arithmetic 2000 and 200.
         columns: Names of the two columns; empty: usual names.
         subset_name: Configuration of a hub data set.
@@ -102,6 +118,8 @@ def load_questions(
         UsageError: There are no such data or columns.
     """
     check_counts(count=count)
+    if split == "validation" and (name == SUMS or name in SETS):
+        return []
     if name == SUMS:
         return _sums(split, count)
     if name in SETS:
@@ -138,6 +156,8 @@ def same_answer(given: str, wanted: str) -> bool:
 
 def _train_or_test(tables: dict[str, Any], split: str) -> Any:
     train = tables["train"]
+    if split == "validation":
+        return tables["validation"] if {"validation", "test"} <= tables.keys() else train.select([])
     tested = next((tables[name] for name in ("test", "validation") if name in tables), None)
     if tested is not None:
         return train if split == "train" else tested

@@ -2,15 +2,17 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from weightsmith.core import files
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import file_atomically, write_atomically
 from weightsmith.lab import machine, record
@@ -45,7 +47,7 @@ class Work:
     @property
     def lock(self) -> Path:
         """Whoever holds it does the job."""
-        return record.work_folder(self.folder, self.arm, self.seed).with_suffix(".lock")
+        return _lock_of(record.work_folder(self.folder, self.arm, self.seed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ Engine = Callable[[Sequence[Work]], Iterator[Done | Failure]]
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a file's lock, which the system releases when the process dies.
+    """Hold a file's lock, which the system releases when the process dies; the file is removed with the lock.
 
     Args:
         path: The lock file; made when missing.
@@ -86,14 +88,53 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     Yields:
         Whether the lock is held.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if not _is_at(file, path):  # who held it has removed it meanwhile: others hold a new file of the same name
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
             return
-        yield True
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Remove what killed processes have left in a run folder: locks, half-written files, folders of finished jobs.
+
+    What a live process holds stays, and so do checkpoints of jobs that have not finished.
+    """
+    work = run_folder / "work"
+    for lock in work.glob("*.lock"):
+        with locked(lock, wait=False):
+            pass
+    for folder in sorted(path for path in work.glob("*-seed-*") if path.is_dir()):
+        name, _, seed = folder.name.rpartition("-seed-")
+        done = run_folder / name / f"seed-{seed}" / "result.json"
+        if done.is_file() or (name == "start" and (run_folder / name / f"seed-{seed}.pt").is_file()):
+            with locked(_lock_of(folder), wait=False) as held:
+                if held:
+                    shutil.rmtree(folder, ignore_errors=True)
+    for folder in (run_folder, *run_folder.glob("*/"), *work.rglob("*/")):
+        with contextlib.suppress(OSError):  # another run may remove it meanwhile
+            files.remove_leftovers(folder)
 
 
 def finished(work: Work) -> bool:
@@ -199,7 +240,7 @@ def shared_start(work: Work) -> Any:
     """What the arms of a seed share: made by whoever needs it first, read from disk by all."""
     if work.experiment.start is None:
         return None
-    with locked(start_folder(work).with_suffix(".lock"), wait=True):
+    with locked(_lock_of(start_folder(work)), wait=True):
         if not has_start(work):
             start_folder(work).mkdir(parents=True, exist_ok=True)
             write_start(work, work.experiment.start(work.config, work.seed, start_folder(work)))

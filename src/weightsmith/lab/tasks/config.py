@@ -52,11 +52,12 @@ class TaskConfig:
     checkpoint: str = ""
     """Start from this state dict: .safetensors, .pt, or a folder of safetensors files."""
     train_examples: int | None = None
-    """Use this many training rows, validation included, in the share of each class; all by default."""
+    """Use this many training rows, those held out included, in the share of each class; all by default."""
     test_examples: int | None = None
-    """Use this many test rows; all by default."""
+    """Use this many test rows, and as many of a validation split; all by default."""
     validation_fraction: float = 0.2
-    """Share of the training rows that is held out, to choose by."""
+    """Share of the training rows that is held out, to choose by; data with train, validation and test use their own
+    validation split and hold nothing out."""
     columns: tuple[str, ...] = ()
     """Names of the input columns and, last, of the column of labels or answers; usual names are found."""
     subset: str = ""

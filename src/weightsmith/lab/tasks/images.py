@@ -41,6 +41,7 @@ def make(config: TaskConfig) -> Task:
         facts={
             "data": f"{images.name}, {images.size} x {images.size} {color} images of {images.classes} classes",
             "model": config.model_name,
+            **images.facts,
         },
         **supervised(splits, config.loss, config.metric, classes=images.classes),
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.outputs import logits_of
-from weightsmith.lab.data.labels import hold_out, subset
+from weightsmith.lab.data.labels import hold_out, subset, validation_facts
 from weightsmith.lab.data.text_sets import load_text
 from weightsmith.lab.data.tokens import Bytes
 from weightsmith.lab.experiment import Metric
@@ -31,21 +31,30 @@ def make(config: TaskConfig) -> Task:
         raise UsageError("loss and metric of your own go with task images or sentences, or with a task of your own")
     name = config.data_name
     tokenizer = tokenizer_of(config, Bytes())
-    train, test = (
-        _windows(name, part, tokenizer, text, config.length)
-        for part, text in zip(
-            ("training", "test"), load_text(name, columns=config.columns, subset_name=config.subset), strict=True
-        )
-    )
-    train, test = train[subset(len(train), config.train_examples)], test[subset(len(test), config.test_examples)]
-    kept, held = hold_out(len(train), config.validation_fraction)
-    splits = {"train": _rows(train[kept]), "validation": _rows(train[held]), "test": _rows(test)}
+    windows = {
+        split: _windows(name, split, tokenizer, text, config.length)
+        for split, text in load_text(name, columns=config.columns, subset_name=config.subset).items()
+    }
+    for split, found in windows.items():
+        count = config.train_examples if split == "train" else config.test_examples
+        windows[split] = found[subset(len(found), count)]
+    train, own = windows["train"], windows.get("validation")
+    kept, held = hold_out(len(train), config.validation_fraction if own is None else 0.0)
+    splits = {
+        "train": _rows(train[kept]),
+        "validation": _rows(train[held] if own is None else own),
+        "test": _rows(windows["test"]),
+    }
     return Task(
         name=name,
         build=partial(build_text_model, config, tokenizer, classes=None),
         example=partial(splits["train"].__getitems__, list(range(min(2, len(kept))))),
         fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint)),
-        facts={"data": f"{name}, windows of {config.length} tokens", "model": config.model_name},
+        facts={
+            "data": f"{name}, windows of {config.length} tokens",
+            "model": config.model_name,
+            **validation_facts(None if own is None else len(own)),
+        },
         **next_token(splits, Metric("loss", "test loss per token", "lower", ".4f")),
     )
 

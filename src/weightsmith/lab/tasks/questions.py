@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.lab.data.labels import hold_out
+from weightsmith.lab.data.labels import hold_out, validation_facts
 from weightsmith.lab.data.text_sets import Row, load_questions, prompt, same_answer
 from weightsmith.lab.data.tokens import Bytes, pad_of, padded
 from weightsmith.lab.experiment import Metric
@@ -36,8 +36,10 @@ def make(config: TaskConfig) -> Task:
     name, tokenizer = config.data_name, tokenizer_of(config, Bytes())
     load = partial(load_questions, name, columns=config.columns, subset_name=config.subset)
     train, test = load("train", config.train_examples), load("test", config.test_examples)
-    kept, held = hold_out(len(train), config.validation_fraction)
-    parts = {"train": [train[i] for i in kept.tolist()], "validation": [train[i] for i in held.tolist()], "test": test}
+    own = load("validation", config.test_examples)
+    kept, held = hold_out(len(train), 0.0 if own else config.validation_fraction)
+    validation = own or [train[i] for i in held.tolist()]
+    parts = {"train": [train[i] for i in kept.tolist()], "validation": validation, "test": test}
     mask = is_hugging_face(config.model_name)
     asked = sum(map(len, parts.values()))
     parts = {split: [row for row in rows if _fits(tokenizer, row, config.length)] for split, rows in parts.items()}
@@ -65,7 +67,11 @@ def make(config: TaskConfig) -> Task:
         build=partial(build_text_model, config, tokenizer, classes=None),
         example=partial(splits["train"].__getitems__, list(range(min(2, len(splits["train"]))))),
         fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint)),
-        facts={"data": f"{name}, questions with answers{note}", "model": config.model_name},
+        facts={
+            "data": f"{name}, questions with answers{note}",
+            "model": config.model_name,
+            **validation_facts(len(own) or None),
+        },
         **made,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightsmith.lab.data.labels import hold_out
+from weightsmith.lab.data.labels import hold_out, validation_facts
 from weightsmith.lab.data.text_sets import load_sentences
 from weightsmith.lab.data.tokens import Words, pad_of, padded
 from weightsmith.lab.fingerprint import digest
@@ -38,14 +38,20 @@ def make(config: TaskConfig) -> Task:
     )
     tokenizer, mask = tokenizer_of(config, Words()), is_hugging_face(config.model_name)
     train, test = (_encode(tokenizer, texts, config.length) for texts in (found.train, found.test))
-    kept, held = hold_out(len(found.train), config.validation_fraction, found.train_labels)
+    own = None if found.validation is None else _encode(tokenizer, found.validation, config.length)
+    fraction = config.validation_fraction if own is None else 0.0
+    kept, held = hold_out(len(found.train), fraction, found.train_labels)
 
     def rows(inputs: Tensor, lengths: Tensor, labels: Tensor, at: Tensor) -> Rows:
         return Rows(inputs[at], labels[at], lengths[at], mask=mask)
 
     splits = {
         "train": rows(*train, found.train_labels, kept),
-        "validation": rows(*train, found.train_labels, held),
+        "validation": (
+            rows(*train, found.train_labels, held)
+            if own is None
+            else rows(*own, found.validation_labels, torch.arange(len(found.validation_labels)))
+        ),
         "test": rows(*test, found.test_labels, torch.arange(len(found.test))),
     }
     return Task(
@@ -55,7 +61,11 @@ def make(config: TaskConfig) -> Task:
         fingerprint=digest(
             content_digest(splits), *found.classes, code_of(config.model, config.loss, config.metric, config.checkpoint)
         ),
-        facts={"data": f"{name}, texts of {len(found.classes)} classes", "model": config.model_name},
+        facts={
+            "data": f"{name}, texts of {len(found.classes)} classes",
+            "model": config.model_name,
+            **validation_facts(None if own is None else len(found.validation_labels), found.unused),
+        },
         **supervised(splits, config.loss, config.metric, batch_size=_BATCH, classes=len(found.classes)),
     )
 
