@@ -17,7 +17,7 @@ from weightsmith.lab.data.degradations import (
 )
 from weightsmith.lab.data.photographs import Patches, load_photographs
 from weightsmith.lab.tasks import TrainConfig, make_task
-from weightsmith.lab.tasks.restoration import _psnr
+from weightsmith.lab.tasks.restoration import psnr
 
 pytest.importorskip("skimage")
 GOLDEN = load_file(Path(__file__).parents[1] / "golden/mir-l.safetensors")
@@ -33,7 +33,7 @@ def test_noise_is_that_of_the_authors_code():
 
 
 def test_quality_is_that_of_the_authors_code():
-    found = _psnr(GOLDEN["met32.restored"].clamp(0, 1), GOLDEN["met32.clean"].clamp(0, 1)).mean().item()
+    found = psnr(GOLDEN["met32.restored"].clamp(0, 1), GOLDEN["met32.clean"].clamp(0, 1)).mean().item()
     assert found == pytest.approx(GOLDEN["met32.psnr_ssim"][0].item(), abs=1e-4)
 
 
