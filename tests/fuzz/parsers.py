@@ -31,7 +31,10 @@ from weightsmith.core.patterns import compile_pattern
 from weightsmith.core.pickles import read_pickle, read_pickles
 from weightsmith.lab import record as lab_record
 from weightsmith.lab import report as lab_report
+from weightsmith.lab.gallery import Picture, keep_gallery, read_gallery
 from weightsmith.lab.report.receipt import read_receipt, write_receipt
+from weightsmith.prune import load_sparse, save_sparse
+from weightsmith.prune.sparse import sparse_masks
 from weightsmith.quantize import Grid, load_quantized, round_to_nearest_, save_quantized
 from weightsmith.quantize.grid import quantized_weights
 from weightsmith.quantize.report import BlockReport
@@ -475,6 +478,22 @@ def gan_training(folder: Path) -> Entry:
     return Entry(folder / "gan.pt", "bytes", read, 0.1)
 
 
+def lab_gallery(folder: Path) -> Entry:
+    kept = _lab_run(folder) / "a" / "seed-1"
+    keep_gallery(kept, [Picture.of(torch.zeros(1, 3, 2, 2), "Rain", "restored")])
+    return Entry(kept / "gallery.json", "json", lambda: read_gallery([kept]), 0.5)
+
+
+def sparse_tensors(folder: Path) -> Entry:
+    file = save_sparse({"w": torch.eye(9), "b": torch.ones(3)}, folder / "m.safetensors")
+
+    def read() -> None:
+        masks = sparse_masks(file)
+        assert masks.keys() <= load_sparse(file).keys()
+
+    return Entry(file, "safetensors", read)
+
+
 PARSERS = [
     json_object,
     json_lines,
@@ -510,6 +529,8 @@ PARSERS = [
     lab_job_rows,
     lab_job_scores,
     lab_receipt,
+    lab_gallery,
+    sparse_tensors,
     routed_instructions,
     continual_groups,
     forgetting_table,

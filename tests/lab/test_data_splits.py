@@ -177,11 +177,7 @@ def test_a_text_file_is_read_as_it_is_written(tmp_path):
     (tmp_path / "books").mkdir()
     for split in ("train", "test"):
         (tmp_path / "books" / f"wiki.{split}.txt").write_text(f"{split}\nmore\n")
-    assert load_text(str(tmp_path / "books")) == {"train": "train
-more
-", "test": "test
-more
-"}
+    assert load_text(str(tmp_path / "books")) == {"train": "train\nmore\n", "test": "test\nmore\n"}
 
 
 def test_latin_1_is_named_with_what_to_do(tmp_path):

@@ -1,13 +1,15 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from weightsmith import cli
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.tasks.restoration import network
 from weightsmith.prune import MagnitudePruner, save_sparse
-from weightsmith.tools.restore import load_network, restore_tiled
+from weightsmith.tools.restore import load_network, restore_tiled, similarity
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -120,3 +122,10 @@ def test_a_file_that_is_no_weights_is_said(tmp_path):
     (tmp_path / "m.pt").write_text("hello")
     with pytest.raises(UsageError, match="cannot be read"):
         load_network("promptir-4", tmp_path / "m.pt")
+
+
+def test_structural_similarity_is_that_of_the_authors_code():
+    golden = load_file(Path(__file__).parents[1] / "golden/mir-l.safetensors")
+    pairs = zip(golden["met32.clean"], golden["met32.restored"], strict=True)
+    found = [similarity(*(side.clamp(0, 1).permute(1, 2, 0).numpy() for side in pair)) for pair in pairs]
+    assert np.mean(found) == pytest.approx(golden["met32.psnr_ssim"][1].item(), abs=1e-5)

@@ -17,9 +17,8 @@ from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, reason, require
 from weightsmith.core.files import file_atomically
 from weightsmith.core.modes import evaluating
-from weightsmith.lab.data.degradations import psnr_ssim
 from weightsmith.lab.models.promptir import PromptIR
-from weightsmith.lab.tasks.restoration import network
+from weightsmith.lab.tasks.restoration import network, psnr
 from weightsmith.prune import load_sparse
 
 Pixels = NDArray[np.uint8]
@@ -98,15 +97,15 @@ def _read(pillow: Any, path: Path, name: str) -> Pixels:
 
 
 def _quality(clean: Pixels, pixels: Pixels) -> str:
-    if min(clean.shape[:2]) < _SSIM_SIDE:
-        return f"PSNR {_psnr(clean, pixels):.2f} dB"
-    ratio, structure = psnr_ssim(clean / 255, pixels / 255)
-    return f"PSNR {ratio:.2f} dB, SSIM {structure:.4f}"
+    wanted, found = (torch.from_numpy(side.copy()).permute(2, 0, 1)[None].double() / 255 for side in (clean, pixels))
+    text = f"PSNR {psnr(found, wanted).item():.2f} dB"
+    return text if min(clean.shape[:2]) < _SSIM_SIDE else f"{text}, SSIM {similarity(clean / 255, pixels / 255):.4f}"
 
 
-def _psnr(clean: Pixels, pixels: Pixels) -> float:
-    error = np.square(clean / 255 - pixels / 255).mean()
-    return float("inf") if error == 0 else float(-10 * np.log10(error))
+def similarity(clean: NDArray[Any], restored: NDArray[Any]) -> float:
+    """Structural similarity on RGB, as scikit-image has it by default: ``(H, W, 3)`` each, in [0, 1]."""
+    metrics: Any = require("skimage.metrics", extra="vision", purpose="structural similarity")
+    return float(metrics.structural_similarity(clean, restored, data_range=1, channel_axis=-1))
 
 
 def _beside(panels: Mapping[str, Pixels]) -> Pixels:

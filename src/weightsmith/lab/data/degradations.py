@@ -1,14 +1,10 @@
-"""What happens to a photograph: noise, haze, rain; and how close two images are.
+"""What happens to a photograph: noise, haze, rain.
 
 Images are uint8 ``(H, W, 3)``; everything random follows from the generator that is given.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
-
-from weightsmith.core.errors import require
 
 Image = NDArray[np.uint8]
 DEGRADATIONS = ("noise", "haze", "rain")
@@ -53,25 +49,3 @@ def degrade(image: Image, kind: str, generator: np.random.Generator, sigma: floa
     if kind == "noise":
         return add_noise(image, sigma, generator.standard_normal(image.shape))
     return add_haze(image, generator) if kind == "haze" else add_rain(image, generator)
-
-
-def crop_to_multiple(image: NDArray[Any], unit: int = 16) -> NDArray[Any]:
-    """Cut the sides ``(H, W, ...)`` down to multiples of ``unit``, around the center, as the published tests do."""
-    for axis in (0, 1):
-        surplus = image.shape[axis] % unit
-        first = surplus // 2
-        image = np.take(image, range(first, first + image.shape[axis] - surplus), axis)
-    return image
-
-
-def psnr_ssim(clean: NDArray[Any], restored: NDArray[Any]) -> tuple[float, float]:
-    """Peak signal-to-noise ratio in dB and structural similarity, on RGB, data range 1.
-
-    Args:
-        clean: ``(H, W, 3)``, floats; clipped to [0, 1].
-        restored: The same.
-    """
-    metrics: Any = require("skimage.metrics", extra="vision", purpose="image quality")
-    a, b = np.clip(clean, 0, 1), np.clip(restored, 0, 1)
-    ratio = metrics.peak_signal_noise_ratio(a, b, data_range=1)
-    return float(ratio), float(metrics.structural_similarity(a, b, data_range=1, channel_axis=-1))

@@ -32,7 +32,8 @@ METHOD = (
     "Supported: the interval lies beyond what the claim needs. Refuted: it lies on the other side. No relevant effect: "
     "it lies within the smallest effect worth having, which was set beforehand. Undecided: none of these; which does "
     "not mean that there is no difference. Fewer than 3 paired seeds decide nothing. A winner that "
-    "diverged with any seed supports nothing.",
+    "diverged with any seed supports nothing. A gate is a condition for judging at all: it is a family of its own, and "
+    "until it is supported every other claim stays undecided.",
 )
 
 
