@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from weightsmith.certify import CertifiedTraining, EpsilonSchedule
 from weightsmith.cli import main
 from weightsmith.lab.models import build_model
 
@@ -63,6 +65,31 @@ def test_a_function_that_makes_a_network_is_certified(tmp_path, capsys):
     code, text = run(capsys, f"{tmp_path}/mine.py:make", "--data", "digits", "--eps", 0.1, "--examples", 20)
     assert code == 0, text
     assert "20 test images of digits" in text
+
+
+def test_weights_of_certified_training_are_certified(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\ndef make(classes, size):\n"
+        "    layers = nn.Linear(size * size, 12), nn.ReLU(), nn.Linear(12, classes)\n"
+        "    return nn.Sequential(nn.Flatten(), *layers)\n"
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    CertifiedTraining(model, 0.1, EpsilonSchedule(0.1, 1, length=3), torch.rand(4, 1, 8, 8), lower=0.0, upper=1.0)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    words = [f"{tmp_path}/mine.py:make", "--checkpoint", tmp_path / "weights.pt", "--data", "digits", "--eps", 0.01]
+    code, text = run(capsys, *words, "--examples", 20, "--attack-steps", 2, "--batchnorm")
+    assert code == 0, text
+    assert "verified (ibp)" in text
+    code, text = run(capsys, *words)
+    assert code == 2
+    assert "does not fit the model" in text
+
+
+def test_data_may_lie_in_a_folder_of_ones_own(weights, capsys):
+    words = ["--architecture", "small_cnn", "--data", "mnist", "--eps", 0.1, "--data-dir", weights / "nowhere"]
+    code, text = run(capsys, weights / "weights.pt", *words)
+    assert code == 2
+    assert "data_dir must be a folder" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

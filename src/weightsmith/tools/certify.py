@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from weightsmith.certify import BoundOptions, VerifiedError, verified_error
+from weightsmith.certify import BoundOptions, VerifiedError, add_batchnorm_, verified_error
 from weightsmith.certify.bounding import Method, Rounding
 from weightsmith.core.display import markup
 from weightsmith.core.errors import UsageError, reason, require
@@ -39,6 +39,8 @@ def certify(
     method: Method = "ibp",
     architecture: str = "",
     checkpoint: str = "",
+    batchnorm: bool = False,
+    data_dir: Path | None = None,
     split: Literal["test", "validation", "train"] = "test",
     examples: int | None = None,
     size: int | None = None,
@@ -70,6 +72,8 @@ def certify(
         method: How bounds are found, from cheap to tight (usually).
         architecture: Of a state dict: a name (cnn7, small_cnn, resnet18 ...) or module:function.
         checkpoint: A state dict for the network that module:function returns.
+        batchnorm: Weights are of a network that CertifiedTraining put batch norm into.
+        data_dir: Folder with data sets by name, searched first (or set WEIGHTSMITH_DATA).
         split: Which rows of the data.
         examples: Use this many rows; all by default.
         size: Side in pixels to resize to.
@@ -100,9 +104,10 @@ def certify(
     if normalize == "data" and (mean or std):
         raise UsageError("--normalize data takes mean and std from the data: leave --mean and --std")
     images = load_images(
-        data, test_examples=examples if split == "test" else None, size=size, columns=columns, subset_name=subset
-    )
-    network = _network(model, architecture, checkpoint, images).to(device)
+        data, test_examples=examples if split == "test" else None, size=size, columns=columns, subset_name=subset,
+        data_dir=data_dir,
+    )  # fmt: skip
+    network = _network(model, architecture, checkpoint, batchnorm, images).to(device)
     shift, scale = _normalization(images, mean, std, normalize)
     found = verified_error(
         network,
@@ -125,7 +130,7 @@ def certify(
     return 0
 
 
-def _network(model: str, architecture: str, checkpoint: str, images: Images) -> nn.Module:
+def _network(model: str, architecture: str, checkpoint: str, batchnorm: bool, images: Images) -> nn.Module:
     shape: dict[str, Any] = {"channels": images.channels, "size": images.size, "classes": images.classes}
     path = Path(model)
     if path.suffix == ".onnx":
@@ -135,7 +140,7 @@ def _network(model: str, architecture: str, checkpoint: str, images: Images) -> 
             raise UsageError(
                 f"model {model!r} is a file of weights: --architecture names the network that they belong to"
             )
-        return load_weights(build_model(architecture, **shape), model)
+        return _loaded(build_model(architecture, **shape), model, batchnorm, images)
     if architecture:
         raise UsageError(f"model {model!r}: there is no such file; --architecture goes with a state dict")
     if ":" in model:
@@ -145,8 +150,14 @@ def _network(model: str, architecture: str, checkpoint: str, images: Images) -> 
             made = made(**{name: value for name, value in shape.items() if name in takes})
         if not isinstance(made, nn.Module):
             raise UsageError(f"model {model!r} must be or return a torch.nn.Module, got {type(made).__name__}")
-        return load_weights(made, checkpoint)
+        return _loaded(made, checkpoint, batchnorm, images)
     raise UsageError(f"model {model!r} is neither a file nor module:function; a state dict also needs --architecture")
+
+
+def _loaded(network: nn.Module, weights: str, batchnorm: bool, images: Images) -> nn.Module:
+    if batchnorm:
+        add_batchnorm_(network, torch.zeros(2, images.channels, images.size, images.size))
+    return load_weights(network, weights)
 
 
 def _from_onnx(path: Path) -> nn.Module:
