@@ -229,8 +229,16 @@ def tangent_kernel(
     """
     function = Function(model, chosen(model, params), inputs, outputs, batch_dim)
     with quietly(model):
-        plan, function, recorded = _prepare(function, options or KernelOptions())
-        return _compute(function, plan, recorded, options or KernelOptions())
+        try:
+            plan, function, recorded = _prepare(function, options or KernelOptions())
+            return _compute(function, plan, recorded, options or KernelOptions())
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise UsageError(
+                "the model checkpoints activations with use_reentrant=True, which has no derivative by single "
+                "parameters: switch checkpointing off while it is probed, or use use_reentrant=False"
+            ) from error
 
 
 def _prepare(function: Function, options: KernelOptions) -> tuple[KernelPlan, Function, _contract.Recorded | None]:

@@ -98,6 +98,12 @@ class LazinessProbe:
         self.layers = tuple(
             select(model, layers, default=lambda name, _: name in own, supported=lambda _, module: True)
         )
+        modules = dict(model.named_modules())
+        if scripted := [name for name in self.layers if isinstance(modules[name], torch.jit.ScriptModule)]:
+            raise UsageError(
+                f"{scripted[0] or 'model'} is a ScriptModule, whose activity cannot be observed: probe the module that "
+                "it was made from"
+            )
         self.targets = None
         if targets is not None:
             if self.options is None or self.options.reduce != "full" or len(targets) != samples:
