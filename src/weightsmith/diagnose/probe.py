@@ -28,7 +28,8 @@ from weightsmith.diagnose.alignment import (
     sign_similarity,
     weight_change,
 )
-from weightsmith.diagnose.kernels import KernelOptions, KernelPlan, plan_kernel, tangent_kernel
+from weightsmith.diagnose.kernels import plan_kernel, tangent_kernel
+from weightsmith.diagnose.options import KernelOptions, KernelPlan
 from weightsmith.diagnose.rank import effective_rank
 from weightsmith.diagnose.report import LazinessReport
 from weightsmith.diagnose.snapshot import Snapshot

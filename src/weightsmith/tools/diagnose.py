@@ -19,7 +19,7 @@ from weightsmith.core.files import write_atomically
 from weightsmith.core.load import load_object
 from weightsmith.core.pickles import read_pickle
 from weightsmith.diagnose import KernelOptions, LazinessProbe, LazinessReport, effective_rank, weight_change
-from weightsmith.diagnose.kernels import Method, Reduce
+from weightsmith.diagnose.options import Method, Reduce
 from weightsmith.lab.tasks import TaskConfig, make_task
 from weightsmith.lab.tasks.scoring import load_weights
 from weightsmith.tools._measures import page, terminal
