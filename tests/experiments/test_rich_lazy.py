@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments import decisions, rich_lazy
-from weightsmith.experiments.linear_network import expected_alignment, mean_alignment, measure, trained_alignment
+from weightsmith.experiments.linear_network import expected_alignment, measure, trained_alignment
 from weightsmith.experiments.starts import start_
 from weightsmith.init import low_rank_
 from weightsmith.lab.tasks import make_task
