@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_two_checkpoints_on_data(folder, capsys):
     words = ["before.safetensors", "after.pt", "--data", "digits", "--model", "mlp", "--samples", "20"]
-    assert command(*words, "--kernel-samples", "4", "--out", "page.html") == 0
+    assert command(*words, "--allow-pickle", "--kernel-samples", "4", "--out", "page.html") == 0
     printed = capsys.readouterr().out
     assert "Kernel alignment 0." in printed
     assert "representation" in printed
@@ -64,7 +64,7 @@ def test_two_checkpoints_on_data(folder, capsys):
 
 
 def test_the_weights_alone(folder, capsys):
-    assert command("before.safetensors", "after.pt", "--rank", "stable") == 0
+    assert command("before.safetensors", "after.pt", "--rank", "stable", "--allow-pickle") == 0
     assert "effective rank" in capsys.readouterr().out
     numbers = json.loads((folder / "diagnose.json").read_text())
     assert numbers["plan"] is None
@@ -92,16 +92,25 @@ def test_a_plan_writes_nothing(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing.pt", "after.pt"], "neither a file"),
-        (["before.safetensors", "after.pt", "--data", "digits"], "--model names the architecture"),
-        (["before.safetensors", "after.pt", "--data", "digits", "--model", "convnet"], "does not fit the model"),
+        (["before.safetensors", "nothing.pt"], "neither a file"),
+        (["before.safetensors", "after.pt"], "--allow-pickle reads plain tensors"),
+        (["after.pt", "before.safetensors", "--data", "digits", "--model", "mlp"], "--allow-pickle reads"),
+        (["before.safetensors", "own_models.py", "--rank", "stable"], "--allow-pickle reads"),
+        (["before.safetensors", "after.pt", "--allow-pickle", "--data", "digits"], "--model names the architecture"),
+        (
+            ["before.safetensors", "after.pt", "--allow-pickle", "--data", "digits", "--model", "convnet"],
+            "does not fit the model",
+        ),
         (["own_models.py:nothing", "own_models.py:after", "--data", "own_models.py:inputs"], "must be or return"),
-        (["before.safetensors", "after.pt", "--data", "own_models.py:inputs", "--model", "mlp"], "module:function"),
-        (["before.safetensors", "after.pt", "--plan"], "needs --data"),
-        (["before.safetensors", "after.pt", "--samples", "0"], "--samples must be above 0"),
-        (["before.safetensors", "after.pt", "--rank", "low"], "kind 'low' is not known"),
-        (["before.safetensors", "after.pt", "--params", "x*"], "no floating-point weights"),
-        (["before.safetensors", "own_models.py", "--rank", "stable"], "cannot be read"),
+        (
+            ["before.safetensors", "after.pt", "--allow-pickle", "--data", "own_models.py:inputs", "--model", "mlp"],
+            "module:function",
+        ),
+        (["before.safetensors", "after.pt", "--allow-pickle", "--plan"], "needs --data"),
+        (["before.safetensors", "after.pt", "--allow-pickle", "--samples", "0"], "--samples must be above 0"),
+        (["before.safetensors", "after.pt", "--allow-pickle", "--rank", "low"], "kind 'low' is not known"),
+        (["before.safetensors", "after.pt", "--allow-pickle", "--params", "x*"], "no floating-point weights"),
+        (["before.safetensors", "own_models.py", "--allow-pickle"], "cannot be read"),
         (["before.safetensors", "own_models.py:after"], "only one of them"),
     ],
 )

@@ -18,7 +18,8 @@ from weightsmith.diagnose.alignment import (
     sign_similarity,
     weight_change,
 )
-from weightsmith.diagnose.kernels import KernelOptions, KernelPlan, TangentKernel, plan_kernel, tangent_kernel
+from weightsmith.diagnose.kernels import TangentKernel, plan_kernel, tangent_kernel
+from weightsmith.diagnose.options import KernelOptions, KernelPlan
 from weightsmith.diagnose.probe import LazinessProbe
 from weightsmith.diagnose.rank import effective_rank
 from weightsmith.diagnose.report import LazinessReport

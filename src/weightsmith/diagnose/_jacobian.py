@@ -105,7 +105,7 @@ def _by_vmap(function: Function, group: list[str], first: int, last: int) -> lis
     varying, dims = function.varying(first, last)
     with torch.no_grad():  # the derivatives that jacrev takes are on; none is recorded outside
         found = vmap(jacrev(function.sample), in_dims=(None, *dims))(values, *varying)
-    return [found[name].detach() for name in group]
+    return [_dense(found[name].detach()) for name in group]
 
 
 def _by_autograd(function: Function, group: list[str], first: int, last: int) -> list[Tensor]:
@@ -133,9 +133,13 @@ def gradients(out: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
             None if any(part is None for part in parts) else torch.stack(parts) for parts in zip(*each, strict=True)
         ]
     return [
-        tensor.new_zeros(len(out), *tensor.shape) if part is None else part.detach()
+        tensor.new_zeros(len(out), *tensor.shape) if part is None else _dense(part.detach())
         for part, tensor in zip(found, wanted, strict=True)
     ]
+
+
+def _dense(part: Tensor) -> Tensor:
+    return part.to_dense() if part.is_sparse else part
 
 
 def _columns(function: Function, group: list[str]) -> Iterator[tuple[str, slice]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from weightsmith.diagnose._function import Function
+from weightsmith.diagnose._jacobian import gradients
 from weightsmith.diagnose.alignment import ratio
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def factors(function: Function, probes: int, seed: int, dtype: torch.dtype, budg
     found: list[Tensor] = []
     size = sum(parameter.numel() * parameter.itemsize for parameter in function.params.values())
     at_once = max(1, min(_MOST_AT_ONCE, budget // (8 * size)))
-    ways = [_several, _one_by_one, _twice]
+    ways = [_several, _one_by_one, _twice, _by_gradients]
     while len(found) < probes:
         count = min(at_once, probes - len(found))
         directions = [_direction(function, seed * 1_000_003 + len(found) + index) for index in range(count)]
@@ -73,6 +74,26 @@ def _twice(function: Function, directions: list[Direction]) -> list[Tensor]:
         u = torch.zeros_like(out, requires_grad=True)
         back = torch.autograd.grad(out, params, u, create_graph=True, allow_unused=True)
         return [_along(back, list(direction.values()), u) for direction in directions]
+
+
+def _by_gradients(function: Function, directions: list[Direction]) -> list[Tensor]:
+    """``J v`` from the gradients of one sample at a time, for operations that have a first derivative only."""
+    params = list(function.params.values())
+    found: list[list[Tensor]] = [[] for _ in directions]
+    for sample in range(function.samples):
+        parts = gradients(function.part(sample, sample + 1).batch()[0], params)
+        for products, direction in zip(found, directions, strict=True):
+            products.append(
+                torch.stack([_dot(part, v) for part, v in zip(parts, direction.values(), strict=True)]).sum(0)
+            )
+    return [torch.stack(products) for products in found]
+
+
+def _dot(part: Tensor, v: Tensor) -> Tensor:
+    """Products ``(O,)`` of derivatives ``(O, ...)`` with a direction ``(...)``, real and imaginary parts apart."""
+    if part.is_complex():
+        part, v = torch.view_as_real(part), torch.view_as_real(v)
+    return part.reshape(len(part), -1) @ v.flatten()
 
 
 def _along(back: Sequence[Tensor | None], direction: list[Tensor], u: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor, nn
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.core.parameters import WhereParameter
 from weightsmith.core.select import Where, select
+from weightsmith.diagnose._activity import NAN, Activity, observe
 from weightsmith.diagnose._function import (
     Outputs,
-    as_call,
     chosen,
     count,
     digest,
-    first_tensor,
-    quietly,
     take,
 )
 from weightsmith.diagnose.alignment import (
@@ -28,12 +25,11 @@ from weightsmith.diagnose.alignment import (
     sign_similarity,
     weight_change,
 )
-from weightsmith.diagnose.kernels import KernelOptions, KernelPlan, plan_kernel, tangent_kernel
+from weightsmith.diagnose.kernels import plan_kernel, tangent_kernel
+from weightsmith.diagnose.options import KernelOptions, KernelPlan
 from weightsmith.diagnose.rank import effective_rank
 from weightsmith.diagnose.report import LazinessReport
 from weightsmith.diagnose.snapshot import Snapshot
-
-_NAN = 2
 
 
 class LazinessProbe:
@@ -76,7 +72,7 @@ class LazinessProbe:
         layers: Where = None,
         params: WhereParameter = None,
         outputs: Outputs = None,
-        activity: Callable[[Any], Tensor] | None = None,
+        activity: Activity = None,
         kernel: KernelOptions | str | None = "auto",
         kernel_samples: int = 32,
         targets: Tensor | None = None,
@@ -98,6 +94,12 @@ class LazinessProbe:
         self.layers = tuple(
             select(model, layers, default=lambda name, _: name in own, supported=lambda _, module: True)
         )
+        modules = dict(model.named_modules())
+        if scripted := [name for name in self.layers if isinstance(modules[name], torch.jit.ScriptModule)]:
+            raise UsageError(
+                f"{scripted[0] or 'model'} is a ScriptModule, whose activity cannot be observed: probe the module that "
+                "it was made from"
+            )
         self.targets = None
         if targets is not None:
             if self.options is None or self.options.reduce != "full" or len(targets) != samples:
@@ -129,7 +131,7 @@ class LazinessProbe:
                 WeightsmithWarning,
                 stacklevel=2,
             )
-        similarities, signs = self._activity(model)
+        similarities, signs = observe(model, self.layers, _placed(self.inputs, model), self.activity, self.batch_dim)
         kernel = None
         if self.options is not None:
             found = tangent_kernel(model, self._few(model), **self._kernel_arguments())
@@ -236,61 +238,9 @@ class LazinessProbe:
     def _few(self, model: nn.Module) -> Any:
         return _placed(take(self.inputs, self.batch_dim, self.kernel_samples), model)
 
-    def _activity(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        samples = count(self.inputs, self.batch_dim)
-        seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        modules = dict(model.named_modules())
-
-        def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(_module: nn.Module, _inputs: Any, returned: Any) -> None:
-                found = self._units(name, returned, samples)
-                if found is not None:
-                    seen[name].append(found)
-
-            return hook
-
-        with quietly(model), torch.no_grad(), ExitStack() as hooks:
-            for name in self.layers:
-                hooks.callback(modules[name].register_forward_hook(keep(name)).remove)
-            args, kwargs = as_call(_placed(self.inputs, model))
-            model(*args, **kwargs)
-        similarities: dict[str, Tensor] = {}
-        signs: dict[str, Tensor] = {}
-        for name, parts in seen.items():
-            if not parts:
-                continue
-            h = torch.cat(parts, 1)
-            scale = h.double().abs().amax() if h.numel() else h.new_zeros(())
-            wide = h.double() / scale if 0 < scale < math.inf else h.double()
-            similarities[name] = (wide @ wide.T).cpu()
-            signs[name] = torch.where(h.isnan(), _NAN, torch.sign(h)).to(torch.int8).cpu()
-        return similarities, signs
-
-    def _units(self, name: str, returned: Any, samples: int) -> Tensor | None:
-        if self.activity is not None:
-            units = self.activity(returned)
-            if units.dim() < 1 or len(units) != samples:
-                raise UsageError(
-                    f"activity must return (N, units) for N = {samples}, got {tuple(units.shape)} of {name}"
-                )
-            return _real(units.reshape(samples, -1))
-        found = first_tensor(returned)
-        if found is None or not (found.is_floating_point() or found.is_complex()):
-            return None
-        axis = self.batch_dim if found.dim() > self.batch_dim and found.shape[self.batch_dim] == samples else 0
-        if found.dim() and found.shape[axis] == samples:
-            return _real(found.movedim(axis, 0).reshape(samples, -1))
-        if self.batch_dim == 0 and found.dim() and len(found) % samples == 0 and len(found):
-            return _real(found.reshape(samples, -1))  # positions folded into the batch
-        return None
-
-
-def _real(h: Tensor) -> Tensor:
-    return (torch.view_as_real(h).flatten(1) if h.is_complex() else h).detach()
-
 
 def _signs(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape or (one == _NAN).any() or (other == _NAN).any():
+    if one.shape != other.shape or (one == NAN).any() or (other == NAN).any():
         return math.nan
     return sign_similarity(one, other)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.diagnose.kernels import KernelPlan
+from weightsmith.diagnose.options import KernelPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

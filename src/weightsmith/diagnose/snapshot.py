@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError, reason
-from weightsmith.diagnose.kernels import KernelPlan, TangentKernel
+from weightsmith.diagnose.kernels import TangentKernel
+from weightsmith.diagnose.options import KernelPlan
 
 _META = "meta"
 _GROUPS = ("weights", "similarities", "signs", "kernel")

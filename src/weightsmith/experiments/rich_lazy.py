@@ -266,7 +266,8 @@ def _train(config: Config, job: Job) -> dict[str, float]:
     job.diverged = job.diverged or fitted.diverged
     if fitted.diverged:
         return {**dict.fromkeys(_TRAINED, float("nan")), "rank": rank}
-    look(model)
+    if not latest:  # the run had ended before this call, which only read its rows
+        look(model)
     job.record({"rank": rank, "kernel": latest["kernel"]}, phase="end")
     return {**latest, "score": _score(task, model), "loss": fitted.rows[-1]["train_loss"], "rank": rank}
 
@@ -298,7 +299,7 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(steps=60, units=24, ranks=(1, 10), probe=64, kernel_probe=8, looks=2),
-        "laptop": Config(more_tasks=(f"{_TASKS}matching", f"{_TASKS}context")),
+        "laptop": Config(more_tasks=(f"{_TASKS}matching", f"{_TASKS}context"), looks=3),
         "paper": Config(
             more_tasks=(f"{_TASKS}matching", f"{_TASKS}context", f"{_TASKS}rows_of_images"), data="mnist",
             batch_sizes=(32, 32, 32, 200), steps=10_000, units=300, ranks=(1, 30, 100), validation_fraction=1 / 12,

@@ -19,7 +19,7 @@ from weightsmith.core.files import write_atomically
 from weightsmith.core.load import load_object
 from weightsmith.core.pickles import read_pickle
 from weightsmith.diagnose import KernelOptions, LazinessProbe, LazinessReport, effective_rank, weight_change
-from weightsmith.diagnose.kernels import Method, Reduce
+from weightsmith.diagnose.options import Method, Reduce
 from weightsmith.lab.tasks import TaskConfig, make_task
 from weightsmith.lab.tasks.scoring import load_weights
 from weightsmith.tools._measures import page, terminal
@@ -47,6 +47,7 @@ def diagnose(
     rank: str = "participation",
     out: Path = Path("diagnose.html"),
     plan: bool = False,
+    allow_pickle: bool = False,
 ) -> int:
     """Measure how far a model has moved between two checkpoints: lazily, or by learning features.
 
@@ -54,8 +55,8 @@ def diagnose(
     their change and their effective ranks. A page with plots and a file with all numbers are written.
 
     Args:
-        before: A checkpoint (.safetensors, .pt, or a folder), or module:function or file.py:function that returns the
-            model.
+        before: A checkpoint (.safetensors, a folder, or .pt with --allow-pickle), or module:function or
+            file.py:function that returns the model.
         after: The same later in training.
         data: What the model is looked at on: a name (digits, mnist ...), a file, a folder or a hub id, as
             `weightsmith run` takes it, or file.py:function that returns the model's inputs.
@@ -73,10 +74,12 @@ def diagnose(
         rank: Which effective rank: participation, stable, nuclear, participation_s, entropy, numerical, eig, eig_sum.
         out: The page; the numbers go beside it, as .json.
         plan: Print how the kernel would be computed, with memory and time, and stop.
+        allow_pickle: Also read .pt and .bin files; only plain tensors are read from them.
     """
     for name, value in (("samples", samples), ("kernel-samples", kernel_samples), ("budget-mb", budget_mb)):
         if value <= 0:
             raise UsageError(f"--{name} must be above 0, got {value}")
+    _check_pickles((before, after), allow_pickle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WeightsmithWarning)  # the report names every entry that is not a number
         if not data:
@@ -102,6 +105,16 @@ def diagnose(
     _console.print(f"\nReport: {markup(out.resolve())}", soft_wrap=True, highlight=False)
     _console.print(f"Numbers: {markup(numbers.resolve())}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _check_pickles(names: tuple[str, str], allow_pickle: bool) -> None:
+    for name in names:
+        path = Path(name)
+        if path.is_file() and path.suffix != ".safetensors" and not allow_pickle:
+            raise UsageError(
+                f"{name} is neither .safetensors nor a folder; if it is a pickle, --allow-pickle reads plain tensors "
+                "from it"
+            )
 
 
 def _models(
