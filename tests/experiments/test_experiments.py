@@ -253,7 +253,7 @@ def test_a_taught_student_has_the_gradients_of_the_distillation_loss():
         (weight_aligning, {"increments": 0}, "increments must be above 0"),
         (rich_lazy, {"lr": 0.0}, "lr must be above 0"),
         (weight_aligning, {"task": "language"}, "task must be a classification"),
-        (lcia, {"task": "language"}, "task must be images or questions"),
+        (lcia, {"sets": ("sums", "sums")}, "must name at least two tasks, each once"),
         (lcia, {"kinds": ("0", "0")}, "must name at least two tasks, each once"),
         (lcia, {"kappa": 0.0}, "kappa must be above 0"),
     ],

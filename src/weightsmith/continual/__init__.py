@@ -18,6 +18,7 @@
 """
 
 from weightsmith.continual.aligning import WeightAlignment, align_logits, align_weights_
+from weightsmith.continual.aligning_options import AligningOptions
 from weightsmith.continual.balance import balance_weight
 from weightsmith.continual.bias_correction import correct_bias, fit_bias_correction
 from weightsmith.continual.classes import ClassOrder
@@ -25,14 +26,15 @@ from weightsmith.continual.distillation import distillation_loss, incremental_lo
 from weightsmith.continual.dynamic_ema import DynamicEMA
 from weightsmith.continual.encoder import SentenceEncoder
 from weightsmith.continual.ewc import EWC
-from weightsmith.continual.forgetting import ForgettingMeter, ForgettingReport, prediction_accuracy
+from weightsmith.continual.forgetting import ForgettingMeter, ForgettingReport
 from weightsmith.continual.head import clip_head_, expand_head, expand_head_
 from weightsmith.continual.herding import herding
 from weightsmith.continual.memory import ExemplarMemory
+from weightsmith.continual.prediction import prediction_accuracy
 from weightsmith.continual.router import Assignment, InstructionRouter
 from weightsmith.continual.transfer import Transfer, transfer
 from weightsmith.continual.tuner import ContinualTuner
-from weightsmith.continual.weight_aligning import AligningOptions, WeightAligning
+from weightsmith.continual.weight_aligning import WeightAligning
 
 __all__ = [
     "EWC",

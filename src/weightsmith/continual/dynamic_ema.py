@@ -13,7 +13,6 @@ the authors' code, which differs from the paper's equation 45; both are here, se
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -24,11 +23,10 @@ from torch import Tensor, nn
 from weightsmith.continual.averaged import Part, check_whole, named_trainable, parts_of
 from weightsmith.continual.balance import Mode, balance_weight
 from weightsmith.continual.movement import movement
-from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
+from weightsmith.continual.watching import NO_GRADIENTS, Watch
+from weightsmith.core.errors import UsageError, near, unknown
 
 _MODES = ("official", "paper", "fixed")
-_WINDOW = 20  # steps after which the averaging weights are looked at
-_LARGE = 0.1  # a median averaging weight above this hardly averages
 
 
 class DynamicEMA:
@@ -110,11 +108,9 @@ class DynamicEMA:
         self._given: list[Any] = [] if isinstance(params, nn.Module) else list(params)
         self._parts: list[Part] = []
         self.step_count = 0
-        self._gradient_seen = self._warned_finite = self._warned_large = False
-        self._pairs = 0
-        self._counted: Tensor | int = 0
-        self._recent: list[Tensor] = []
-        self._moved: Tensor | bool = False
+        self._gradient_seen = False
+        smaller = f"choose a smaller kappa than {self.kappa:g}, for example 0.01 for small adapters"
+        self._watch = Watch({"official": smaller, "paper": 'take mode="official"', "fixed": ""}[mode])
         self._live: dict[str, Tensor] | None = None
         self._add_new()
         if not self._parts:
@@ -152,7 +148,7 @@ class DynamicEMA:
         self._add_new()
         if self.mode != "fixed" and not self._gradient_seen:
             if not any(p.grad is not None for part in self._parts for p in part.parameters if p.requires_grad):
-                raise RuntimeError(_NO_GRADIENTS)
+                raise RuntimeError(NO_GRADIENTS)
             self._gradient_seen = True
         if self.strict:
             self._refuse_infinite()
@@ -160,20 +156,19 @@ class DynamicEMA:
         for part in self._parts:
             self._step(part, first)
         self.step_count += 1
-        if self.step_count % _WINDOW == 0:
-            self._look_back()
+        self._watch.look_back(self.step_count)
 
     def _step(self, part: Part, first: bool) -> None:
         moved = movement(part)
         size, change, distance = moved.norms()
         change = torch.where(part.known & part.present(), change, 0)
         if part.previous is not None:
-            self._moved = self._moved | (size != 0).any()
+            self._watch.moved = self._watch.moved | (size != 0).any()
         moving = part.trainable()
         active = moving & size.isfinite()
         finite = active & distance.isfinite() | ~moving
         active = active & distance.isfinite()
-        self._check_finite(part, finite)
+        self._watch.check_finite(part, finite, self.step_count)
         kappa = part.lag if self.mode == "paper" else self.kappa
         alpha = balance_weight(
             distance, size, change, kappa=kappa, fallback_beta=self.fallback_beta, mode=self.mode
@@ -185,9 +180,7 @@ class DynamicEMA:
         part.lag = torch.where(active, (1 - alpha) * distance, part.lag)  # the average is about to move by alpha
         moved.move(alpha, active)
         part.alpha = alpha
-        self._pairs += sum(p.requires_grad for p in part.parameters)
-        self._counted = self._counted + fell.sum()
-        self._recent.append(torch.where(active, alpha, torch.nan))
+        self._watch.count(part, alpha, active, fell)
 
     def _refuse_infinite(self) -> None:
         for part in self._parts:
@@ -195,40 +188,6 @@ class DynamicEMA:
                 values = [parameter] if parameter.grad is None else [parameter, parameter.grad]
                 if parameter.requires_grad and not all(bool(value.isfinite().all()) for value in values):
                     raise RuntimeError(f"{name} or its gradient is not finite: lower the learning rate")
-
-    def _check_finite(self, part: Part, finite: Tensor) -> None:
-        """Count, and warn once; on a GPU only now and then, because reading the count waits for the device."""
-        part.skipped = part.skipped + (~finite).to(torch.int64)
-        due = finite.device.type == "cpu" or (self.step_count + 1) % _WINDOW == 0
-        if self._warned_finite or not due or not bool((part.skipped > 0).any()):
-            return
-        self._warned_finite = True
-        name = next(name for name, count in part.by_name(part.skipped) if count)
-        warnings.warn(
-            f"{name} or its gradient is not finite: its average stays as it is in such steps",
-            WeightsmithWarning,
-            stacklevel=5,
-        )
-
-    def _look_back(self) -> None:
-        weights = torch.cat([alpha.cpu() for alpha in self._recent])
-        self._recent = []
-        moved, self._moved = bool(self._moved), False
-        if self.mode == "fixed":
-            return
-        if not moved:
-            raise RuntimeError(_NO_GRADIENTS)
-        median = float(weights.nanmedian())
-        if median > _LARGE and not self._warned_large:
-            self._warned_large = True
-            advice = f"choose a smaller kappa than {self.kappa:g}, for example 0.01 for small adapters"
-            advice = 'take mode="official"' if self.mode == "paper" else advice
-            warnings.warn(
-                f"the median averaging weight of {_WINDOW} steps is {median:.2f}, so the average hardly differs from "
-                f"the live weights: {advice}",
-                WeightsmithWarning,
-                stacklevel=4,
-            )
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call `step` after every step that ``optimizer`` takes; steps that a gradient scaler skips do not count.
@@ -250,7 +209,7 @@ class DynamicEMA:
     @property
     def fallback_fraction(self) -> float:
         """Share of the pairs of tensor and step so far that had the fallback weight."""
-        return float(self._counted) / self._pairs if self._pairs else 0.0
+        return float(self._watch.fallbacks) / self._watch.pairs if self._watch.pairs else 0.0
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -315,10 +274,10 @@ class DynamicEMA:
         return {
             "mode": self.mode,
             "step": self.step_count,
-            "pairs": self._pairs,
-            "fallbacks": int(self._counted),
-            "moved": bool(self._moved),
-            "recent": [alpha.cpu() for alpha in self._recent],
+            "pairs": self._watch.pairs,
+            "fallbacks": int(self._watch.fallbacks),
+            "moved": bool(self._watch.moved),
+            "recent": [alpha.cpu() for alpha in self._watch.recent],
             "tensors": {name: held for part in self._parts for name, held in part.state()},
         }
 
@@ -341,15 +300,9 @@ class DynamicEMA:
                 )
         for part in self._parts:
             part.load(held)
-        self.step_count, self._pairs, self._counted = state["step"], state["pairs"], state["fallbacks"]
-        self._moved = state["moved"]
-        self._recent = list(state["recent"])
-
-
-_NO_GRADIENTS = (
-    "DynamicEMA.step found no gradient: it must be called after optimizer.step() and before zero_grad(); in Trainer "
-    "that is on_optimizer_step (on_step_end is too late)"
-)
+        watch, self.step_count = self._watch, state["step"]
+        watch.pairs, watch.fallbacks, watch.moved = state["pairs"], state["fallbacks"], state["moved"]
+        watch.recent = list(state["recent"])
 
 
 def _is_number(value: object) -> bool:

@@ -11,51 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightsmith.continual.prediction import prediction_accuracy
 from weightsmith.continual.transfer import Better, Transfer, transfer
 from weightsmith.core.display import printable
 from weightsmith.core.errors import UsageError, brief, unknown
 from weightsmith.core.files import file_atomically, write_atomically
 from weightsmith.core.json_files import read_text
 from weightsmith.core.modes import evaluating
-from weightsmith.core.outputs import call, logits_of
 
-_IGNORED = -100
 _START = "(before)"
 _FORMATS = (".html", ".svg", ".png", ".json")
 Score = Callable[[nn.Module, Any], float]
-
-
-@torch.no_grad()
-def prediction_accuracy(model: nn.Module, batches: Iterable[Any], *, shift: bool | None = None) -> float:
-    """Percent of the labels that a model predicts.
-
-    Args:
-        model: Returns logits ``(B, C)`` or ``(B, T, C)``; is put into evaluation mode for the call.
-        batches: Mappings with ``labels``, or pairs of inputs and labels; labels of -100 do not count. Tensors are moved
-            to the model's device.
-        shift: Label ``t`` is predicted at ``t - 1``, as in causal language models; ``None``: if the model is one, by
-            its class.
-
-    Raises:
-        UsageError: There is no label, or logits and labels do not fit.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    shifted = _is_causal(model) if shift is None else shift
-    right = count = 0
-    with evaluating(model):
-        for batch in batches:
-            inputs, labels = _divided(batch, device)
-            found = logits_of(call(model, inputs)).argmax(-1)
-            if shifted:
-                found, labels = found[..., :-1], labels[..., 1:]
-            if found.shape != labels.shape:
-                raise UsageError(f"predictions are {tuple(found.shape)} and labels {tuple(labels.shape)}")
-            counted = labels != _IGNORED
-            right += int((found == labels)[counted].sum())
-            count += int(counted.sum())
-    if not count:
-        raise UsageError("the held-out set has no labels: give batches that can be read more than once, such as a list")
-    return 100.0 * right / count
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,28 +258,3 @@ def _check_set(name: str, data: Any) -> None:
         )
     if isinstance(data, Sized) and not len(data):
         raise UsageError(f"held_out {name!r} is empty")
-
-
-def _divided(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            raise UsageError(f"a batch must hold labels, got {', '.join(map(str, batch))}")
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        labels = moved.pop("labels")
-        if not isinstance(labels, Tensor):
-            raise UsageError(
-                f"labels of a batch must be a tensor, got {type(labels).__name__}: give batches, not rows, for example "
-                "DataLoader(rows, batch_size=8, collate_fn=...)"
-            )
-        return moved, labels
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        inputs, labels = batch
-        return inputs.to(device) if isinstance(inputs, Tensor) else inputs, labels.to(device)
-    raise UsageError(f"a batch must be a mapping with labels, or inputs and labels, got {type(batch).__name__}")
-
-
-def _is_causal(model: nn.Module) -> bool:
-    base: Any = model
-    while inner := next((key for key in ("_orig_mod", "module", "get_base_model") if hasattr(base, key)), None):
-        base = getattr(base, inner)() if inner == "get_base_model" else getattr(base, inner)
-    return type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))

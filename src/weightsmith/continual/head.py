@@ -1,11 +1,14 @@
 """The classifier at the end of a model: which layers can be one, and how it grows with the classes."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
 from weightsmith.core.weights import owners, why_computed
 
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -168,3 +171,23 @@ def clip_head_(head: nn.Module) -> nn.Module:
     """
     check_head(head).weight.clamp_(min=0)
     return head
+
+
+@contextmanager
+def warning_of_negative(head: nn.Module) -> Iterator[None]:
+    """Warn if a head is given negative features."""
+
+    def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if bool((inputs[0] < 0).any()):
+            warnings.warn(
+                "restrict=True keeps the head's weights at 0 or above, but its features have negative entries: a row's "
+                "norm then says little about its logits; leave restrict off without a final ReLU",
+                WeightsmithWarning,
+                stacklevel=2,
+            )
+
+    handle = head.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -56,7 +56,7 @@ class Whole:
     def __init__(self, part: Part) -> None:
         self._part = part
         before = part.previous if part.previous is not None else torch.zeros_like(part.average)
-        parts = zip(part.parameters, before.split(part.sizes), strict=True)
+        parts = zip(part.parameters, torch.split(before, part.sizes), strict=True)
         self._gradient = self._flat([last if p.grad is None else _dense(p.grad) for p, last in parts])
         self._distances = self._flat([p.detach() for p in part.parameters]).sub_(part.average)
 
@@ -83,7 +83,7 @@ class Whole:
         return torch.cat([tensor.reshape(-1).to(device=average.device, dtype=average.dtype) for tensor in tensors])
 
     def _norms(self, flat: Tensor) -> Tensor:
-        norms = torch.stack(torch._foreach_norm(flat.split(self._part.sizes), 1))
+        norms = torch.stack(torch._foreach_norm(torch.split(flat, self._part.sizes), 1))
         return norms if flat.device.type == "mps" else norms.double()
 
     def _each(self, values: Tensor) -> Tensor:

@@ -15,83 +15,30 @@ Source: Zhao et al., CVPR 2020, and the authors' ``iLearn``; PyCIL's ``models/wa
 """
 
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.continual.aligning import WeightAlignment, align_logits, align_weights_
+from weightsmith.continual.aligning_options import PRESETS, AligningOptions
 from weightsmith.continual.distillation import incremental_loss
 from weightsmith.continual.head import (
     Head,
-    HeadInit,
     check_own_weight,
     clip_head_,
     expand_head_,
     find_head,
     fresh_head,
     replace_head_,
+    warning_of_negative,
 )
 from weightsmith.continual.memory import ExemplarMemory
-from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
+from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.modes import evaluating
 from weightsmith.core.outputs import call, logits_of
-
-
-@dataclass(frozen=True, slots=True)
-class AligningOptions:
-    """How Weight Aligning is done.
-
-    Attributes:
-        p: Which norm of the head's rows is aligned.
-        gamma_max: Largest factor; ``None``: any.
-        scale_bias: The factor multiplies the new classes' bias too.
-        apply: ``"fold"`` writes the factor into the head; ``"logits"`` leaves it, see `WeightAligning.aligned`.
-        head_init: ``"reinit"``: the head starts anew at each step; ``"grow"``: old rows are copied.
-        bias: Whether new heads have a bias; ``None``: as the model's own.
-        restrict: Keep the head's weights at 0 or above after every optimizer step; for features behind a ReLU.
-        distill: Distillation from the model of the step before.
-        align: Align after each step; without it this is plain replay with distillation.
-        temperature: Of the distillation.
-    """
-
-    p: float = 2
-    gamma_max: float | None = 1.0
-    scale_bias: bool = True
-    apply: Literal["fold", "logits"] = "fold"
-    head_init: HeadInit = "reinit"
-    bias: bool | None = None
-    restrict: bool = False
-    distill: bool = True
-    align: bool = True
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.apply not in ("fold", "logits"):
-            raise unknown("apply", self.apply, ["fold", "logits"])
-        if self.head_init not in ("reinit", "grow"):
-            raise unknown("head_init", self.head_init, ["reinit", "grow"])
-        if self.apply == "logits" and self.head_init == "grow":
-            raise UsageError("apply must be 'fold' with head_init 'grow': earlier factors would be lost, got 'logits'")
-        if self.apply == "logits" and not self.scale_bias:
-            raise UsageError("scale_bias must be True with apply 'logits': the factor multiplies whole logits")
-        if not self.p > 0:
-            raise UsageError(f"p must be above 0, got {self.p}")
-        if self.gamma_max is not None and not self.gamma_max > 0:
-            raise UsageError(f"gamma_max must be above 0, got {self.gamma_max}")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature must be above 0, got {self.temperature}")
-
-
-PRESETS = {
-    "official": AligningOptions(p=1, bias=False, restrict=True),
-    "pycil": AligningOptions(p=2, gamma_max=None, scale_bias=False, head_init="grow"),
-}
-"""The settings of the authors' code and of PyCIL."""
 
 
 class WeightAligning:
@@ -197,7 +144,7 @@ class WeightAligning:
             teacher_logits = self.teacher_logits(x)
         watch = self.options.restrict and not self._checked_features
         self._checked_features = True
-        with _warning_of_negative(self.head) if watch else nullcontext():
+        with warning_of_negative(self.head) if watch else nullcontext():
             logits = logits_of(call(self.model, x))
         return incremental_loss(logits, y, teacher_logits, self.n_old, temperature=self.options.temperature)
 
@@ -327,23 +274,3 @@ class WeightAligning:
     def _begun(self) -> None:
         if self.step < 0:
             raise UsageError("no step has begun: call begin_step(n_new) first")
-
-
-@contextmanager
-def _warning_of_negative(head: nn.Module) -> Iterator[None]:
-    """Warn if a head is given negative features."""
-
-    def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if bool((inputs[0] < 0).any()):
-            warnings.warn(
-                "restrict=True keeps the head's weights at 0 or above, but its features have negative entries: a row's "
-                "norm then says little about its logits; leave restrict off without a final ReLU",
-                WeightsmithWarning,
-                stacklevel=2,
-            )
-
-    handle = head.register_forward_pre_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()

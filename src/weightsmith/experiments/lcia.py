@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weightsmith.continual import EWC, ContinualTuner, InstructionRouter, transfer
 from weightsmith.core.errors import UsageError, require
 from weightsmith.core.outputs import logits_of
-from weightsmith.experiments.streams import Stage, bytes_per_example, stages_of, together
+from weightsmith.experiments.streams import Stage, bytes_per_example, check_sequence, stages_of, together
 from weightsmith.lab.data.instructions import SETS
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
@@ -148,14 +148,18 @@ def check(config: Config) -> None:
         raise UsageError(f"rank must be at least 0, got {config.rank}")
     if config.loss or config.metric:
         raise UsageError("loss and metric must be those of the task: what is compared is the mean over tasks")
+    check_sequence(config, kinds=config.kinds, sets=_sets(config))
     if config.rank:
         require("peft", extra="hf", purpose="LoRA")
 
 
+def _sets(config: Config) -> tuple[str, ...]:
+    return config.sets or (() if config.data else config.DEFAULT_SETS.get(config.task, ()))
+
+
 @lru_cache(maxsize=1)
 def _stages(config: Config) -> list[Stage]:
-    sets = config.sets or (() if config.data else config.DEFAULT_SETS.get(config.task, ()))
-    return stages_of(config, kinds=config.kinds, sets=sets, prompts=config.prompts)
+    return stages_of(config, kinds=config.kinds, sets=_sets(config), prompts=config.prompts)
 
 
 def task(config: Config) -> Task:

@@ -42,17 +42,26 @@ def stages_of(
     Raises:
         UsageError: The sequence is none, or a task has nothing to predict that is a class or a token.
     """
-    if sets and config.data:
-        raise UsageError(f"data must be empty where sets names the data of every task, got {config.data!r}")
-    for name, given in (("sets", sets), ("kinds", () if sets else kinds)):
-        if given and len(set(given)) < max(2, len(given)):
-            raise UsageError(f"{name} must name at least two tasks, each once, got {', '.join(given)}")
+    check_sequence(config, kinds=kinds, sets=sets)
     found = data_sets(config, sets, prompts) if sets else images(config, kinds)
     for stage in found:
         targets = stage.task.example().targets
         if targets is None or targets.is_floating_point():
             raise UsageError(f"task must predict classes or tokens, and {config.task} does not")
     return found
+
+
+def check_sequence(config: TaskConfig, *, kinds: tuple[str, ...], sets: tuple[str, ...]) -> None:
+    """Refuse names that make no sequence, before any data is read.
+
+    Raises:
+        UsageError: Names what is wrong.
+    """
+    if sets and config.data:
+        raise UsageError(f"data must be empty where sets names the data of every task, got {config.data!r}")
+    for name, given in (("sets", sets), ("kinds", () if sets else kinds)):
+        if given and len(set(given)) < max(2, len(given)):
+            raise UsageError(f"{name} must name at least two tasks, each once, got {', '.join(given)}")
 
 
 def images(config: TaskConfig, kinds: tuple[str, ...]) -> list[Stage]:
