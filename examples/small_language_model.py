@@ -1,6 +1,6 @@
 """Teach a small language model sums: GRPO with STEER's token weights through TRL, LoRA, a reward that is checked.
 
-python examples/small_language_model.py --steps 100                       # SmolLM2-135M-Instruct, `make models` fetches it
+python examples/small_language_model.py --steps 100                       # SmolLM2-135M from `make models`
 python examples/small_language_model.py --steps 100 --rule none           # plain GRPO
 python examples/small_language_model.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --tokens 256
 """

@@ -7,12 +7,15 @@ well-formed with digits that do not fall.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError
+from weightsmith.experiments import language_policy
 from weightsmith.experiments.aggregation import Aggregation, report_missing, rivals
+from weightsmith.experiments.language_policy import LanguageModelRun
 from weightsmith.experiments.policies import BEFORE, PolicyConfig, PolicyRun, RunningMean, by_prompt, gate, starter
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
@@ -69,7 +72,7 @@ _WEIGHTINGS: dict[str, Callable[[Config], FixedWeights]] = {
 _BALANCED_ARM = Arm("balanced", "fixed weights 0.334, 0.333, 0.333", "fixed, balanced")
 
 
-def arms(_: Config) -> list[Arm]:
+def arms(config: Config) -> list[Arm]:
     """No optimization, three fixed weightings, both dynamic ones, the form of one that cancels, and TorchJD's rules."""
     return [
         BEFORE,
@@ -79,11 +82,15 @@ def arms(_: Config) -> list[Arm]:
         Arm("gradient", "weights moved by the agreement of gradients", "gradient weights"),
         Arm("hypervolume", "advantages times a factor from validation points", "hypervolume"),
         Arm("hypervolume-reward", "rewards times that factor, as released: cancels under GRPO", "hypervolume, rewards"),
-        *rivals(),
+        *_rivals(config),
     ]
 
 
-def claims(_: Config) -> list[Claim]:
+def _rivals(config: Config) -> list[Arm]:
+    return [] if config.model else rivals()  # TRL has one loss, not one per reward
+
+
+def claims(config: Config) -> list[Claim]:
     """A larger hypervolume than fixed weights; and that the released form changes nothing."""
     return [
         Claim(
@@ -113,7 +120,7 @@ def claims(_: Config) -> list[Claim]:
                 text=f"Gradient weights dominate a larger hypervolume than {arm.title}", metric="hypervolume",
                 winner="gradient", loser=arm.name, worth=0.03,
             )
-            for arm in rivals()
+            for arm in _rivals(config)
         ],
         gate("accuracy", _BALANCED_ARM),
     ]  # fmt: skip
@@ -148,19 +155,20 @@ CHARTS = (
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    config.check()
+    language_policy.check(config)
     if config.method not in METHODS:
         raise UsageError(f"method must be one of {', '.join(METHODS)}, got {config.method!r}")
     if config.validate_every < 1 or not config.max_norm > 0:
         raise UsageError("validate_every must be at least 1 and max_norm above 0")
-    report_missing()
+    if not config.model:
+        report_missing()
     for arm in arms(config):
         _WEIGHTINGS[arm.name](config)
 
 
 def job(config: Config, job: Job) -> Mapping[str, Value]:
     """Optimize the policy of one arm and seed, and measure it on held-out prompts."""
-    run, weighting, shortness = PolicyRun(config, TASK, job), _WEIGHTINGS[job.arm](config), Conciseness()
+    run, weighting, shortness = language_policy.run_of(config, TASK, job), _WEIGHTINGS[job.arm](config), Conciseness()
     before, metas = _point(run.tested()), RunningMean()
 
     def validate(step: int) -> None:
@@ -176,10 +184,12 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
             each = torch.stack([find(scores, one) for one in torch.eye(3, device=scores.device)])
             if isinstance(weighting, Aggregation):
                 return each.transpose(0, 1)
+            assert isinstance(run, PolicyRun)
             weighting.update(_influence(run, rollout, each, config.max_norm))
         return weighting.advantage_factor * find(scores, weighting.reward_weights)
 
     def loss(rollout: Rollout, gains: Tensor) -> Tensor:
+        assert isinstance(run, PolicyRun)
         find = partial(policy_loss, run.scored(rollout)[0], mask=rollout.mask, old_logp=rollout.logp)
         if isinstance(weighting, Aggregation):
             return weighting.loss([find(one).loss for one in gains.unbind(1)], list(run.model.parameters()))
@@ -196,13 +206,27 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
             **shares,
         }
 
+    def short_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return shortness([len(ids) for ids in completion_ids])
+
     validate(0)
-    run.optimize(
-        advantages=advantages, loss=loss, measure=measure, after_step=validate,
-        states={"weights": weighting, "shortness": shortness, "meta": metas},
-    )  # fmt: skip
+    if isinstance(run, LanguageModelRun):
+        gradient = isinstance(weighting, GradientWeights)
+        run.optimize(
+            [language_policy.right, short_reward, language_policy.clear], measure=measure, after_step=validate,
+            states={"shortness": shortness}, weighing={"reward_weighting": weighting, "max_grad_norm": config.max_norm},
+            # the authors switch clipping off where gradients are to be linear in the rewards
+            epsilon=100.0 if gradient else 0.2, delta=None if gradient else 3.0,
+            lr_scheduler_type="polynomial" if gradient else "constant",
+            lr_scheduler_kwargs={"power": 1.03, "lr_end": 0.0} if gradient else None,
+        )  # fmt: skip
+    else:
+        run.optimize(
+            advantages=advantages, loss=loss, measure=measure, after_step=validate,
+            states={"weights": weighting, "shortness": shortness, "meta": metas},
+        )  # fmt: skip
     rollout = run.tested()
-    unit = torch.tensor([1.0, float(TASK.new_tokens), 1.0], dtype=torch.float64)
+    unit = torch.tensor([1.0, float(config.max_tokens if config.model else TASK.new_tokens), 1.0], dtype=torch.float64)
     after, reference = (torch.tensor([_point(rollout), before], dtype=torch.float64) / unit).tolist()
     right, clear = (100 * by_prompt(rollout, rollout.scores[:, k]).mean(1) for k in range(2))
     return {
@@ -243,8 +267,8 @@ EXPERIMENT = Experiment(
         ),
         "laptop": Config(),
         "paper": Config(
-            width=256, depth=6, heads=8, warmup_steps=2000, steps=450, prompts=64, measure_prompts=100,
-            measure_samples=1,
+            model="Qwen/Qwen2.5-1.5B", max_tokens=2048, steps=420, prompts=64, lr=1e-6, test_prompts=100,
+            test_samples=1, measure_prompts=100, measure_samples=1,
         ),
     },
     arms=arms,

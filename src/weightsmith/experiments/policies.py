@@ -18,7 +18,8 @@ from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.train import Row, Stateful
 from weightsmith.reweight import fused_linear_logprob
 
-_MEASURE_SEED = 104_729
+MEASURE_SEED = 104_729
+"""Of the answers that are measured."""
 BEFORE = Arm("before", "the supervised policy that all other arms begin with", "before RL")
 """The arm that optimizes nothing: what the others are to rise above."""
 
@@ -69,6 +70,16 @@ class PolicyConfig:
     """Prompts for a point of the curves."""
     measure_samples: int = 4
     """Answers to each of them."""
+    model: str = ""
+    """A language model, folder or hub id, that is trained through TRL; empty: the small policy."""
+    data: str = ""
+    """Its questions and answers: a file, a folder or a hub id."""
+    max_tokens: int = 512
+    """Most tokens of its answers."""
+    micro_batch: int = 8
+    """Answers in one of its forward passes."""
+    top_p: float = 1.0
+    """Share of the probability from which its measured answers are drawn."""
 
     def check(self) -> None:
         """Refuse what cannot run.
@@ -78,7 +89,7 @@ class PolicyConfig:
         """
         names = (
             "width", "depth", "heads", "warmup_batch", "steps", "prompts", "samples", "mini_batches", "test_prompts",
-            "test_samples", "measure_every", "measure_prompts", "measure_samples",
+            "test_samples", "measure_every", "measure_prompts", "measure_samples", "max_tokens", "micro_batch",
         )  # fmt: skip
         for name in names:
             if getattr(self, name) < 1:
@@ -129,6 +140,8 @@ def starter(task: PolicyTask) -> Callable[[Any, int, Path], Any]:
 
 
 def _start(task: PolicyTask, config: PolicyConfig, seed: int, _: Path) -> Any:
+    if config.model:  # comes trained
+        return {}
     seed_everything(seed)
     model = config.network(task)
     warm_up(
@@ -189,7 +202,7 @@ class PolicyRun:
 
     def _measured(self, prompts: Tensor, samples: int) -> Rollout:
         # the same random numbers for all arms
-        return sample(self.model, self.task, prompts, samples, torch.Generator().manual_seed(_MEASURE_SEED))
+        return sample(self.model, self.task, prompts, samples, torch.Generator().manual_seed(MEASURE_SEED))
 
 
 def scored(

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weightsmith.experiments import language_policy
+from weightsmith.experiments.language_policy import LanguageModelRun
 from weightsmith.experiments.policies import (
     BEFORE,
     PolicyConfig,
-    PolicyRun,
     RunningMean,
     by_prompt,
     gate,
@@ -39,6 +40,7 @@ from weightsmith.reweight import (
 )
 
 TASK = ThreeDigits()
+_HIGHER = 0.28
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Config(PolicyConfig):
 _RULES: dict[str, Callable[[Config], TokenRule | None]] = {
     BEFORE.name: lambda _: None,
     "grpo": lambda _: None,
-    "clip-higher": lambda c: ClipHigher(c.clip_low, 0.28),
+    "clip-higher": lambda c: ClipHigher(c.clip_low, _HIGHER),
     "clip-cov": lambda c: ClipCov(c.cov_ratio, low=c.cov_low),
     "steer": lambda c: Steer("released", lambda_min=c.lambda_min),
     "steer-signed": lambda c: Steer("exact", mode="asymmetric", lambda_min=c.signed_lambda_min, lambda_max=1.0),
@@ -100,7 +102,8 @@ _FEW = 6
 
 def arms(config: Config) -> list[Arm]:
     """No optimization, STEER and its signed form, what people use today, and more rivals."""
-    return list(_ARMS if config.all_rivals else _ARMS[:_FEW])
+    named = _ARMS if config.all_rivals else _ARMS[:_FEW]
+    return [arm for arm in named if arm.name != "clip-higher" or config.clip_high != _HIGHER]
 
 
 def claims(_: Config) -> list[Claim]:
@@ -156,16 +159,17 @@ CHARTS = (
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    config.check()
+    language_policy.check(config)
     for arm in arms(config):
         _RULES[arm.name](config)
 
 
 def job(config: Config, job: Job) -> Mapping[str, Value]:
     """Optimize the policy of one arm and seed, and measure it on held-out prompts."""
-    run, rule, seen = PolicyRun(config, TASK, job), _RULES[job.arm](config), RunningMean()
+    run, rule, seen = language_policy.run_of(config, TASK, job), _RULES[job.arm](config), RunningMean()
 
     def loss(rollout: Rollout, advantages: Tensor) -> Tensor:
+        assert not isinstance(run, LanguageModelRun)
         needs = () if rule is None else rule.needs
         logp, entropy, second = run.scored(
             rollout, entropy_grad=isinstance(rule, EntropyBonus), second_moment="second_moment" in needs
@@ -191,15 +195,24 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         }
 
     entropy_start = mean_entropy(run.validated())
-    run.optimize(
-        advantages=lambda rollout: group_advantages(rollout.scores[:, 0], rollout.group), loss=loss, measure=measure,
-        states={"weight": seen} | ({} if rule is None else {"rule": rule}),
-    )  # fmt: skip
+    if isinstance(run, LanguageModelRun):
+        run.optimize(
+            [language_policy.right], measure=measure, states={},
+            weighing={"token_weighting": rule, "scope": "micro_batch"}, epsilon=config.clip_low,
+            epsilon_high=config.clip_high, delta=None if isinstance(rule, KLCov) else config.dual_clip,
+        )  # fmt: skip
+        for value in run.logged("steer/weight_mean"):
+            seen.add(value)
+    else:
+        run.optimize(
+            advantages=lambda rollout: group_advantages(rollout.scores[:, 0], rollout.group), loss=loss,
+            measure=measure, states={"weight": seen} | ({} if rule is None else {"rule": rule}),
+        )  # fmt: skip
     rollout = run.tested()
     right = by_prompt(rollout, rollout.scores[:, 0]) > 0
     return {
         "pass_1": 100 * right.float().mean(1),
-        "pass_16": 100 * pass_at_least_once(right, config.test_samples).float(),
+        "pass_16": 100 * pass_at_least_once(right, min(16, config.test_samples)).float(),
         "entropy": mean_entropy(rollout),
         "distinct": _distinct(rollout),
         "weight": seen.value(1.0),
@@ -209,9 +222,13 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
 
 def _distinct(rollout: Rollout) -> Tensor:
     """Different right answers per prompt."""
-    places = torch.tensor([TASK.vocabulary**i for i in range(TASK.new_tokens)], device=rollout.answers.device)
-    codes = torch.where(rollout.scores[:, 0] > 0, (rollout.answers * places).sum(1), -1)
-    return torch.tensor([float(len(set(row) - {-1})) for row in by_prompt(rollout, codes).tolist()])
+    found: list[set[tuple[int, ...]]] = [set() for _ in range(int(rollout.group[-1]) + 1)]
+    for group, answer, score in zip(
+        rollout.group.tolist(), rollout.answers.tolist(), rollout.scores[:, 0], strict=True
+    ):
+        if score > 0:
+            found[group].add(tuple(answer))
+    return torch.tensor([float(len(answers)) for answers in found])
 
 
 EXPERIMENT = Experiment(
@@ -227,7 +244,11 @@ EXPERIMENT = Experiment(
             measure_every=2, all_rivals=False,
         ),
         "laptop": Config(),
-        "paper": Config(width=256, depth=6, heads=8, warmup_steps=2000, steps=200, prompts=512, mini_batches=16),
+        "paper": Config(
+            model="Qwen/Qwen2.5-Math-1.5B", max_tokens=3072, steps=200, prompts=512, mini_batches=16, lr=1e-6,
+            clip_high=_HIGHER, cov_ratio=2e-4, test_prompts=30, test_samples=32, top_p=0.7, measure_every=10,
+            measure_prompts=64,
+        ),
     },
     arms=arms,
     claims=claims,
@@ -241,6 +262,6 @@ EXPERIMENT = Experiment(
         "are not renormalized, as in the published code, so STEER also takes slightly shorter steps: the mean weight "
         "tells by how much. The published rule damps rising and falling entropy in equal measure; the signed arm tells "
         "what damping only the fall does. This policy has a hundred thousand weights and answers of five tokens; the "
-        "paper's have billions and thousands. Its setting needs TRL or verl and GPUs: see the card."
+        "paper's have billions and thousands: the preset for it trains a language model through TRL."
     ),
 )  # fmt: skip
