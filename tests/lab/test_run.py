@@ -12,6 +12,7 @@ import toy
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab import record
+from weightsmith.lab.experiment import Arm
 from weightsmith.lab.record import JobResult
 from weightsmith.lab.run import estimate, run, seeds_of
 
@@ -194,6 +195,14 @@ def test_a_metric_that_is_not_measured_is_left_out(tmp_path):
     experiment = dataclasses.replace(toy.EXPERIMENT, job=lambda *_: {"score": 1.0, "cost": None})
     done = run(experiment, toy.Config(), seeds=1, out=tmp_path, workers=1)
     assert results(done.folder)["plain", 0] == {"score": 1.0}
+
+
+@pytest.mark.parametrize("name", ["start", "work"])
+def test_an_arm_named_as_a_folder_of_the_run_is_refused(tmp_path, name):
+    experiment = dataclasses.replace(toy.EXPERIMENT, arms=lambda config: [Arm(name, "")], claims=lambda config: [])
+    with pytest.raises(UsageError, match=f"an arm cannot be named '{name}'"):
+        run(experiment, toy.Config(), seeds=1, out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_claim_about_an_arm_that_does_not_exist_is_refused(tmp_path):

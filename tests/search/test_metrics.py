@@ -11,17 +11,9 @@ from torch import nn
 
 from weightsmith.core.errors import MissingExtra, UsageError, WeightsmithWarning
 from weightsmith.search.gan import Generator
+from weightsmith.search.gan.judges import Inception, train_stand_in
 from weightsmith.search.gan.metrics import frechet_distance, inception_score, kernel_distance, moments
-from weightsmith.search.gan.scoring import (
-    Inception,
-    NotFinite,
-    Reference,
-    generate,
-    recalibrate_,
-    score,
-    to_bytes,
-    train_stand_in,
-)
+from weightsmith.search.gan.scoring import NotFinite, Reference, generate, recalibrate_, score, to_bytes
 
 
 @pytest.mark.parametrize("splits", [1, 10])

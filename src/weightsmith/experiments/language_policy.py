@@ -129,7 +129,7 @@ class LanguageModelRun:
             return
         trl, transformers = (require(name, extra="hf", purpose="training") for name in ("trl", "transformers"))
 
-        class Watch(transformers.TrainerCallback):  # type: ignore[name-defined]
+        class Watch(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
             def on_step_end(self, _: Any, state: Any, __: Any, **___: Any) -> None:
                 step, rest = divmod(state.global_step, config.mini_batches)
                 if rest:

@@ -138,6 +138,9 @@ class Resources:
     gpus: float = 0.0
 
 
+_FOLDERS = {"start", "work"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment(Generic[Config]):
     """Arms x seeds -> metrics -> claims -> verdicts.
@@ -197,6 +200,8 @@ class Experiment(Generic[Config]):
         """
         arms, claims, declared = self.arms(config), self.claims(config), self.metrics(config)
         names, metrics = {arm.name for arm in arms}, {metric.name: metric for metric in declared}
+        if taken := names & _FOLDERS:
+            raise UsageError(f"an arm cannot be named {min(taken)!r}: a run has a folder of that name; rename it")
         for claim in claims:
             if not {claim.winner, claim.loser} <= names or claim.metric not in metrics:
                 raise UsageError(f"claim {claim.text!r} names an arm or a metric that this experiment does not have")
