@@ -46,6 +46,20 @@ def hugging_face_config(name: str) -> Any:
         raise UsageError(f"model {name!r} has no configuration that transformers can read: {error}") from error
 
 
+def hub_revision(name: str) -> str:
+    """The commit of what the hub's cache holds under an id, fetched if it is not there; ``""`` where it is not known.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be reached.
+        MissingExtra: ``transformers`` is not installed.
+    """
+    hugging_face_config(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else ""
+
+
 def from_hugging_face(name: str, *, channels: int, size: int, classes: int, pretrained: bool) -> nn.Module:
     """Build an image classifier from a hub id or a folder that holds ``config.json``.
 

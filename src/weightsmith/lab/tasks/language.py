@@ -49,7 +49,7 @@ def make(config: TaskConfig) -> Task:
         name=name,
         build=partial(build_text_model, config, tokenizer, classes=None),
         example=partial(splits["train"].__getitems__, list(range(min(2, len(kept))))),
-        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint)),
+        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint, hub_model=config.model)),
         facts={
             "data": f"{name}, windows of {config.length} tokens",
             "model": config.model_name,

@@ -66,7 +66,7 @@ def make(config: TaskConfig) -> Task:
         name=name,
         build=partial(build_text_model, config, tokenizer, classes=None),
         example=partial(splits["train"].__getitems__, list(range(min(2, len(splits["train"]))))),
-        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint)),
+        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint, hub_model=config.model)),
         facts={
             "data": f"{name}, questions with answers{note}",
             "model": config.model_name,

@@ -59,7 +59,9 @@ def make(config: TaskConfig) -> Task:
         build=partial(build_text_model, config, tokenizer, classes=len(found.classes)),
         example=partial(splits["train"].__getitems__, list(range(min(8, len(kept))))),
         fingerprint=digest(
-            content_digest(splits), *found.classes, code_of(config.model, config.loss, config.metric, config.checkpoint)
+            content_digest(splits),
+            *found.classes,
+            code_of(config.model, config.loss, config.metric, config.checkpoint, hub_model=config.model),
         ),
         facts={
             "data": f"{name}, texts of {len(found.classes)} classes",
