@@ -95,7 +95,7 @@ def continual_groups(folder: Path) -> Entry:
 def forgetting_table(folder: Path) -> Entry:
     file = folder / "forgetting.csv"
     file.write_text('after,sums,"a, b"\n(before),1.5,nan\nsums,100.0,2e1\n', encoding="utf-8")
-    return Entry(file, "text", lambda: str(ForgettingMeter({"sums": 0, "a, b": 0}, path=file).report()), share=0.5)
+    return Entry(file, "text", lambda: str(ForgettingMeter({"sums": [0], "a, b": [0]}, path=file).report()), share=0.5)
 
 
 def json_lines(folder: Path) -> Entry:

@@ -173,7 +173,7 @@ def test_a_broken_image_that_is_read_late_is_named_too(tmp_path, monkeypatch):
 def test_a_text_file_is_read_as_it_is_written(tmp_path):
     text = "one\ntwo\n\nthree\n"
     (tmp_path / "book.txt").write_text(text)
-    assert "".join(load_text(str(tmp_path / "book.txt"))) == text
+    assert "".join(load_text(str(tmp_path / "book.txt")).values()) == text
     (tmp_path / "books").mkdir()
     for split in ("train", "test"):
         (tmp_path / "books" / f"wiki.{split}.txt").write_text(f"{split}\nmore\n")
