@@ -150,7 +150,7 @@ def test_the_paper_preset_and_all_claims_are_consistent(slug):
         try:
             experiment.check(config)
         except UsageError as error:  # the published data are not bundled
-            assert name == "paper" and "--data" in str(error)  # noqa: PT018
+            assert name == "paper" and "--data" in str(error)  # noqa: PT017, PT018
         described = experiment.describe(config)
         assert 1 <= sum(claim["primary"] for claim in described["claims"]) <= 2
         assert all(claim["worth"] for claim in described["claims"] if claim["primary"]) or slug == "ofq"
