@@ -56,7 +56,7 @@ def command(receipt: dict[str, Any]) -> str:
 
 
 def summary() -> str:
-    """Three results for the front page: for each verdict the primary claim with the most seeds."""
+    """Some results for the front page: for each verdict the primary claim with the most seeds."""
     lines = ["| command | asked | found |", "|---|---|---|"]
     claims = [
         (receipt, claim)
@@ -64,7 +64,7 @@ def summary() -> str:
         for claim in receipt["claims"]
         if claim["claim"]["primary"]
     ]
-    for verdict in ("supported", "no relevant effect", "undecided"):
+    for verdict in ("supported", "refuted", "no relevant effect", "undecided"):
         found = [pair for pair in claims if pair[1]["verdict"] == verdict]
         if found:
             receipt, claim = max(found, key=lambda pair: pair[1]["n"])
