@@ -134,3 +134,13 @@ def test_the_paper_preset_searches_cifar10_and_transfers_to_stl10():
     sizes = config.transferred().generator_sizes(torch.zeros(1, 3, 48, 48))
     assert gan.generator_parameters(gan.GENERATORS["G*"], **sizes) == 11_550_723
     assert gan.discriminator_parameters(gan.DISCRIMINATORS["D_S"]) == 1_578_112
+
+
+@pytest.mark.slow
+def test_jobs_on_ray_evaluate_where_they_are_and_ray_workers_within_them_are_refused(tmp_path):
+    pytest.importorskip("ray")
+    options = {"seeds": 1, "arms": ["evolved"], "engine": "ray", "workers": 1}
+    assert not run(eagan.EXPERIMENT, SMOKE, out=tmp_path / "auto", **options).failures
+    nested = dataclasses.replace(SMOKE, search_engine="ray")
+    (failure,) = run(eagan.EXPERIMENT, nested, out=tmp_path / "nested", **options).failures
+    assert "cannot be used within a task of a Ray cluster" in failure.error

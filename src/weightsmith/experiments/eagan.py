@@ -6,7 +6,6 @@ winner and its weights; the pair that each selects is trained from scratch as we
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,11 +278,8 @@ def _stored_supernet(config: Config, job: Job) -> gan.Generator:
 
 
 def _resources(config: Config) -> Resources:
-    engine = config.search_engine
-    if engine == "auto":
-        ray = sys.modules.get("ray")
-        engine = "ray" if ray is not None and ray.is_initialized() else "local"
-    return Resources(engine, config.search_workers)
+    # jobs on a cluster fill it already: workers of their own would wait for room that other jobs hold
+    return Resources("local" if config.search_engine == "auto" else config.search_engine, config.search_workers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class Config(TrainConfig):
     transfer_steps: int = 984_000
     """Discriminator steps of a training on it."""
     search_engine: str = "auto"
-    """Where individuals are evaluated: local, ray, or auto, which is the Ray cluster that the job runs on, if any."""
+    """Where individuals are evaluated: local, or ray where the cluster has room beside the jobs; auto is local."""
     search_workers: int | None = None
     """Parallel evaluations; by default one process, or as many as the cluster has room for."""
 

@@ -40,6 +40,12 @@ def actors_of(payload: bytes, resources: Resources) -> Iterator[EvaluateAll]:
     """Actors for as long as the block runs, on the cluster that there is or one that is started for it."""
     ray = require("ray", extra="search", purpose="engine='ray'")
     with contextlib.ExitStack() as stack:
+        if ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
+            # a task that waits for a lock keeps its CPU, and workers that never get a place are waited for without end
+            raise UsageError(
+                "engine='ray' cannot be used within a task of a Ray cluster, such as a job of --engine ray: evaluate "
+                "with engine='local' (search_engine=local), or run the jobs with --engine local"
+            )
         if not ray.is_initialized():
             _connect(ray, resources)
             stack.callback(ray.shutdown)
