@@ -9,7 +9,8 @@ import pytest
 import toy
 
 from weightsmith.core.load import load_object
-from weightsmith.lab.fingerprint import code_digest, function_digest, identity
+from weightsmith.core.own_code import code_digest
+from weightsmith.lab.fingerprint import function_digest, identity
 from weightsmith.lab.run import run
 
 

@@ -12,14 +12,7 @@ from weightsmith.lab.probe import probe
 from weightsmith.lab.tasks import TaskConfig, TrainConfig, from_datasets, make_task
 from weightsmith.lab.tasks.scoring import logits_of
 
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "decoded"))
-    monkeypatch.delenv("WEIGHTSMITH_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def write_lines(path, rows):
@@ -208,7 +201,7 @@ def tuples():
 
 def test_changed_user_code_changes_the_fingerprint(tmp_path, monkeypatch):
     from weightsmith.core.load import load_module
-    from weightsmith.lab.fingerprint import code_digest
+    from weightsmith.core.own_code import code_digest
 
     (tmp_path / "netparts.py").write_text("WIDTH = 3\n")
     (tmp_path / "mainnet.py").write_text("from netparts import WIDTH\n")

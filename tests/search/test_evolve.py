@@ -1,6 +1,9 @@
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -167,6 +170,22 @@ def test_code_changes_with_settings_and_without_a_file():
     for space, number in zip(cells, (1, 1, 2), strict=True):
         exec(f"def f(model, individual):\n    return [lambda: {number}]", space)
     assert code_of(cells[0]["f"]) == code_of(cells[1]["f"]) != code_of(cells[2]["f"])
+
+
+def test_code_without_a_file_is_the_same_in_every_process():
+    program = (
+        "from weightsmith.search.code import code_of\n"
+        "def evaluate(model, individual): return individual in {'one', 'two', 'three', 'four'}\n"
+        "print(code_of(evaluate))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, check=True, text=True,
+            capture_output=True,
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    assert len(found) == 1
 
 
 def test_a_state_of_another_model_is_one_clear_error(tmp_path):

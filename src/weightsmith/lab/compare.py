@@ -24,8 +24,9 @@ from torch import Tensor
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
 from weightsmith.core.load import load_module, load_object
+from weightsmith.core.own_code import code_digest
 from weightsmith.lab.experiment import Arm, Better, Chart, Claim, Experiment, Metric, Value
-from weightsmith.lab.fingerprint import code_digest, files_digest
+from weightsmith.lab.fingerprint import files_digest
 from weightsmith.lab.job import Job
 from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.trial import Recipe, Trial

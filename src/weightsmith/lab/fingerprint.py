@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import weightsmith
-from weightsmith.core.own_code import code_digest as code_digest
-from weightsmith.core.own_code import digest as digest
+from weightsmith.core.notebook import digest_without_file
+from weightsmith.core.own_code import code_digest, digest
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.identity import bound, bound_words
-from weightsmith.lab.notebook import code_without_file
 
 _CONTENT_BYTES = 2**30  # beyond that, files are told apart by name, size and time of change
 _NO_RESULT_DEPENDS_ON = ("cards", "cli", "lab/report", "lab/watching.py", "lab/track.py", "tools")
@@ -55,13 +54,8 @@ def function_digest(function: Any, depth: int = 3) -> str:
     plain = inspect.unwrap(function if inspect.isroutine(function) else type(function).__call__)
     module = sys.modules.get(getattr(plain, "__module__", None) or "")
     if module is not None and module.__name__.partition(".")[0] != "weightsmith":
-        found.append(code_digest(module) or _without_file(plain))
+        found.append(code_digest(module) or digest_without_file(plain))
     return " ".join(sorted({*found} - {""}))
-
-
-def _without_file(function: Any) -> str:
-    words, modules = code_without_file(function)
-    return digest(*sorted(words), *sorted(map(code_digest, modules)))
 
 
 def package_digest() -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.own_code import digest
 from weightsmith.lab import fingerprint, machine, record
 from weightsmith.lab.engines import Failure, Work, engine_named
 from weightsmith.lab.engines.base import finished, remove_leftovers
@@ -107,7 +108,7 @@ def run(
     if announce is not None and is_leader():
         announce(_estimate(experiment, config, wanted, batches, workers, cost))
     identity = fingerprint.identity(experiment, config, task.fingerprint if task is not None else "")
-    result = Run(out / experiment.slug / fingerprint.digest(*identity.values()))
+    result = Run(out / experiment.slug / digest(*identity.values()))
     if fresh and is_leader() and result.folder.exists():
         shutil.rmtree(result.folder)
     if is_leader() and result.folder.is_dir():

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import partial
-from types import CodeType
 from typing import Any
 
 from torch import Tensor
 
+from weightsmith.core.notebook import digest_without_file
 from weightsmith.core.own_code import code_digest, digest
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -36,21 +36,7 @@ def _source(plain: Any) -> str:
     if name.partition(".")[0] == "weightsmith":
         return ""  # ours is tested to give the same results
     module = sys.modules.get(name)
-    found = code_digest(module) if module is not None else ""
-    if found:
-        return found
-    functions = [plain, *(vars(plain).values() if inspect.isclass(plain) else ())]  # in a notebook there is no file
-    return digest(*(part for function in functions for part in _compiled(getattr(function, "__code__", None))))
-
-
-def _compiled(code: CodeType | None) -> Iterator[str | bytes]:
-    if code is not None:
-        yield from (code.co_code, repr(code.co_names))
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from _compiled(constant)
-            else:
-                yield repr(constant)
+    return (code_digest(module) if module is not None else "") or digest_without_file(plain)
 
 
 def _settings(thing: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.core.errors import UsageError
-from weightsmith.lab.fingerprint import digest
+from weightsmith.core.own_code import digest
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 

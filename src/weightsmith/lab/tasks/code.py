@@ -3,19 +3,21 @@
 from pathlib import Path
 
 from weightsmith.core.load import load_module
-from weightsmith.lab.fingerprint import code_digest, digest, files_digest
+from weightsmith.core.own_code import code_digest, digest
+from weightsmith.lab.fingerprint import files_digest
 from weightsmith.lab.models.external import hub_revision
 
 
-def code_of(*names: str, hub_model: str = "") -> str:
+def code_of(model: str, *names: str) -> str:
     """Changes when the source behind a ``module:function``, a file, or a folder does; ``""`` where there is none.
 
     Args:
-        *names: Any of these, or names of ours, which count with the package.
-        hub_model: A model, whose commit counts if it is the hub's: the same id may stand for other weights tomorrow.
+        model: Any of these; a name of ours, which counts with the package; or an id of the hub, whose commit counts,
+            since the same id may stand for other weights tomorrow.
+        *names: Any of these but the last.
     """
     found = []
-    for name in filter(None, names):
+    for name in filter(None, (model, *names)):
         where = name.rpartition(":")[0]
         if where:
             found.append(code_digest(load_module(where, name)))
@@ -23,8 +25,8 @@ def code_of(*names: str, hub_model: str = "") -> str:
             found.append(files_digest([Path(name)]))
         elif Path(name).is_dir():
             found.append(files_digest(_files(Path(name))))
-    if "/" in hub_model and ":" not in hub_model and not Path(hub_model).exists():
-        found += filter(None, [hub_revision(hub_model)])
+    if "/" in model and ":" not in model and not Path(model).exists():
+        found += filter(None, [hub_revision(model)])
     return digest(*found) if found else ""
 
 

@@ -37,8 +37,7 @@ def make(config: TaskConfig) -> Task:
         name=images.name,
         build=partial(_build, config, images),
         example=partial(images.train.__getitems__, list(first)),
-        fingerprint=images.fingerprint
-        + code_of(config.model, config.loss, config.metric, config.checkpoint, hub_model=config.model),
+        fingerprint=images.fingerprint + code_of(config.model, config.loss, config.metric, config.checkpoint),
         facts={
             "data": f"{images.name}, {images.size} x {images.size} {color} images of {images.classes} classes",
             "model": config.model_name,

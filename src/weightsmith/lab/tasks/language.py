@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.outputs import logits_of
+from weightsmith.core.own_code import digest
 from weightsmith.lab.data.labels import hold_out, subset, validation_facts
 from weightsmith.lab.data.text_sets import load_text
 from weightsmith.lab.data.tokens import Bytes
 from weightsmith.lab.experiment import Metric
-from weightsmith.lab.fingerprint import digest
 from weightsmith.lab.task import Batch, Outcome, Split, Task, forward
 from weightsmith.lab.tasks.code import code_of
 from weightsmith.lab.tasks.config import TaskConfig
@@ -49,7 +49,7 @@ def make(config: TaskConfig) -> Task:
         name=name,
         build=partial(build_text_model, config, tokenizer, classes=None),
         example=partial(splits["train"].__getitems__, list(range(min(2, len(kept))))),
-        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint, hub_model=config.model)),
+        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint)),
         facts={
             "data": f"{name}, windows of {config.length} tokens",
             "model": config.model_name,

@@ -21,9 +21,9 @@ from torch.utils.data import Subset, default_collate
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.load import load_object
+from weightsmith.core.own_code import digest
 from weightsmith.lab.data.labels import hold_out, subset
 from weightsmith.lab.experiment import Better, Metric
-from weightsmith.lab.fingerprint import digest
 from weightsmith.lab.identity import tensors_digest
 from weightsmith.lab.progress import drawing_from
 from weightsmith.lab.task import Batch, Batches, Outcome, Split, Task

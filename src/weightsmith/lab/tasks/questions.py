@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.own_code import digest
 from weightsmith.lab.data.labels import hold_out, validation_facts
 from weightsmith.lab.data.text_sets import Row, load_questions, prompt, same_answer
 from weightsmith.lab.data.tokens import Bytes, pad_of, padded
 from weightsmith.lab.experiment import Metric
-from weightsmith.lab.fingerprint import digest
 from weightsmith.lab.task import Outcome, Split, Task
 from weightsmith.lab.tasks.code import code_of
 from weightsmith.lab.tasks.config import TaskConfig
@@ -66,7 +66,7 @@ def make(config: TaskConfig) -> Task:
         name=name,
         build=partial(build_text_model, config, tokenizer, classes=None),
         example=partial(splits["train"].__getitems__, list(range(min(2, len(splits["train"]))))),
-        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint, hub_model=config.model)),
+        fingerprint=digest(content_digest(splits), code_of(config.model, config.checkpoint)),
         facts={
             "data": f"{name}, questions with answers{note}",
             "model": config.model_name,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weightsmith.core.own_code import digest
 from weightsmith.lab.data.labels import hold_out, validation_facts
 from weightsmith.lab.data.text_sets import load_sentences
 from weightsmith.lab.data.tokens import Words, pad_of, padded
-from weightsmith.lab.fingerprint import digest
 from weightsmith.lab.task import Task
 from weightsmith.lab.tasks.code import code_of
 from weightsmith.lab.tasks.config import TaskConfig
@@ -61,7 +61,7 @@ def make(config: TaskConfig) -> Task:
         fingerprint=digest(
             content_digest(splits),
             *found.classes,
-            code_of(config.model, config.loss, config.metric, config.checkpoint, hub_model=config.model),
+            code_of(config.model, config.loss, config.metric, config.checkpoint),
         ),
         facts={
             "data": f"{name}, texts of {len(found.classes)} classes",

@@ -7,11 +7,17 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from weightsmith.core.own_code import is_own
+from weightsmith.core.own_code import code_digest, digest, is_own
 
 
-def code_without_file(function: FunctionType) -> tuple[set[str], set[ModuleType]]:
-    """Follow a function through the functions, classes and plain values that it uses.
+def digest_without_file(function: Any) -> str:
+    """Changes when a function or class does that no file holds, or what it uses; the same in every process."""
+    words, modules = code_without_file(function)
+    return digest(*sorted(words), *sorted(map(code_digest, modules)))
+
+
+def code_without_file(function: Any) -> tuple[set[str], set[ModuleType]]:
+    """Follow a function or class through the functions, classes and plain values that it uses.
 
     Returns:
         Words that change with any of them, the same in every process; and the user's own modules, with files, on the
