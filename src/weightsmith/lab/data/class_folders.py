@@ -4,7 +4,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.pictures import ENDINGS, Files
-from weightsmith.lab.data.sources import BUILDERS, SPLITS
+from weightsmith.lab.data.sources import BUILDERS, SPLIT_OF
 
 Labeled = tuple[Files, list[str]]
 """Files and the class of each."""
@@ -32,7 +32,7 @@ def read_class_folders(name: str, root: Path) -> dict[str, Labeled] | None:
     if tables or not any(_is_image(path) for path in root.rglob("*")):
         return None
     folders = _folders(root)
-    named = [(split, f) for f in folders for split, names in SPLITS.items() if f.name.lower() in names]
+    named = [(SPLIT_OF[f.name.lower()], f) for f in folders if f.name.lower() in SPLIT_OF]
     by_split = dict(named)
     if len(named) < len(folders) and not any(_folders(folder) for _, folder in named):
         by_split = {}  # a class of trains, beside others

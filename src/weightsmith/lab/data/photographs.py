@@ -15,7 +15,7 @@ from weightsmith.core.errors import UsageError, require
 from weightsmith.lab.data.degradations import DEGRADATIONS, Image, degrade
 from weightsmith.lab.data.pictures import Files
 from weightsmith.lab.data.restoration_folders import Scene, find_scenes
-from weightsmith.lab.data.sources import locate
+from weightsmith.lab.data.sources import SPLIT_OF, locate
 from weightsmith.lab.task import Batch
 
 BUNDLED = "photographs"
@@ -23,8 +23,6 @@ _TRAIN, _VALIDATION, _TEST = ("astronaut", "rocket"), ("coffee",), ("chelsea",)
 _ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 _SIGMAS = (15, 25, 50)
 SPLITS = ("train", "validation", "test")
-_SPLIT_NAMES = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-                "validation": "validation", "test": "test", "testing": "test"}  # fmt: skip
 Pair = tuple[Image, Image]
 
 
@@ -95,7 +93,7 @@ def _divided(name: str, scenes: Sequence[Scene], root: Path) -> list[list[Scene]
     rest: list[Scene] = []
     for scene in sorted(scenes, key=lambda scene: _order(scene.clean)):
         parts = [part.lower() for part in scene.clean.relative_to(root).parts[:-1]]
-        split = next((_SPLIT_NAMES[part] for part in parts if part in _SPLIT_NAMES), None)
+        split = next((SPLIT_OF[part] for part in parts if part in SPLIT_OF), None)
         (rest if split is None else named[split]).append(scene)
     # by kind, so that a small set of pairs is in all splits
     for kinds, members in _by_kind(rest).items():

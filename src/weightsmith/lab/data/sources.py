@@ -36,7 +36,8 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
 }
 """Names of files and folders that stand for a split."""
-_SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
+SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
+"""The split that each of these names stands for."""
 
 
 def locate(name: str, data_dir: str | Path | None = None) -> Path | str:
@@ -126,7 +127,7 @@ def load_tables(name: str, *, subset: str = "", data_dir: str | Path | None = No
 
 def _by_split(tables: dict[str, Any]) -> dict[str, Any]:
     """Tables by the usual names of their splits: ``validation`` for ``val``."""
-    usual = {other: split for split, names in SPLITS.items() for other in names if split not in tables}
+    usual = {other: split for other, split in SPLIT_OF.items() if split not in tables}
     named = {name: usual.pop(name.lower(), name) for name in tables}
     return {named[name] if list(named.values()).count(named[name]) == 1 else name: tables[name] for name in tables}
 
@@ -149,7 +150,7 @@ def _files(name: str, source: Path) -> dict[str, Any] | None:
     files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.suffix in BUILDERS)
     endings = {path.suffix for path in files}
     if len(endings) != 1:
-        splits = [path.name for path in files if _words(path.stem) & _SPLIT_NAMES]
+        splits = [path.name for path in files if _words(path.stem) & SPLIT_OF.keys()]
         if len({Path(file).suffix for file in splits}) > 1:  # datasets would read the most frequent kind alone
             raise UsageError(f"data {name!r}: files of its splits are of several kinds, {', '.join(splits)}: use one")
         return None
