@@ -13,12 +13,7 @@ from weightsmith.lab.data import image_sets as data_module
 from weightsmith.lab.data.image_sets import load_images
 from weightsmith.lab.data.images import crop_and_flip
 
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "decoded"))
-    monkeypatch.delenv("WEIGHTSMITH_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def write(folder, **splits):

@@ -9,12 +9,7 @@ from weightsmith.lab.data.labels import parts_of
 from weightsmith.lab.data.text_sets import load_questions, load_sentences, load_text, same_answer
 from weightsmith.lab.data.tokens import Words
 
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "decoded"))
-    monkeypatch.delenv("WEIGHTSMITH_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def picture(path, value=0, mode="RGB", size=(8, 8)):

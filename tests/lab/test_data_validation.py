@@ -18,11 +18,7 @@ from weightsmith.lab.tasks import TaskConfig, make_task
 COUNTS = {"train": 20, "test": 6, "validation": 8}
 
 
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "decoded"))
-    monkeypatch.delenv("WEIGHTSMITH_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def sentence(split, row):

@@ -47,7 +47,7 @@ from accelerate import PartialState
 from weightsmith.lab.engines import engine_named
 from weightsmith.lab.experiment import Resources
 with engine_named("local", resources=Resources()):
-    print(PartialState().num_processes)
+    print(f"{PartialState().num_processes}\\n", end="")  # in one piece: both write to the same pipe
 """)
     done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, timeout=150)
     assert done.stdout.split() == ["2", "2"], done.stderr

@@ -256,10 +256,8 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     stages = _stages(config)
     model = _network(config, job)
     one = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    tuner, averaged = (
-        _tuner(config, job.arm, model),
-        job.arm not in ("plain", "groups", "ewc", "lwf", "replay", "joint"),
-    )
+    tuner = _tuner(config, job.arm, model)
+    averaged = job.arm not in ("plain", "groups", "ewc", "lwf", "replay", "joint")
     ewc = EWC(model, config.ewc)
     replay = _Replay((_groups(config, stages) - 1) * one if job.arm == "replay" else 0, [])
     rows: list[tuple[str, dict[str, float]]] = []

@@ -49,9 +49,7 @@ class Recorder:
             **more: Further entries, for example ``phase="sweep"``.
         """
         self.rows.append({**row, **more})
-        if self.live is not None:
-            with self.live.open("a") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
+        self.show(self.rows[-1])
 
     def show(self, row: Mapping[str, float | int | str]) -> None:
         """Tell those who watch how far it is; nothing is kept."""

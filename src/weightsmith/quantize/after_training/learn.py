@@ -55,15 +55,15 @@ class BlockTask:
         options: LearningOptions,
     ) -> None:
         self.streams, self.name, self.recipe, self.options = streams, name, recipe, options
-        self.targets = targets = streams.parts[name]
-        inputs, self.trained_inputs = streams.inputs(index, name, keep_trained=options.input_drop < 1)
-        self.inputs = inputs
+        self.targets = streams.parts[name]
+        self.inputs, self.trained_inputs = streams.inputs(index, name, keep_trained=options.input_drop < 1)
         self.seed = recipe.seed + 1_000_003 * index  # of its own, so that a resumed run repeats an unbroken one
         self.by_logits = options.last_block == "logits" and index == len(streams.walk.blocks) - 1
-        self.grids = {key: grids[key] for key in targets}
-        self.weights = {key: target.view(target.weight, self.grids[key]) for key, target in targets.items()}
-        count = min(self.options.measured_batches or len(inputs), len(inputs))
-        self.measured = [position * len(inputs) // count for position in range(count)]
+        self.grids = {key: grids[key] for key in self.targets}
+        self.weights = {key: target.view(target.weight, self.grids[key]) for key, target in self.targets.items()}
+        batches = len(self.inputs)
+        count = min(options.measured_batches or batches, batches)
+        self.measured = [position * batches // count for position in range(count)]
         self.device = next(iter(self.weights.values())).device
         self.generator = torch.Generator()
         self.steps = 0
