@@ -1,8 +1,15 @@
 """A file that was edited is run anew within one process, and so is what it imports from its folder."""
 
+import importlib
+import os
+import sys
+
 import pytest
 
+from weightsmith.core.errors import UsageError
 from weightsmith.core.load import load_object
+from weightsmith.core.own_code import code_digest
+from weightsmith.lab.fingerprint import function_digest
 
 
 @pytest.mark.parametrize("edited", ["edited_main", "edited_helper"])
@@ -24,3 +31,77 @@ def test_edited_code_is_run_anew(tmp_path, monkeypatch, edited, by_path):
     else:
         helper.write_text("one = 2\n")
     assert load_object(name, "--task")() == 2
+
+
+TEXT = """
+import functools
+from dataclasses import dataclass
+LIMIT = 3
+calls = 0
+@dataclass(frozen=True, slots=True)
+class Config:
+    lr: float = 0.1
+    name: str = "x"
+class Net:
+    width = 8
+    def forward(self, x):
+        return x * 2
+    @property
+    def size(self):
+        return 4
+def noisy(function):
+    @functools.wraps(function)
+    def inner(*args):
+        return function(*args)
+    return inner
+@noisy
+def wrapped(x):
+    return x + 5
+def scaled(x, by=1.5, *, shift=7):
+    global calls
+    calls += 1
+    return [y * by + shift for y in x]
+"""
+EDITS = {
+    "constant": ("LIMIT = 3", "LIMIT = 4"),
+    "field": ("lr: float = 0.1", "lr: float = 0.2"),
+    "attribute": ("width = 8", "width = 9"),
+    "method": ("x * 2", "x * 3"),
+    "property": ("return 4", "return 5"),
+    "wrapped": ("x + 5", "x + 6"),
+    "default": ("by=1.5", "by=2.5"),
+    "keyword": ("shift=7", "shift=8"),
+    "inner": ("y * by + shift", "y * by - shift"),
+}
+
+
+def imported(tmp_path, monkeypatch, name):
+    path = tmp_path / f"{name}.py"
+    path.write_text(TEXT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module, path
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_module_that_was_edited_after_its_import_has_no_digest(tmp_path, monkeypatch, edit):
+    module, path = imported(tmp_path, monkeypatch, f"outdated_{edit}")
+    module.scaled([1])
+    before = code_digest(module)
+    path.write_text("# a comment\n" + TEXT)
+    assert code_digest(module) != before  # what runs is still what the text says
+    path.write_text(TEXT.replace(*EDITS[edit]))
+    with pytest.raises(UsageError, match=f"edited after module 'outdated_{edit}' was imported"):
+        code_digest(module)
+
+
+def test_a_function_from_before_a_reload_has_no_digest(tmp_path, monkeypatch):
+    module, path = imported(tmp_path, monkeypatch, "reloaded_since")
+    old = module.scaled
+    path.write_text(TEXT.replace("y * by", "y + by"))
+    os.utime(path, (0, 0))  # bytecode is told apart by size and time
+    importlib.reload(module)
+    assert function_digest(module.scaled)
+    with pytest.raises(UsageError, match="'scaled' is not the function of this name"):
+        function_digest(old)

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,15 @@ def forget(*names):
     importlib.invalidate_caches()
 
 
+def edit(path, text):
+    """Write a file and run the modules that were imported from it anew."""
+    write(path, text)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path):
+            os.utime(path, (0, 0))  # bytecode is told apart by size and time
+            importlib.reload(module)
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A package of the user's own, beside a script."""
@@ -44,7 +54,7 @@ def test_code_of_a_package_counts_with_what_it_imports_from_anywhere_of_the_user
     before = code_digest(module)
     write(project / "ownpack" / "unrelated.py", "X = 2\n")
     assert code_digest(module) == before
-    write(project / "ownpack" / "widths.py", "WIDTH = 2\n")
+    edit(project / "ownpack" / "widths.py", "WIDTH = 2\n")
     assert code_digest(module) != before
 
 
@@ -53,7 +63,7 @@ def test_a_script_counts_with_a_module_from_another_folder_of_the_path(project, 
     job = load_object(str(tmp_path / "scripts" / "job_of_mine.py:job"), "run")
     before = function_digest(job)
     assert function_digest(functools.partial(job)) == before
-    write(project / "ownpack" / "widths.py", "WIDTH = 3\n")
+    edit(project / "ownpack" / "widths.py", "WIDTH = 3\n")
     assert function_digest(job) != before
 
 
@@ -108,7 +118,7 @@ def test_code_of_a_notebook_counts_with_what_it_uses(project, monkeypatch):
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     texts = [NOTEBOOK.replace(old, "12") for old in ("2", '"width"', "4", "5", "6", '"c"', "9", "10", "11", '"x"')]
     digests = [function_digest(notebook(text)) for text in [NOTEBOOK, *texts]]
-    write(project / "ownpack" / "widths.py", "WIDTH = 2\n")
+    edit(project / "ownpack" / "widths.py", "WIDTH = 2\n")
     digests.append(function_digest(notebook(NOTEBOOK)))
     assert len({*digests}) == len(digests)
     assert function_digest(notebook(f"print\n\n{NOTEBOOK}\nUNRELATED = 3")) == digests[-1]
@@ -126,8 +136,8 @@ def test_values_and_functions_bound_to_a_job_count(project):
 
     assert asked() == asked()
     seen = [asked(), asked(loss=1), asked(loss=2), asked(loss=loss)]
-    write(project / "losses_mine.py", "def loss(): return 2\n")
-    assert len({*seen, asked(loss=loss)}) == 5
+    edit(project / "losses_mine.py", "def loss(): return 2\n")
+    assert len({*seen, asked(loss=sys.modules["losses_mine"].loss)}) == 5
 
 
 def test_code_of_a_notebook_is_the_same_in_every_process(project):

@@ -11,9 +11,11 @@ import pytest
 import toy
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.load import load_object
 from weightsmith.lab import record
+from weightsmith.lab.engines.mirror import mirror
 from weightsmith.lab.experiment import Arm
-from weightsmith.lab.record import JobResult
+from weightsmith.lab.record import JobResult, read_job
 from weightsmith.lab.run import estimate, run, seeds_of
 
 HERE = Path(__file__).parent
@@ -315,6 +317,63 @@ def test_a_real_ray_cluster_survives_a_killed_worker_and_gives_the_same_results(
     assert (tmp_path / "killed").exists()
     assert results(far.folder) == results(near.folder)
     assert not far.failures
+
+
+AWAY = """
+import away_package.part
+import toy
+def job(config, job):
+    import away_lazily
+    return {"score": away_package.part.SCORE, "cost": away_lazily.COST}
+EXPERIMENT = toy.replace(toy.EXPERIMENT, slug="away", job=job)
+"""
+
+
+def _away(folder):
+    (folder / "away_package").mkdir(parents=True)
+    (folder / "away_package" / "__init__.py").touch()
+    (folder / "away_package" / "part.py").write_text("SCORE = 3.0\n")
+    (folder / "away_lazily.py").write_text("COST = 4.0\n")
+    (folder / "away-experiment.py").write_text(AWAY)
+    return folder / "away-experiment.py"
+
+
+def test_a_mirror_holds_the_modules_of_a_user_and_what_they_import(tmp_path):
+    script = _away(tmp_path / "away")
+    load_object(f"{script}:EXPERIMENT", "run")
+    (tmp_path / "mirror").mkdir()
+    names = {path.name for path in mirror(tmp_path / "mirror")}
+    assert {"away_package", "away_lazily.py", "away-experiment.py", "toy.py"} <= names
+    code = "import away_package.part, away_lazily; print(away_package.part.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "mirror")}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == str(tmp_path / "mirror" / "away_package" / "part.py")
+
+
+@pytest.mark.slow
+def test_code_of_any_folder_travels_to_a_cluster(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    script = _away(tmp_path / "away")
+    experiment = load_object(f"{script}:EXPERIMENT", "run")
+    connect = ray.init
+
+    def connect_and_lose(**options):  # as on a machine that does not have the files
+        connect(**options)
+        script.parent.rename(tmp_path / "gone")
+
+    monkeypatch.setattr(ray, "init", connect_and_lose)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        far = run(experiment, toy.Config(), seeds=2, out=tmp_path / "runs", engine="ray", address=cluster.address)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert not far.failures
+    assert {read_job(path.parent).metrics["cost"] for path in far.folder.glob("*/seed-*/result.json")} == {4.0}
 
 
 def test_nothing_to_do_starts_no_cluster(tmp_path):

@@ -148,8 +148,12 @@ def test_a_search_is_not_resumed_with_other_code(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"code of trainer"):
         search(mine.evaluate, folder=folder, trainer=Trainer())
     file.write_text(code % "2.0")
-    with pytest.raises(UsageError, match=r"code of evaluate"):
+    with pytest.raises(UsageError, match=r"edited after module 'my_search' was imported"):
         search(mine.evaluate, folder=folder)
+    monkeypatch.delitem(sys.modules, "my_search")
+    os.utime(file, (0, 0))  # bytecode is told apart by size and time
+    with pytest.raises(UsageError, match=r"code of evaluate"):
+        search(importlib.import_module("my_search").evaluate, folder=folder)
 
 
 def test_code_changes_with_settings_and_without_a_file():

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from weightsmith.core.outdated import check_current
+
 _OURS = Path(__file__).resolve().parents[1]
 
 
@@ -42,15 +44,24 @@ def digest(*parts: str | bytes) -> str:
 
 
 def code_digest(module: ModuleType) -> str:
-    """Changes when a module's source does, or that of a module of the user's own that it imports, directly or not."""
+    """Changes when a module's source does, or that of a module of the user's own that it imports, directly or not.
+
+    Raises:
+        UsageError: A file was edited after it was imported here: what runs is not what the digest would stand for.
+    """
+    files = code_files(module)
+    check_current(files)
+    return digest(*sorted(path.read_bytes() for path in files)) if files else ""
+
+
+def code_files(module: ModuleType) -> set[Path]:
+    """Source files of a module and of those of the user's own that it imports, directly or not; resolved paths."""
     file = getattr(module, "__file__", None)
     if file is None or not Path(file).is_file():
-        return ""
-    start = Path(file).resolve()
-    depth = module.__name__.count(".") + (start.name == "__init__.py")
-    root = start.parents[min(depth, len(start.parents) - 1)]
+        return set()
+    start, root = Path(file).resolve(), root_of(module)
     # of an installed package its own files count, not all that lies beside them
-    package = root / module.__name__.partition(".")[0] if depth else start
+    package = root / module.__name__.partition(".")[0] if start.parent != root else start
     places, waiting, seen = [root, *own_path()], [start], set[Path]()
     while waiting:
         path = waiting.pop()
@@ -58,7 +69,14 @@ def code_digest(module: ModuleType) -> str:
             seen.add(path)
             found = (other.resolve() for other in _imports(path, places))
             waiting += [other for other in found if is_own(other) or other.is_relative_to(package)]
-    return digest(*sorted(path.read_bytes() for path in seen))
+    return seen
+
+
+def root_of(module: ModuleType) -> Path:
+    """The folder that a module with a file, or the package that it is part of, is imported from."""
+    start = Path(module.__file__ or "").resolve()
+    depth = module.__name__.count(".") + (start.name == "__init__.py")
+    return start.parents[min(depth, len(start.parents) - 1)]
 
 
 def _imports(path: Path, places: Sequence[Path]) -> set[Path]:

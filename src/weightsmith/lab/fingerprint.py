@@ -14,6 +14,7 @@ from typing import Any
 
 import weightsmith
 from weightsmith.core.notebook import digest_without_file
+from weightsmith.core.outdated import check_function
 from weightsmith.core.own_code import code_digest, digest
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.identity import bound, bound_words
@@ -46,6 +47,9 @@ def function_digest(function: Any, depth: int = 3) -> str:
     Args:
         function: May be a ``partial`` or a closure.
         depth: How many functions bound to functions are looked into.
+
+    Raises:
+        UsageError: A file was edited after what it holds was imported here.
     """
     inner = [value for value in bound(function) if isinstance(value, partial) or inspect.isroutine(value)]
     found = [function_digest(value, depth - 1) for value in inner if depth]
@@ -55,6 +59,7 @@ def function_digest(function: Any, depth: int = 3) -> str:
     module = sys.modules.get(getattr(plain, "__module__", None) or "")
     if module is not None and module.__name__.partition(".")[0] != "weightsmith":
         found.append(code_digest(module) or digest_without_file(plain))
+        check_function(plain, Path(getattr(module, "__file__", None) or "").resolve())
     return " ".join(sorted({*found} - {""}))
 
 

@@ -7,7 +7,6 @@ just started, and import the user's script again; these workers share nothing an
 
 import concurrent.futures
 import contextlib
-import importlib.machinery
 import os
 import pickle
 import queue
@@ -16,14 +15,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import torch
 
-from weightsmith.core.own_code import is_own
 from weightsmith.lab.engines.base import Busy, Done, Engine, Failure, Work, do, keep
+from weightsmith.lab.engines.mirror import send_by_value
 from weightsmith.lab.experiment import Resources
 
 _TRIES = 2
@@ -78,7 +76,7 @@ class _Pool:
         self._threads = concurrent.futures.ThreadPoolExecutor(count)
 
     def do_all(self, works: Sequence[Work]) -> Iterator[Done | Failure]:
-        _send_by_value()
+        send_by_value(cloudpickle.register_pickle_by_value)
         busy = []
         for work, outcome in self._round(works, wait=False):
             if isinstance(outcome, Busy):
@@ -202,17 +200,6 @@ def _send(process: "subprocess.Popen[bytes]", message: bytes) -> None:
 def _receive(process: "subprocess.Popen[bytes]") -> Any:
     assert process.stdout is not None
     return pickle.load(process.stdout)
-
-
-def _send_by_value() -> None:
-    """Have those modules of the user's own sent as they are that a worker would not find under their name."""
-    for name, module in list(sys.modules.items()):
-        file = Path(getattr(module, "__file__", None) or "")
-        if "." in name or name in ("__main__", "__mp_main__") or file.suffix != ".py" or not is_own(file):
-            continue
-        found = importlib.machinery.PathFinder.find_spec(name)
-        if found is None or found.origin is None or Path(found.origin).resolve() != file.resolve():
-            cloudpickle.register_pickle_by_value(module)
 
 
 def _environments(count: int, threads: int) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -13,10 +14,11 @@ from typing import Any
 
 from weightsmith.core.errors import UsageError, require
 from weightsmith.lab.engines.base import Busy, Done, Engine, Failure, Work, compute, do, keep
+from weightsmith.lab.engines.mirror import mirror, send_by_value
 from weightsmith.lab.experiment import Resources
 from weightsmith.lab.record import JobResult
 
-_MOST_CODE = 2**20  # bytes of the user's own files beside the experiment that travel along
+_MOST_CODE = 2**20  # bytes of scripts in the current folder that travel along
 
 
 @contextlib.contextmanager
@@ -34,6 +36,7 @@ def ray_cluster(
         def do_all(works: Sequence[Work]) -> Iterator[Done | Failure]:
             if not works:
                 return
+            send_by_value(ray.cloudpickle.register_pickle_by_value)
             if not ray.is_initialized():
                 _connect(ray, address, workers)
                 stack.callback(ray.shutdown)
@@ -47,22 +50,34 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
     passed_on = {name: value for name, value in os.environ.items() if name.startswith(("WEIGHTSMITH_", "HF_"))}
     passed_on["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in [*sys.path, here] if path))
     environment: dict[str, Any] = {"env_vars": passed_on}
-    if address is not None:
-        code = list(Path(here).glob("*.py"))
-        if code and sum(path.stat().st_size for path in code) <= _MOST_CODE:
-            environment |= {"working_dir": here, "excludes": ["*", "!*.py"]}
     options: Mapping[str, Any] = {"num_cpus": workers} if address is None else {}
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env=environment,
-            logging_level="ERROR",
-            **options,
-        )
-    except ConnectionError as error:
-        raise UsageError(f"address {address!r} does not answer as a Ray cluster: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="weightsmith-code-") as folder:
+        if address is not None:
+            environment |= _code(Path(folder))
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env=environment,
+                logging_level="ERROR",
+                **options,
+            )
+        except ConnectionError as error:
+            raise UsageError(f"address {address!r} does not answer as a Ray cluster: {error}") from error
+
+
+def _code(folder: Path) -> dict[str, Any]:
+    """What a machine needs that does not have the user's files: own modules, and the scripts of the current folder."""
+    modules, scripts = folder / "modules", folder / "scripts"
+    modules.mkdir()
+    scripts.mkdir()
+    found = list(Path.cwd().glob("*.py"))
+    if sum(path.stat().st_size for path in found) <= _MOST_CODE:
+        for path in found:
+            shutil.copyfile(path, scripts / path.name)
+    environment: dict[str, Any] = {"py_modules": [str(path) for path in mirror(modules)]}
+    return environment | ({"working_dir": str(scripts)} if any(scripts.iterdir()) else {})
 
 
 def _do_all(
