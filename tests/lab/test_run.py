@@ -288,6 +288,14 @@ def test_a_run_announces_the_cost_that_an_estimate_tells(tmp_path):
     assert told == [estimate(toy.EXPERIMENT, toy.Config(), seeds=1, workers=1)]
 
 
+def test_an_experiment_times_its_own_step():
+    experiment = dataclasses.replace(toy.EXPERIMENT, steps=lambda config, arm: 5, step_seconds=lambda config: 2.0)
+    found = estimate(experiment, toy.Config(), seeds=3, workers=2)
+    assert (found.seconds, found.whole) == ({3: 30.0}, True)
+    unknown = dataclasses.replace(experiment, step_seconds=lambda config: None)
+    assert estimate(unknown, toy.Config(), seeds=3, workers=2).seconds is None
+
+
 @pytest.mark.slow
 def test_finding_ten_thousand_finished_jobs_takes_seconds(tmp_path):
     run(toy.EXPERIMENT, toy.Config(), seeds=5000, out=tmp_path, workers=2)

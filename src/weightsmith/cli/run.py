@@ -187,7 +187,8 @@ def _announce(found: Estimate) -> None:
     line = f"{span}, {found.workers} at a time"
     if found.seconds is not None:
         times = [duration(found.seconds[count]) for count in dict.fromkeys((least, most))]
-        line += f"; about {' to '.join(times)} of training by one timed step, evaluations not counted"
+        line += f"; about {' to '.join(times)} {'in all' if found.whole else 'of training'} by one timed step"
+        line += "" if found.whole else ", evaluations not counted"
     if found.memory is not None:
         line += f"; {found.memory / 2**20:,.0f} MiB each"
     print_line(line, "dim")

@@ -16,7 +16,17 @@ from weightsmith.core.errors import UsageError
 from weightsmith.experiments import language_policy
 from weightsmith.experiments.aggregation import Aggregation, report_missing, rivals
 from weightsmith.experiments.language_policy import LanguageModelRun
-from weightsmith.experiments.policies import BEFORE, PolicyConfig, PolicyRun, RunningMean, by_prompt, gate, starter
+from weightsmith.experiments.policies import (
+    BEFORE,
+    PolicyConfig,
+    PolicyRun,
+    RunningMean,
+    by_prompt,
+    gate,
+    starter,
+    step_timer,
+    steps,
+)
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.policy import Rollout
@@ -277,6 +287,8 @@ EXPERIMENT = Experiment(
     charts=CHARTS,
     job=job,
     start=starter(TASK),
+    steps=steps,
+    step_seconds=step_timer(TASK),
     check=check,
     reading=(
         "All arms of a seed begin with the same supervised policy and see the same prompts and random numbers; what is "

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
-from weightsmith.experiments.gan_pairs import Config, Outcome, data_of, device, from_scratch
+from weightsmith.experiments.gan_pairs import Config, Outcome, data_of, device, from_scratch, step_seconds
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import Recorder
@@ -298,14 +298,20 @@ def _fitting_discriminators(side: int) -> SearchSpace:
 
 
 def steps(config: Config, arm: str) -> int:
-    """Discriminator steps of a job."""
+    """Discriminator steps of a job; judging by as many images as two of its batches costs one.
+
+    The search that all arms of a seed share is counted with its winner.
+    """
     if arm in _TRANSFERS:
         return config.transfer_steps
-    search = config.warm_up + config.rounds * (config.steps or 1)
+    look = config.samples // (2 * config.gen_batch)
+    final = config.final_steps + look * (config.final_steps // (config.judge_every or config.final_steps) + 2)
+    search = config.warm_up + config.rounds * (config.steps or 1) + look * (config.rounds + 1) * config.population
     second = config.warm_up // 4 + config.rounds2 * config.bursts * config.n_critic2
-    more = {_FREE: (config.random_architectures - 1) * config.final_steps, "random-search": search}
+    second += look * (config.rounds2 + 1) * config.population2
+    more = {_FREE: (config.random_architectures - 1) * final, "random-search": search, "evolved": search}
     more |= dict.fromkeys(("one-to-one", "no-reset", "many-to-one"), second)
-    return config.final_steps + more.get(arm, 0)
+    return final + more.get(arm, 0)
 
 
 EXPERIMENT = Experiment(
@@ -341,6 +347,7 @@ EXPERIMENT = Experiment(
     start=start,
     task=shared_task,
     steps=steps,
+    step_seconds=step_seconds,
     check=Config.check,
     reading=(
         "All distances are to the training images, by features of a small classifier of the data unless a file with "

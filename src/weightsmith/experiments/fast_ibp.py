@@ -26,6 +26,7 @@ from weightsmith.certify import (
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
+from weightsmith.lab.probe import fastest
 from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.images import images_of
@@ -249,8 +250,23 @@ def _without_batchnorm_(model: nn.Module) -> None:
 
 
 def steps(config: Config, arm: str) -> int:
-    """Training steps of a job."""
-    return len(_front(config, arm)) * config.total_steps(shared_task(config))
+    """Training steps of a job; a pass of the attack, forward and backward, costs a third of one."""
+    task = shared_task(config)
+    passes = len(task.held_out["test"]) * config.attack_steps / config.batch_size
+    return len(_front(config, arm)) * round(config.total_steps(task) + passes / 3)
+
+
+def step_seconds(config: Config) -> float:
+    """Time a step on interval bounds."""
+    task = shared_task(config)
+    model, batch = config.network(task, 0), task.train.__getitems__(list(range(config.batch_size)))
+    training = CertifiedTraining(
+        model, config.eps, EpsilonSchedule(config.eps, 1, length=1), batch.inputs, recipe=_recipe(config, "fast", 0.0),
+        **_limits(config),
+    )  # fmt: skip
+    assert batch.targets is not None
+    targets = batch.targets
+    return fastest(lambda: training.loss(batch.inputs, targets).backward())
 
 
 EXPERIMENT = Experiment(
@@ -282,6 +298,7 @@ EXPERIMENT = Experiment(
     job=job,
     task=shared_task,
     steps=steps,
+    step_seconds=step_seconds,
     check=check,
     reading=(
         "Verified error counts every test example whose label is not proved for all changes of its pixels by eps, so "

@@ -13,6 +13,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.sources import locate
 from weightsmith.lab.gallery import Picture, keep_gallery
 from weightsmith.lab.job import Job
+from weightsmith.lab.probe import fastest
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.search import EvolveOptions, gan
 from weightsmith.search.gan.scoring import NotFinite
@@ -252,3 +253,16 @@ def _judge(config: Config, data: Data, job: Job, name: str) -> Callable[[Any], f
         return math.inf if found.failed else found.distance
 
     return judge
+
+
+def step_seconds(config: Config) -> float:
+    """Time a discriminator step of the published pair, with its share of a generator step."""
+    images = torch.zeros(
+        config.batch_size, shared_task(config).example().inputs.shape[1], config.side, config.side, dtype=torch.uint8
+    )
+    generator = gan.Generator("G*", cell_gain=config.cell_gain, **config.generator_sizes(images)).to(device())
+    opponent = gan.Discriminator(config.discriminator, **config.discriminator_sizes(images)).to(device())
+    options = gan.TrainOptions(
+        steps=config.final_critic, dis_batch=config.batch_size, gen_batch=config.gen_batch, n_critic=config.final_critic
+    )
+    return fastest(lambda: gan.train_gan(generator, opponent, images, options)) / config.final_critic

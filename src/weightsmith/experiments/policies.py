@@ -14,6 +14,7 @@ from weightsmith.lab.experiment import Arm, Claim
 from weightsmith.lab.job import Job
 from weightsmith.lab.models.policy import PolicyTransformer
 from weightsmith.lab.policy import PolicyTask, Rollout, held_out_prompts, optimize_policy, sample, warm_up
+from weightsmith.lab.probe import fastest
 from weightsmith.lab.progress import seed_everything
 from weightsmith.lab.train import Row, Stateful
 from weightsmith.reweight import fused_linear_logprob
@@ -149,6 +150,49 @@ def _start(task: PolicyTask, config: PolicyConfig, seed: int, _: Path) -> Any:
         device=torch.device("cpu"),
     )  # fmt: skip
     return model.state_dict()
+
+
+def step_timer(task: PolicyTask) -> Callable[[Any], float | None]:
+    """An experiment's ``step_seconds``: a rollout and its updates by the plain policy gradient."""
+    return partial(_step_seconds, task)
+
+
+def _step_seconds(task: PolicyTask, config: PolicyConfig) -> float | None:
+    if config.model:
+        return None
+    model = config.network(task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def loss(rollout: Rollout, advantages: Tensor) -> Tensor:
+        return -(scored(model, rollout)[0] * advantages.unsqueeze(1)).mean()
+
+    return fastest(
+        lambda: optimize_policy(
+            model,
+            optimizer,
+            task,
+            advantages=lambda rollout: rollout.scores[:, 0],
+            loss=loss,
+            steps=1,
+            prompts=config.prompts,
+            samples=config.samples,
+            mini_batches=config.mini_batches,
+            seed=0,
+            device=torch.device("cpu"),
+        )
+    )
+
+
+def steps(config: PolicyConfig, arm: str) -> int:
+    """Rollouts with updates of a job; drawing and scoring other answers costs half as much as a rollout of as many.
+
+    The supervised steps that all arms of a seed share are counted with `BEFORE`; ten of them cost as much as one.
+    """
+    taken = 0 if arm == BEFORE.name else config.steps
+    looks = taken // config.measure_every + 1
+    answers = config.test_prompts * config.test_samples + looks * config.measure_prompts * config.measure_samples
+    shared = config.warmup_steps // 10 if arm == BEFORE.name else 0
+    return taken + shared + answers // (2 * config.prompts * config.samples)
 
 
 class PolicyRun:

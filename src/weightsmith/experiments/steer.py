@@ -20,6 +20,8 @@ from weightsmith.experiments.policies import (
     gate,
     mean_entropy,
     starter,
+    step_timer,
+    steps,
 )
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
@@ -256,6 +258,8 @@ EXPERIMENT = Experiment(
     charts=CHARTS,
     job=job,
     start=starter(TASK),
+    steps=steps,
+    step_seconds=step_timer(TASK),
     check=check,
     reading=(
         "All arms of a seed begin with the same supervised policy and see the same prompts and random numbers. Weights "

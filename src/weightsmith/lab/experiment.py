@@ -160,6 +160,8 @@ class Experiment(Generic[Config]):
         task: ``config -> Task`` that the jobs train; checked by one real batch before the first job, and described in
             the report.
         steps: ``(config, arm) -> training steps of a job``, from which ``--dry-run`` estimates the time.
+        step_seconds: ``config -> seconds`` of such a step, timed now, where it is no plain step of the task's model;
+            ``steps`` then counts evaluations too, as so many steps. ``None``: not known without downloads.
         charts: Pictures for the report.
         check: Called once before any job starts; raises `UsageError` for a configuration that cannot run.
         reading: How to read the result honestly; a paragraph for the report.
@@ -179,6 +181,7 @@ class Experiment(Generic[Config]):
     start: Callable[[Config, int, Path], Any] | None = None
     task: Callable[[Config], "Task"] | None = None
     steps: Callable[[Config, str], int] | None = None
+    step_seconds: Callable[[Config], float | None] | None = None
     charts: tuple[Chart, ...] = ()
     check: Callable[[Config], None] = lambda config: None
     reading: str = ""

@@ -1,7 +1,9 @@
 """One real batch through the model before the first job: what cannot run says so once, and at once."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +51,28 @@ def probe(task: Task, batch_size: int | None = None) -> Probe:
     rows = list(range(min(batch_size, len(task.train)))) if batch_size else None
     batch = (task.example() if rows is None else task.train.__getitems__(rows)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if any(True for _ in model.parameters()) else None
-    seconds = []
+
+    def step() -> None:
+        losses = _losses(task, model, batch)
+        if losses.requires_grad:
+            losses.mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
     with Stopwatch() as watch:
-        for _ in range(3):  # the first step allocates
-            begin = time.perf_counter()
-            losses = _losses(task, model, batch)
-            if losses.requires_grad:
-                losses.mean().backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-            seconds.append(time.perf_counter() - begin)
-    return Probe(min(seconds), watch.peak_memory, sum(parameter.numel() for parameter in model.parameters()))
+        seconds = fastest(step)
+    return Probe(seconds, watch.peak_memory, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def fastest(step: Callable[[], Any], times: int = 3) -> float:
+    """Seconds of the fastest of a few calls; the first one allocates."""
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def _losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ come in looks: after each the claims are judged, and the run stops when the prim
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -160,12 +160,8 @@ def check(experiment: Experiment[Any], config: Any) -> tuple[Task | None, Probe 
         return None, None
     shared_task.cache_clear()  # in a notebook the data may have changed since the last run
     task = experiment.task(config)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(experiment.resources.cpus)
-    try:
+    with _threads(experiment.resources.cpus):
         return task, probe(task, getattr(config, "batch_size", None))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +171,17 @@ class Estimate:
     Attributes:
         jobs: Number of jobs by number of seeds, one entry per look.
         seconds: Time by number of seeds; ``None`` where the experiment cannot tell. One timed step of the model is
-            multiplied by the number of steps; evaluations come on top.
+            multiplied by the number of steps.
         memory: Peak memory of a job, bytes; ``None`` where it cannot be told.
         workers: Jobs at a time.
+        whole: Whether the time holds evaluations too.
     """
 
     jobs: dict[int, int]
     seconds: dict[int, float] | None
     memory: int | None
     workers: int
+    whole: bool = False
 
 
 def estimate(
@@ -215,11 +213,26 @@ def _estimate(
     at_a_time = workers or worker_count(experiment.resources)
     counts = [len(batch) for batch in batches]
     seconds = None
-    if cost is not None and experiment.steps is not None:
-        per_seed = cost.seconds * sum(experiment.steps(config, arm) for arm in arms)
+    each = None if cost is None else cost.seconds
+    if experiment.step_seconds is not None:
+        with _threads(experiment.resources.cpus):
+            each = experiment.step_seconds(config)
+    if each is not None and experiment.steps is not None:
+        per_seed = each * sum(experiment.steps(config, arm) for arm in arms)
         seconds = {count: per_seed * count / at_a_time for count in counts}
     memory = None if cost is None else cost.memory
-    return Estimate({count: count * len(arms) for count in counts}, seconds, memory, at_a_time)
+    jobs = {count: count * len(arms) for count in counts}
+    return Estimate(jobs, seconds, memory, at_a_time, experiment.step_seconds is not None)
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _wanted(experiment: Experiment[Any], config: Any, arms: Sequence[str]) -> tuple[list[str], list[str]]:
