@@ -360,7 +360,11 @@ def test_the_first_screen_says_on_what_what_and_what_to_do(tmp_path):
     [
         ([(0.8, 0.9)] * 3, {}, "Do not use new here."),
         ([(0.9, 0.9), (0.901, 0.9), (0.899, 0.9)], {"worth": 0.5}, "New makes no relevant difference here."),
-        ([(0.9, 0.8), (0.7, 0.9), (0.95, 0.8)], {"worth": 0.05}, "New is undecided: about"),
+        (
+            [(0.9, 0.8), (0.7, 0.9), (0.95, 0.8)],
+            {"worth": 0.05},
+            "New is undecided, and no practical number of seeds would decide it: about",
+        ),
         ([(math.nan, 0.8), (0.9, 0.8), (0.95, 0.8)], {}, "New is undecided: more seeds are needed."),
     ],
 )

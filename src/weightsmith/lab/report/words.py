@@ -119,6 +119,7 @@ def _advice(report: Report, arm: str, judgements: list[Judgement]) -> str:
     return f"{what}: it is {', '.join(parts[:-1])} and {parts[-1]}"
 
 
+_PRACTICAL = 100  # seeds
 _MIXED: Mapping[Verdict, str] = {
     "supported": "better than {}",
     "refuted": "not better than {}",
@@ -144,6 +145,8 @@ def _one_verdict(name: str, judgement: Judgement) -> str:
     if judgement.too_few == "examples" and judgement.seeds_needed is None:
         return f"{name} is undecided, and more seeds would not help: the test set is too small"
     more = (judgement.seeds_needed or 0) - judgement.n
+    if more > _PRACTICAL:
+        return f"{name} is undecided, and no practical number of seeds would decide it: about {more:,} more are needed"
     needed = f"about {more} more seeds are" if more > 1 else "about 1 more seed is" if more == 1 else "more seeds are"
     return f"{name} is undecided: {needed} needed"
 
