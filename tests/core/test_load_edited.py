@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 
 import pytest
 
@@ -62,6 +63,27 @@ def scaled(x, by=1.5, *, shift=7):
     calls += 1
     return [y * by + shift for y in x]
 """
+STRANGE = """
+import enum, typing
+class Kind(str, enum.Enum):
+    ONE = "one"
+class Extends(type):
+    def __new__(cls, name, bases, names):
+        return super().__new__(cls, name, bases, names | {"fields": ("a", "b")})
+class Extended(metaclass=Extends):
+    fields = ("b",)
+@typing.overload
+def read(x: int, y: int = 1): ...
+def read(x, y=2): return x
+for _index in range(3):
+    COUNT = 0
+COUNT = 5
+def counted(function):
+    function.__defaults__ = (9,)
+    return function
+@counted
+def changed(x=1): return x
+"""
 EDITS = {
     "constant": ("LIMIT = 3", "LIMIT = 4"),
     "field": ("lr: float = 0.1", "lr: float = 0.2"),
@@ -100,8 +122,19 @@ def test_a_function_from_before_a_reload_has_no_digest(tmp_path, monkeypatch):
     module, path = imported(tmp_path, monkeypatch, "reloaded_since")
     old = module.scaled
     path.write_text(TEXT.replace("y * by", "y + by"))
-    os.utime(path, (0, 0))  # bytecode is told apart by size and time
+    os.utime(path, (time.time() + 9,) * 2)  # bytecode is told apart by size and time
     importlib.reload(module)
     assert function_digest(module.scaled)
     with pytest.raises(UsageError, match="'scaled' is not the function of this name"):
         function_digest(old)
+
+
+def test_what_decorators_and_metaclasses_make_is_no_edit(tmp_path, monkeypatch):
+    path = tmp_path / "strange_code.py"
+    path.write_text(STRANGE)
+    os.utime(path, (time.time() - 10**6,) * 2)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("strange_code")
+    monkeypatch.setitem(sys.modules, "strange_code", module)
+    assert code_digest(module)
+    assert function_digest(module.changed)

@@ -5,11 +5,13 @@ import inspect
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
+
+import psutil
 
 from weightsmith.core.errors import UsageError
 
@@ -21,7 +23,8 @@ def check_current(files: Iterable[Path]) -> None:
     """Refuse to go on with a module that was imported from one of the files before the file was edited.
 
     Compared are the compiled functions and methods, their plain defaults, and the plain constants of modules and
-    classes that are assigned once. What no text tells, such as a constant that is computed, is not seen.
+    classes that are assigned once, in files that have changed since this process began. What no text tells, such as a
+    constant that is computed, is not seen.
 
     Args:
         files: Resolved paths of source files.
@@ -29,7 +32,7 @@ def check_current(files: Iterable[Path]) -> None:
     Raises:
         UsageError: A file was edited after its import.
     """
-    wanted = set(files)
+    wanted = {path for path in files if _is_new(path)}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         # other loaders may change the code as they load it
@@ -53,13 +56,25 @@ def check_function(function: Any, path: Path) -> None:
         UsageError: The file holds another function of this name.
     """
     loader = getattr(sys.modules.get(getattr(function, "__module__", None) or ""), "__loader__", None)
-    if isinstance(function, FunctionType) and type(loader) is SourceFileLoader and _is_from(function, path):
+    if type(loader) is not SourceFileLoader or not path.is_file() or not _is_new(path):
+        return
+    if isinstance(function, FunctionType) and _is_from(function, path):
         codes = _codes(path.read_bytes(), path)
         if codes is not None and not _is_among(function, codes):
             raise UsageError(
                 f"{function.__qualname__!r} is not the function of this name in {path}, which was edited; "
                 "make it anew from the module as it is now"
             )
+
+
+@cache
+def _begun() -> float:
+    return float(psutil.Process().create_time())
+
+
+def _is_new(path: Path) -> bool:
+    # what decorators and metaclasses make of a module can look like an edit: only edited files are compared
+    return path.stat().st_mtime >= _begun() - 2  # seconds: clocks of file systems are coarse
 
 
 def _differing(module: ModuleType, path: Path) -> str:
@@ -143,9 +158,7 @@ def _is_equal(mine: Any, its: Any) -> bool:
 
 def _other_values(body: list[ast.stmt], names: Mapping[str, Any], prefix: str, elsewhere: set[str]) -> Iterator[str]:
     """Names whose plain values are not those of the text, defaults of functions and fields among them."""
-    stored = Counter(
-        node.id for part in body for node in ast.walk(part) if isinstance(node, ast.Name) and _is_changed(node)
-    )
+    stored = Counter(name for part in body for node in ast.walk(part) for name in _assigned(node))
     for part in body:
         if isinstance(part, ast.Assign | ast.AnnAssign):
             targets = part.targets if isinstance(part, ast.Assign) else [part.target]
@@ -154,7 +167,7 @@ def _other_values(body: list[ast.stmt], names: Mapping[str, Any], prefix: str, e
                     continue
                 if not _agrees(part.value, _held(names, target.id)):
                     yield prefix + target.id
-        elif isinstance(part, _Definition):
+        elif isinstance(part, _Definition) and stored[part.name] == 1:  # others are overloads or setters
             held = names.get(part.name)
             function = inspect.unwrap(held) if callable(held) else None
             if isinstance(function, FunctionType) and _has_other_defaults(part, function):
@@ -165,25 +178,28 @@ def _other_values(body: list[ast.stmt], names: Mapping[str, Any], prefix: str, e
                 yield from _other_values(part.body, vars(kind), f"{prefix}{part.name}.", set())
 
 
-def _is_changed(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Store | ast.Del)
+def _assigned(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
+        return [node.id]
+    return [node.name] if isinstance(node, _Definition | ast.ClassDef) else []
 
 
 def _held(names: Mapping[str, Any], name: str) -> Any:
+    value = names.get(name, ...)
     # dataclasses with slots keep the default of a field elsewhere
     fields = names.get("__dataclass_fields__", {})
-    return fields[name].default if name in fields else names.get(name, ...)
+    return fields[name].default if isinstance(value, MemberDescriptorType) and name in fields else value
 
 
 def _agrees(text: ast.expr | None, value: Any) -> bool:
     """Whether a value is what a literal says; what is no plain literal agrees with anything."""
-    if text is None or not isinstance(value, _PLAIN):
+    if text is None or type(value) not in _PLAIN:  # members of an enumeration may be strings, too
         return True
     try:
         literal = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError):
         return True
-    return not isinstance(literal, _PLAIN) or _is_equal(literal, value)
+    return type(literal) not in _PLAIN or _is_equal(literal, value)
 
 
 def _has_other_defaults(text: _Definition, function: FunctionType) -> bool:
