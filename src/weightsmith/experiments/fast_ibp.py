@@ -26,7 +26,7 @@ from weightsmith.certify import (
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.probe import fastest
+from weightsmith.lab.probe import fastest_loss
 from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.images import images_of
@@ -266,7 +266,7 @@ def step_seconds(config: Config) -> float:
     )  # fmt: skip
     assert batch.targets is not None
     targets = batch.targets
-    return fastest(lambda: training.loss(batch.inputs, targets).backward())
+    return fastest_loss(lambda: training.loss(batch.inputs, targets))
 
 
 EXPERIMENT = Experiment(

@@ -65,6 +65,11 @@ def probe(task: Task, batch_size: int | None = None) -> Probe:
     return Probe(seconds, watch.peak_memory, sum(parameter.numel() for parameter in model.parameters()))
 
 
+def fastest_loss(loss: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of a few forward and backward passes."""
+    return fastest(lambda: loss().backward())
+
+
 def fastest(step: Callable[[], Any], times: int = 3) -> float:
     """Seconds of the fastest of a few calls; the first one allocates."""
     seconds = []
