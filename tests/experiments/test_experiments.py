@@ -142,6 +142,13 @@ def test_a_job_that_resumes_gives_the_same_numbers(tmp_path, slug):
     assert len(one.record.rows) == len(two.record.rows)
 
 
+@pytest.mark.parametrize("arm", ["sgdp", "adamp"])
+def test_the_share_of_projected_tensors_is_that_of_training_after_a_kill_too(tmp_path, arm):
+    experiment, config = small("adamp", delta=100.0)  # so that all tensors are projected
+    for _ in range(2):  # the second reads back what the first has trained
+        assert do(experiment, config, arm, tmp_path)[0]["projected"] > 50
+
+
 @pytest.mark.parametrize("slug", CONFIGS)
 def test_the_paper_preset_and_all_claims_are_consistent(slug):
     experiment = experiment_of(slug)

@@ -5,6 +5,7 @@ validation split prefers. Beside them a problem in two dimensions whose loss dep
 where the mechanism is visible to the eye; it needs neither data nor a model, and is no claim.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -150,12 +151,24 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         kernels = _kernels(model)
         start = _mean_norm(kernels)
         optimizer = _optimizer(config, job.arm, list(model.parameters()), lr)
-        look = Hook(after_row=lambda _: {"norm": _mean_norm(kernels), "effective_step": _step(kernels, lr, job.arm)})
+        look = Hook(
+            after_row=lambda _: {
+                "norm": _mean_norm(kernels),
+                "effective_step": _step(kernels, lr, job.arm),
+                "projected": _projected(optimizer),
+            }
+        )
         phase = "reference" if lr == reference else "other rates"
         record = partial(job.record, phase=phase, rate=lr)
         fitted = config.fit(model, optimizer, task, job.seed, hooks=[look], record=record, folder=folder)
         if lr == reference:
-            measured.update(norm_start=start, norm_growth=_mean_norm(kernels) - start, projected=_projected(optimizer))
+            # from the rows: an optimizer that a resumed run has read back has not made a step
+            projected = [row["projected"] for row in fitted.rows if "projected" in row]
+            measured.update(
+                norm_start=start,
+                norm_growth=_mean_norm(kernels) - start,
+                projected=projected[-1] if projected else math.nan,
+            )
         return fitted
 
     tuned = tune(config, task, job, config.rates(job.arm), train, more=config.more_lrs)
