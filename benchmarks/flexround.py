@@ -17,7 +17,6 @@ plain operations.
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import statistics
@@ -39,6 +38,7 @@ from weightsmith.experiments._texts import load_tokens, predict
 
 from _timing import interleave, show
 from weightsmith.core.rounding import round_ste
+from weightsmith.experiments.auto_round import auto_round_, installed
 from weightsmith.quantize import FlexRound, Grid, flexround_, round_to_nearest_
 from weightsmith.quantize.after_training.rtn import RoundToNearest
 from weightsmith.quantize.after_training.targets import choose_targets, written
@@ -47,7 +47,7 @@ SHAPES = ((2, 256), (2, 1024))
 ROUNDS = 10
 GRID = Grid(4, search="minmax")
 LR = 1e-3
-AUTO_ROUND = importlib.util.find_spec("auto_round") is not None
+AUTO_ROUND = installed()
 WINDOWS, LENGTH, BATCH = 64, 128, 2  # calibration of a whole model
 
 Step = Callable[[], object]
@@ -187,17 +187,6 @@ def peak_of(name: str, batch: int, length: int) -> None:
     print(f"{resident('VmHWM') - before:.0f}")
 
 
-def rounded_by_auto_round(model: Any, tokenizer: Any, windows: Tensor, bits: int, iterations: int, seed: int) -> Any:
-    """A whole model by auto-round's own loop and rate, in float32 as ours."""
-    from auto_round import AutoRound
-
-    scheme = {"bits": bits, "group_size": -1, "sym": False, "data_type": "int", "act_bits": 16}
-    settings = {"iters": iterations, "seqlen": LENGTH, "nsamples": len(windows), "batch_size": BATCH, "seed": seed}
-    batches = list(windows.split(BATCH))
-    device = {"device_map": "cpu", "amp": False, "enable_torch_compile": False}
-    return AutoRound(model, tokenizer, scheme=scheme, dataset=batches, **settings, **device).quantize()[0]
-
-
 def whole_model(folder: str, data: str, bits: int, lr: float, iterations: int, seeds: int) -> None:
     """Print the perplexity that each method leaves, and how long it took."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -216,11 +205,13 @@ def whole_model(folder: str, data: str, bits: int, lr: float, iterations: int, s
         flexround_(model, calibration, grid, seed=seed, **options)
         return model
 
+    def by_auto_round(model: Any, calibration: Tensor, seed: int) -> Any:
+        given = {"tokenizer": tokenizer, "iterations": iterations, "batch_size": BATCH, "seed": seed}
+        return auto_round_(model, {"input_ids": calibration}, grid, **given).model
+
     methods: dict[str, Callable[[Any, Tensor, int], Any]] = {"FlexRound": by_flexround}
     if AUTO_ROUND:
-        methods["auto-round"] = lambda model, calibration, seed: rounded_by_auto_round(
-            model, tokenizer, calibration, bits, iterations, seed
-        )
+        methods["auto-round"] = by_auto_round
     nearest = fresh()
     round_to_nearest_(nearest, windows[:BATCH], grid)
     print(f"perplexity: trained {perplexity(fresh()):.3f}, rounded to nearest {perplexity(nearest):.3f}")

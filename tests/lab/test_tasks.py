@@ -89,24 +89,6 @@ def test_worked_arithmetic_is_bundled():
     assert works(config).rows == {"train": 16, "validation": 4, "test": 5}
 
 
-@pytest.fixture(scope="module")
-def tiny_language_model(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("llama")
-    words = ["<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789?+-#.:()*="]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        eos_token_id=1, bos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
 def test_a_hugging_face_model_answers_and_is_scored_by_exact_matches(tiny_language_model):
     config = TrainConfig(
         task="questions", model=tiny_language_model, pretrained=True, train_examples=8, test_examples=4, steps=1,

@@ -8,20 +8,23 @@ cannot tell methods apart by accuracy at four bits.
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, require
 from weightsmith.core.outputs import logits_of
+from weightsmith.experiments.auto_round import PURPOSE, auto_round_, installed, report_left_out
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.sweep import sweep
 from weightsmith.lab.task import Batch, Task, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
+from weightsmith.lab.tasks.tokenized import is_causal_transformer, tokenizer_of
 from weightsmith.quantize import (
     Grid,
     LearningOptions,
@@ -74,8 +77,18 @@ class Config(TrainConfig):
     """Weights of AdaRound's regularizer."""
     ablations: bool = True
     """Also learn with the step fixed, and without factors per channel."""
+    auto_round: bool = field(default_factory=installed)
+    """Include the arm that rounds with auto-round: causal language models of Transformers alone. By default where it is
+    installed."""
+    auto_round_lrs: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Learning rates that auto-round is tried at, in units of its own, 1 / iterations."""
     held_out: int = 256
     """Validation examples that settings are chosen by."""
+
+    @property
+    def has_auto_round(self) -> bool:
+        """Whether auto-round is an arm."""
+        return self.auto_round and is_causal_transformer(self)
 
 
 def arms(config: Config) -> list[Arm]:
@@ -93,6 +106,14 @@ def arms(config: Config) -> list[Arm]:
             Arm("flexround-fixed-step", "step s1 not learned", "FlexRound, fixed step"),
             Arm("flexround-elements", "factors per weight only (no s3, s4)", "FlexRound, no channel factors"),
         ]
+    if config.has_auto_round:
+        found.append(
+            Arm(
+                "auto-round",
+                f"{config.iterations} steps, {len(config.auto_round_lrs)} settings tried, ranges of its own",
+                "auto-round",
+            )
+        )
     return found
 
 
@@ -117,6 +138,13 @@ def claims(config: Config) -> list[Claim]:
             metric=f"sqnr_w{fewest}", winner="flexround", loser="adaround-long", worth=0.5, paper="not in the paper",
         ),
     ]  # fmt: skip
+    if config.has_auto_round:
+        found.append(
+            Claim(
+                text=f"FlexRound keeps the output closer than auto-round at {fewest} bits and equal steps",
+                metric=f"sqnr_w{fewest}", winner="flexround", loser="auto-round", worth=0.5, paper="not in the paper",
+            )
+        )  # fmt: skip
     if config.ablations:
         found += [
             Claim(
@@ -163,11 +191,20 @@ def check(config: Config) -> None:
     config.check()
     if not config.bits or not set(config.bits) <= set(_ALL_BITS):
         raise UsageError(f"bits must be some of {_ALL_BITS}, got {config.bits}")
-    tries = {len(config.flexround_lrs), len(config.adaquant_lrs), _adaround_tries(config)}
-    if len(tries) > 1:
+    tries = {
+        "flexround_lrs": len(config.flexround_lrs),
+        "adaquant_lrs": len(config.adaquant_lrs),
+        "adaround_lrs times penalties": _adaround_tries(config),
+    }
+    if config.has_auto_round:
+        require("auto_round", extra="quantize", purpose=PURPOSE)
+        tries["auto_round_lrs"] = len(config.auto_round_lrs)
+    elif config.auto_round:
+        report_left_out(config.model_name or config.task)
+    if len(set(tries.values())) > 1:
         raise UsageError(
-            "flexround_lrs, adaquant_lrs and adaround_lrs times penalties must give every method the same number of "
-            f"settings, got {len(config.flexround_lrs)}, {len(config.adaquant_lrs)} and {_adaround_tries(config)}"
+            f"{', '.join(tries)} must give every method the same number of settings, got "
+            f"{', '.join(map(str, tries.values()))}"
         )
 
 
@@ -210,10 +247,11 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
             job.record({"block": index, "block_error": block.error or math.nan}, phase=f"W{bits}")
         error = _error(model, trained, _batches(task, "test", None))
         weights = sum(layer.numel for layer in report.layers)
+        moved = sum(layer.moved * layer.numel for layer in report.layers)
         found |= {
             f"sqnr_w{bits}": -10 * math.log10(max(error, sys.float_info.min)),
             f"score_w{bits}": config.score(task, model),
-            f"moved_w{bits}": 100 * sum(layer.moved * layer.numel for layer in report.layers) / weights,
+            f"moved_w{bits}": 100 * moved / weights if weights else None,  # auto-round tells nothing about layers
             f"seconds_w{bits}": report.seconds,
         }
     return found
@@ -248,6 +286,16 @@ def _settings(config: Config, arm: str) -> list[Rounding]:
             for lr in config.adaround_lrs
             for penalty in config.penalties
         ]
+    if arm == "auto-round":
+        tokenizer = tokenizer_of(config)
+
+        def by_auto_round(model: nn.Module, calibration: Any, grid: Grid, seed: int, *, rate: float) -> Report:
+            return auto_round_(
+                model, calibration, grid, tokenizer=tokenizer, iterations=config.iterations,
+                batch_size=config.round_batch, seed=seed, rate=rate,
+            )  # fmt: skip
+
+        return [partial(by_auto_round, rate=rate) for rate in config.auto_round_lrs]
     if arm == "adaquant":
         return [with_options(adaquant_, iterations=config.iterations, lr=lr) for lr in config.adaquant_lrs]
     parts: dict[str, Any] = {
@@ -308,14 +356,14 @@ EXPERIMENT = Experiment(
     presets={
         "smoke": Config(
             train_examples=400, epochs=2, bits=(3,), samples=64, iterations=20, long=2, flexround_lrs=(5e-3,),
-            adaquant_lrs=(1e-2,), adaround_lrs=(3e-3,), penalties=(0.01,),
+            adaquant_lrs=(1e-2,), adaround_lrs=(3e-3,), penalties=(0.01,), auto_round_lrs=(1.0,),
         ),
         "laptop": Config(),
         "paper": Config(
             task="language", data="allenai/c4", subset="en", model="meta-llama/Llama-2-7b-hf", pretrained=True,
             bits=(4, 3), granularity="channel", search="minmax", samples=512, round_batch=2, iterations=5000,
             length=2048, flexround_lrs=(3e-3, 2.5e-3), adaquant_lrs=(3e-3, 1e-2), adaround_lrs=(3e-3, 1e-2),
-            penalties=(0.01,), ablations=False,
+            penalties=(0.01,), auto_round_lrs=(1.0, 2.0), ablations=False,
         ),
     },
     arms=arms,

@@ -60,6 +60,11 @@ def is_hugging_face(name: str) -> bool:
     )
 
 
+def is_causal_transformer(config: TaskConfig) -> bool:
+    """Whether the model of a configuration is a causal language model of Transformers."""
+    return config.task in ("language", "questions") and is_hugging_face(config.model_name)
+
+
 def content_digest(splits: Mapping[str, Rows]) -> str:
     """Changes with any token or target."""
     return tensors_digest(
@@ -67,7 +72,7 @@ def content_digest(splits: Mapping[str, Rows]) -> str:
     )
 
 
-def tokenizer_of(config: TaskConfig, ours: Bytes | Words) -> Any:
+def tokenizer_of(config: TaskConfig, ours: Bytes | Words | None = None) -> Any:
     """The tokenizer of a Hugging Face model; ``ours`` for every other model.
 
     Raises:
