@@ -16,6 +16,7 @@ from weightsmith.lab import record
 from weightsmith.lab.engines.mirror import mirror
 from weightsmith.lab.experiment import Arm
 from weightsmith.lab.record import JobResult, read_job
+from weightsmith.lab.report import load, to_html
 from weightsmith.lab.run import estimate, run, seeds_of
 
 HERE = Path(__file__).parent
@@ -389,3 +390,12 @@ def test_nothing_to_do_starts_no_cluster(tmp_path):
     run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1)
     run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, engine="ray")
     assert not ray.is_initialized()
+
+
+def test_an_experiment_without_a_task_says_what_its_jobs_run_on(tmp_path):
+    facts = {"data": "counted sheep", "model": "a shepherd"}
+    experiment = dataclasses.replace(toy.EXPERIMENT, facts=lambda config: facts | {"steps": str(config.steps)})
+    done = run(experiment, toy.Config(), seeds=1, out=tmp_path, workers=1)
+    assert record.read_run(done.folder)["task"]["facts"] == facts | {"steps": str(toy.Config().steps)}
+    page = to_html(load(done.folder))
+    assert "On counted sheep; model a shepherd; 1 seed per arm." in page

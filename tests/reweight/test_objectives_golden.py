@@ -1,6 +1,7 @@
 """Dynamic reward weighting against values from the authors' code."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,12 @@ class Policy(nn.Sequential):
         return self(inputs).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
 
 
+def logp_from(policy, inputs, actions, values):
+    names = [name for name, _ in policy.named_parameters()]
+    logits = torch.func.functional_call(policy, dict(zip(names, values, strict=True)), (inputs,))
+    return logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+
+
 @pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_pp"])
 def test_three_whole_steps_of_gradient_weighting_match(name):
     case = {key.removeprefix(f"e2e_{name}."): value for key, value in G.items() if key.startswith(f"e2e_{name}.")}
@@ -95,6 +102,9 @@ def test_three_whole_steps_of_gradient_weighting_match(name):
         logp = policy.logp(case["inputs"][step], case["actions"][step])
         found = objective_influence(logp, each, mask, params, max_norm=norm)
         torch.testing.assert_close(found, case["influence"][step], **close)
+        logp_of = partial(logp_from, policy, case["inputs"][step], case["actions"][step])
+        fast = objective_influence(logp_of, each, mask, params, method="sequence", max_norm=norm)
+        torch.testing.assert_close(fast, case["influence"][step], **close)
         weights = rule.update(found, lr)
         torch.testing.assert_close(weights, case["weights"][step], **close)
         advantages = objective_advantages(scores, weights, group, method=name, mask=mask)

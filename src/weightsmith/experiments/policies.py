@@ -157,6 +157,26 @@ def step_timer(task: PolicyTask) -> Callable[[Any], float | None]:
     return partial(_step_seconds, task)
 
 
+def facts_of(task: PolicyTask, text: str) -> Callable[[PolicyConfig], Mapping[str, str]]:
+    """An experiment's ``facts``: on which prompts its policy is measured, and what the policy is.
+
+    Args:
+        task: Of the small policy.
+        text: Its prompts, in words.
+    """
+    return partial(_facts, task, text)
+
+
+def _facts(task: PolicyTask, text: str, config: PolicyConfig) -> dict[str, str]:
+    measured = f"{config.test_prompts:,} test prompts with {config.test_samples:,} answers each"
+    if config.model:
+        return {"data": f"{config.data}, {measured}", "model": config.model}
+    with torch.device("meta"):  # only its size is asked for
+        size = sum(p.numel() for p in config.network(task).parameters())
+    shape = f"transformer of {config.depth} blocks, width {config.width}, {size:,} parameters"
+    return {"data": f"{text}, {measured}", "model": shape}
+
+
 def _step_seconds(task: PolicyTask, config: PolicyConfig) -> float | None:
     if config.model:
         return None

@@ -159,6 +159,8 @@ class Experiment(Generic[Config]):
             ``folder`` is for checkpoints, as a job's.
         task: ``config -> Task`` that the jobs train; checked by one real batch before the first job, and described in
             the report.
+        facts: ``config -> what the jobs run on``, in words and under the names of `Task.facts`, above all ``"data"``
+            and ``"model"``; for the report of an experiment without a task.
         steps: ``(config, arm) -> training steps of a job``, from which ``--dry-run`` estimates the time.
         step_seconds: ``config -> seconds`` of such a step, timed now, where it is no plain step of the task's model;
             ``steps`` then counts evaluations too, as so many steps. ``None``: not known without downloads.
@@ -180,6 +182,7 @@ class Experiment(Generic[Config]):
     job: Callable[[Config, "Job"], Mapping[str, Value]]
     start: Callable[[Config, int, Path], Any] | None = None
     task: Callable[[Config], "Task"] | None = None
+    facts: Callable[[Config], Mapping[str, str]] | None = None
     steps: Callable[[Config, str], int] | None = None
     step_seconds: Callable[[Config], float | None] | None = None
     charts: tuple[Chart, ...] = ()

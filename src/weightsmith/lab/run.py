@@ -122,7 +122,7 @@ def run(
         "fingerprint": dict(identity),
         "plan": asdict(plan),
         "left_out": left_out,
-        "task": None if task is None or cost is None else _told(task, cost),
+        "task": _told(task, cost) if task is not None and cost is not None else _stated(experiment, config),
         "versions": machine.versions(),
         "hardware": machine.hardware(),
     }
@@ -264,6 +264,11 @@ def _told(task: Task, cost: Probe) -> dict[str, Any]:
     facts = dict(task.facts)
     facts["model"] = f"{facts.get('model', 'your own')}, {cost.parameters:,} parameters"
     return {"name": task.name, "rows": task.rows, "facts": facts}
+
+
+def _stated(experiment: Experiment[Any], config: Any) -> dict[str, Any] | None:
+    """What an experiment without a task says that its jobs run on, in the form of a task's description."""
+    return None if experiment.facts is None else {"name": "", "rows": {}, "facts": dict(experiment.facts(config))}
 
 
 def _plan(seeds: Literal["auto"] | int | Sequence[int]) -> tuple[Plan, list[list[int]]]:

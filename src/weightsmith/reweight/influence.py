@@ -1,6 +1,7 @@
 """How well each objective's policy gradient agrees with the sum of all: ``I_k = <g_k, sum_j g_j>``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.reweight.sequence_influence import LogProbs, sequence_influence
 from weightsmith.reweight.tokens import per_token
 
-LogProbs = Callable[[tuple[Tensor, ...]], Tensor]
+_METHODS = ("backward", "sequence", "jvp")
 
 
 def objective_influence(
@@ -19,7 +21,7 @@ def objective_influence(
     mask: Tensor,
     params: Sequence[Tensor],
     *,
-    method: Literal["backward", "jvp"] = "backward",
+    method: Literal["backward", "sequence", "jvp"] = "backward",
     max_norm: float | None = 1.0,
     norm_params: Sequence[Tensor] | None = None,
     normalizer: float | None = None,
@@ -29,6 +31,10 @@ def objective_influence(
     At ratio 1 the gradient of an objective's loss is ``g_k = -sum_t mask A_k d logp_t / n``.
 
     - ``"backward"``: one vector-Jacobian product per objective, through one graph; gradients can be clipped.
+    - ``"sequence"``: the same from one backward pass over activations, where advantages are constant within a sequence.
+      Exact when the sequences of a batch do not act on each other (no batch normalization) and are the first dimension
+      of every layer's input. Parameters outside of linear layers, `layer_norm` and `rms_norm` take the way of
+      ``"backward"``.
     - ``"jvp"``: ``u = sum_k g_k`` from one backward pass, then one forward-mode product ``d_t`` along ``u``, and
       ``I_k = -sum_t mask A_k d_t / n`` for all objectives at once. The same number, without clipping.
 
@@ -36,8 +42,8 @@ def objective_influence(
     fast kernels lack it.
 
     Args:
-        logp: ``(B, T)`` with gradient, or for ``"jvp"`` a function that computes it from ``params``, for example
-            through `torch.func.functional_call`.
+        logp: ``(B, T)`` with gradient, or for ``"sequence"`` and ``"jvp"`` a function that computes it from ``params``,
+            for example through `torch.func.functional_call`.
         advantages: ``(K, B)`` or ``(K, B, T)``, each objective normalized on its own.
         mask: ``(B, T)``, nonzero where a token counts.
         params: What the influence is measured on; the paper takes the middle layers. Those that the policy does not
@@ -51,25 +57,26 @@ def objective_influence(
         ``(K,)``, float64 on the CPU when the parameters are double, else float32 at least.
 
     Raises:
-        UsageError: Shapes do not fit, the method is unknown, or ``"jvp"`` comes with ``max_norm`` or without a
-            function.
+        UsageError: Shapes do not fit, the method is unknown, ``"jvp"`` or ``"sequence"`` comes without a function,
+            ``"jvp"`` with ``max_norm``, or ``"sequence"`` with advantages that differ within a sequence.
 
     Source:
         arXiv 2509.11452; the forward-mode form follows from the chain rule.
     """
-    if method not in ("backward", "jvp"):
-        raise unknown("method", str(method), ("backward", "jvp"))
+    if method not in _METHODS:
+        raise unknown("method", str(method), _METHODS)
     if not params:
         raise UsageError("params must hold at least one tensor, got none")
     if max_norm is not None and not max_norm > 0:
         raise UsageError(f"max_norm must be above 0, got {max_norm}")
-    if method == "jvp":
+    if method != "backward" and isinstance(logp, Tensor):
+        raise UsageError(f"method {method!r} needs logp as a function of params, so that it can follow its layers")
+    if method == "sequence" and not isinstance(logp, Tensor):
+        slopes = partial(_slopes, advantages, mask, normalizer=normalizer)
+        return sequence_influence(logp, slopes, mask, params, _others(params, norm_params), max_norm)
+    if method == "jvp" and not isinstance(logp, Tensor):
         if max_norm is not None:
             raise UsageError(f'method "jvp" never sees single gradients: pass max_norm=None, got {max_norm}')
-        if isinstance(logp, Tensor):
-            raise UsageError(
-                'method "jvp" needs logp as a function of params, so that it can be differentiated forward'
-            )
         return _forward_mode(logp, advantages, mask, tuple(params), normalizer)
     found = logp if isinstance(logp, Tensor) else logp(tuple(params))
     everything = [*params, *_others(params, norm_params)]
