@@ -184,3 +184,19 @@ def test_within_a_tuners_task_its_average_is_measured(tmp_path):
             sft(model, task, tmp_path, callbacks).train()
         assert meter.matrix()[-1].tolist() == [prediction_accuracy(model, held) for held in held_out().values()]
     assert len(tuner.router.groups) == 1
+
+
+def test_an_encoder_decoder_is_scored_from_its_labels():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model, ids = transformers.T5ForConditionalGeneration(config).eval(), torch.randint(2, 30, (4, 6))
+    with torch.no_grad():
+        right = (model(input_ids=ids, labels=ids).logits.argmax(-1) == ids).double().mean().item()
+    assert prediction_accuracy(model, [{"input_ids": ids, "labels": ids}]) == pytest.approx(100 * right)
+
+
+def test_a_pair_whose_labels_are_no_tensor_is_refused():
+    with pytest.raises(UsageError, match="labels of a batch must be a tensor, got list"):
+        prediction_accuracy(nn.Linear(4, 2), [(torch.randn(2, 4), [0, 1])])

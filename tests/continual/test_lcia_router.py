@@ -177,3 +177,9 @@ def test_a_real_encoder_tells_capital_letters_from_reversed_ones(real_model):
     assert by_meaning.assign([upper]).is_new
     assert by_meaning.assign([upper]).similarity == pytest.approx(0.53, abs=0.01)
     assert not by_meaning.assign(["Reverse the letters of this word"]).is_new
+
+
+def test_instructions_from_a_generator_are_read_once():
+    router = InstructionRouter()
+    router.commit(1, ["Add the numbers"])
+    assert router.assign(text for text in ["Add the numbers"]) == router.assign(["Add the numbers"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments import lcia, streams
+from weightsmith.experiments import lcia, rivals, streams
 from weightsmith.lab.data.instructions import SETS, make_rows
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import Recorder
@@ -76,7 +76,7 @@ def test_replay_keeps_as_many_bytes_as_the_groups(tmp_path):
     lcia_kept, replay, joint = (do(config, arm, tmp_path / arm) for arm in ("lcia", "replay", "joint"))
     assert replay["examples"] == joint["examples"]  # all data fit into the bytes of a group here
     assert replay["kept"] <= lcia_kept["kept"]
-    held = lcia._Replay(budget=640.0, held=[])  # ten images of 8 x 8
+    held = rivals.Replay(budget=640.0, held=[])  # ten images of 8 x 8
     for stage in lcia._stages(config):
         held.add(stage.task, seed=0)
     assert [len(rows) for _, rows in held.held] == [2, 2, 2, 2]

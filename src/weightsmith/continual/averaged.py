@@ -27,6 +27,8 @@ class Part:
         alpha: ``(p,)``: the last averaging weights.
         skipped: ``(p,)``: steps in which something was not finite.
         counts: ``(p,)``: elements of every parameter.
+        averages: Views of ``average``, in the parameters' shapes.
+        gradients: Views of ``previous``, in the parameters' shapes; empty where there is none.
     """
 
     names: Sequence[str]
@@ -39,10 +41,15 @@ class Part:
     skipped: Tensor
     sizes: list[int] = field(init=False)
     counts: Tensor = field(init=False)
+    averages: list[Tensor] = field(init=False)
+    gradients: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.counts = torch.tensor(self.sizes, device=self.average.device)
+        # made once: hundreds of views take as long as a tenth of a step
+        self.averages = [view for _, view in self.views(self.average)]
+        self.gradients = [] if self.previous is None else [view for _, view in self.views(self.previous)]
 
     @property
     def nbytes(self) -> int:

@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from weightsmith.continual.averaged import Part, check_whole, named_trainable, parts_of
+from weightsmith.continual.averaged import Part
 from weightsmith.continual.balance import Mode, balance_weight
 from weightsmith.continual.movement import movement
+from weightsmith.continual.parts import Parts
 from weightsmith.continual.watching import NO_GRADIENTS, Watch
-from weightsmith.core.errors import UsageError, near, unknown
+from weightsmith.core.errors import UsageError, unknown
 
 _MODES = ("official", "paper", "fixed")
 
@@ -104,35 +105,11 @@ class DynamicEMA:
             raise UsageError(f"dtype must be float32 or float64, got {dtype}: an average in 16 bits does not move")
         self.mode, self.kappa, self.fallback_beta, self.init = mode, float(kappa), float(fallback_beta), init
         self.dtype, self.offload, self.strict = dtype, offload, strict
-        self._model = params if isinstance(params, nn.Module) else None
-        self._given: list[Any] = [] if isinstance(params, nn.Module) else list(params)
-        self._parts: list[Part] = []
+        self._parts = Parts(params, mode=mode, dtype=dtype, cpu=offload == "cpu")
         self.step_count = 0
         self._gradient_seen = False
         smaller = f"choose a smaller kappa than {self.kappa:g}, for example 0.01 for small adapters"
         self._watch = Watch({"official": smaller, "paper": 'take mode="official"', "fixed": ""}[mode])
-        self._live: dict[str, Tensor] | None = None
-        self._add_new()
-        if not self._parts:
-            raise UsageError("params has no trainable parameter: set requires_grad before the task starts")
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        return named_trainable(self._model if self._model is not None else self._given)
-
-    def _add_new(self) -> None:
-        """Start averaging what is trainable and has not been, from its current value."""
-        held = {name: (part, at) for part in self._parts for at, name in enumerate(part.names)}
-        new = []
-        for name, parameter in self._named():
-            part, at = held.get(name, (None, 0))
-            if part is None:
-                check_whole(name, parameter)
-                new.append((name, parameter))
-            elif part.parameters[at] is not parameter:
-                if part.parameters[at].shape != parameter.shape:
-                    raise UsageError(f"{name} has another shape than before, {tuple(parameter.shape)}: start anew")
-                part.parameters[at] = parameter
-        self._parts += parts_of(new, mode=self.mode, dtype=self.dtype, cpu=self.offload == "cpu")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -143,15 +120,15 @@ class DynamicEMA:
                 something is not finite.
             UsageError: Live and averaged weights are exchanged.
         """
-        if self._live is not None:
+        if self._parts.exchanged:
             raise UsageError("step must not be called while live and averaged weights are exchanged")
-        self._add_new()
+        self._parts.follow()
         if self.mode != "fixed" and not self._gradient_seen:
             if not any(p.grad is not None for part in self._parts for p in part.parameters if p.requires_grad):
                 raise RuntimeError(NO_GRADIENTS)
             self._gradient_seen = True
         if self.strict:
-            self._refuse_infinite()
+            self._parts.check_finite()
         first = self.step_count == 0 and self.init == "after_first_step"
         for part in self._parts:
             self._step(part, first)
@@ -181,13 +158,6 @@ class DynamicEMA:
         moved.move(alpha, active)
         part.alpha = alpha
         self._watch.count(part, alpha, active, fell)
-
-    def _refuse_infinite(self) -> None:
-        for part in self._parts:
-            for name, parameter in part.named():
-                values = [parameter] if parameter.grad is None else [parameter, parameter.grad]
-                if parameter.requires_grad and not all(bool(value.isfinite().all()) for value in values):
-                    raise RuntimeError(f"{name} or its gradient is not finite: lower the learning rate")
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call `step` after every step that ``optimizer`` takes; steps that a gradient scaler skips do not count.
@@ -219,31 +189,20 @@ class DynamicEMA:
     @property
     def average(self) -> dict[str, Tensor]:
         """The averaged parameters by name, views of the state."""
-        return {name: tensor for part in self._parts for name, tensor in part.views(part.average)}
+        return self._parts.average
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state."""
         return sum(part.nbytes for part in self._parts)
 
-    @torch.no_grad()
     def swap(self) -> None:
         """Put the average into the model; `restore` brings the live weights back, to the last bit."""
-        if self._live is not None:
-            raise UsageError("live and averaged weights are exchanged already")
-        live = {name: p.detach().clone() for part in self._parts for name, p in part.named()}
-        self.copy_to_model()
-        self._live = live
+        self._parts.swap()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Undo `swap`."""
-        if self._live is None:
-            raise UsageError("there is nothing to restore: swap was not called")
-        for part in self._parts:
-            for name, parameter in part.named():
-                parameter.copy_(self._live[name])
-        self._live = None
+        self._parts.restore()
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -254,30 +213,21 @@ class DynamicEMA:
         finally:
             self.restore()
 
-    @torch.no_grad()
     def copy_to_model(self) -> nn.Module | None:
         """Make the average the model's parameters, as at the end of a task.
 
         Returns:
             The model, where one was given.
         """
-        if self._live is not None:
-            raise UsageError("live and averaged weights are exchanged: call restore first")
-        average = self.average
-        for part in self._parts:
-            for name, parameter in part.named():
-                parameter.copy_(average[name])
-        return self._model
+        self._parts.copy_to_model()
+        return self._parts.model
 
     def state_dict(self) -> dict[str, Any]:
         """The average, the previous gradients (and in paper mode distances), and the counts, as plain data."""
         return {
             "mode": self.mode,
             "step": self.step_count,
-            "pairs": self._watch.pairs,
-            "fallbacks": int(self._watch.fallbacks),
-            "moved": bool(self._watch.moved),
-            "recent": [alpha.cpu() for alpha in self._watch.recent],
+            **self._watch.state(),
             "tensors": {name: held for part in self._parts for name, held in part.state()},
         }
 
@@ -289,20 +239,9 @@ class DynamicEMA:
         """
         if state.get("mode") != self.mode:
             raise UsageError(f"the state is of mode {state.get('mode')!r}, and mode is {self.mode!r}")
-        held: Mapping[str, Mapping[str, Tensor]] = state["tensors"]
-        shapes = {name: p.shape for part in self._parts for name, p in part.named()}
-        for name in (*shapes, *held):
-            if name not in held or name not in shapes:
-                raise UsageError(f"the state is of other parameters: {name}; {near(name, held)}")
-            if held[name]["average"].shape != shapes[name]:
-                raise UsageError(
-                    f"the state has {name} as {tuple(held[name]['average'].shape)}, the model as {tuple(shapes[name])}"
-                )
-        for part in self._parts:
-            part.load(held)
-        watch, self.step_count = self._watch, state["step"]
-        watch.pairs, watch.fallbacks, watch.moved = state["pairs"], state["fallbacks"], state["moved"]
-        watch.recent = list(state["recent"])
+        self._parts.load(state["tensors"])
+        self.step_count = state["step"]
+        self._watch.load(state)
 
 
 def _is_number(value: object) -> bool:

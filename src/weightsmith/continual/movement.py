@@ -15,39 +15,46 @@ class Apart:
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        to, device = part.average.dtype, part.average.device
-        self._averages = _views(part, part.average)
-        self._previous = None if part.previous is None else _views(part, part.previous)
-        before = self._previous if self._previous is not None else map(torch.zeros_like, self._averages)
-        self._gradients = [
-            last if p.grad is None else _dense(p.grad).to(device=device, dtype=to)
-            for p, last in zip(part.parameters, before, strict=True)
-        ]
-        self._live = [p.detach().to(device=device, dtype=to) for p in part.parameters]
+        self._gradients: list[Tensor | None] = [None if p.grad is None else self._here(p.grad) for p in part.parameters]
+        self._live = [self._here(p) for p in part.parameters]
+        # one scratch for all tensors: a fresh one for each difference would be memory that no cache holds yet
+        scratch = part.average.new_empty(max(part.sizes))
+        shapes = {p.shape: p.numel() for p in part.parameters}
+        self._scratch = {shape: scratch[:size].view(shape) for shape, size in shapes.items()}
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        return tensor if tensor.device == self._part.average.device else tensor.to(self._part.average.device)
 
     def norms(self) -> tuple[Tensor, Tensor, Tensor]:
         """L1 norms ``(p,)`` of the gradients, of their changes and of the distances."""
-        size = [gradient.abs().sum() for gradient in self._gradients]
-        distance = [(p - star).abs_().sum() for p, star in zip(self._live, self._averages, strict=True)]
-        change = [torch.zeros_like(norm) for norm in size]
-        if self._previous is not None:
-            pairs = zip(self._gradients, self._previous, strict=True)
-            change = [(gradient - last).abs_().sum() for gradient, last in pairs]
-        return torch.stack(size).double(), torch.stack(change).double(), torch.stack(distance).double()
+        part, scratch = self._part, self._scratch
+        lasts = part.gradients or [None] * len(part.sizes)
+        size, change, distance = [], [], []
+        for p, star, gradient, last in zip(self._live, part.averages, self._gradients, lasts, strict=True):
+            room = scratch[p.shape]  # differences in its precision, also of parameters in 16 bits
+            distance.append(torch.sub(p, star, out=room).abs_().sum())
+            seen = last if gradient is None else gradient
+            size.append(None if seen is None else room.copy_(seen).abs_().sum())
+            change.append(
+                None if gradient is None or last is None else torch.sub(gradient, last, out=room).abs_().sum()
+            )
+        return _stacked(size), _stacked(change), _stacked(distance)
 
     def remember(self, finite: Tensor) -> None:
-        """Keep the gradients of the parameters that ``finite`` names, ``(p,)``."""
-        assert self._previous is not None
-        chosen = finite.tolist()
-        if any(chosen):
-            torch._foreach_copy_(_where(chosen, self._previous), _where(chosen, self._gradients))
+        """Keep the gradients of the parameters that ``finite`` names, ``(p,)``; they have one."""
+        pairs = zip(self._part.gradients, self._gradients, finite.tolist(), strict=True)
+        chosen = [(last, gradient) for last, gradient, wanted in pairs if wanted and gradient is not None]
+        if chosen:
+            torch._foreach_copy_([last for last, _ in chosen], [gradient for _, gradient in chosen])
         self._part.known |= finite
 
     def move(self, alpha: Tensor, active: Tensor) -> None:
         """Add ``alpha`` times the distance to the average of every active parameter."""
-        for star, p, weight, moves in zip(self._averages, self._live, alpha.tolist(), active.tolist(), strict=True):
+        stars, weights = self._part.averages, alpha.tolist()
+        for star, p, weight, moves in zip(stars, self._live, weights, active.tolist(), strict=True):
             if moves:
-                star.lerp_(p, weight)
+                star.lerp_(p if p.dtype == star.dtype else p.to(star.dtype), weight)
 
 
 class Whole:
@@ -96,12 +103,8 @@ def movement(part: Part) -> Apart | Whole:
     return Apart(part) if part.average.device.type == "cpu" else Whole(part)
 
 
-def _views(part: Part, flat: Tensor) -> list[Tensor]:
-    return [values for _, values in part.views(flat)]
-
-
-def _where(chosen: list[bool], tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor for tensor, wanted in zip(tensors, chosen, strict=True) if wanted]
+def _stacked(norms: list[Tensor | None]) -> Tensor:
+    return torch.tensor([0.0 if norm is None else norm.item() for norm in norms], dtype=torch.float64)
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -29,10 +29,13 @@ def prediction_accuracy(model: nn.Module, batches: Iterable[Any], *, shift: bool
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     shifted = _is_causal(model) if shift is None else shift
+    decoder = {"decoder_input_ids", "decoder_inputs_embeds"}
     right = count = 0
     with evaluating(model):
         for batch in batches:
             inputs, labels = _divided(batch, device)
+            if _decodes(model) and isinstance(inputs, dict) and labels.dim() == 2 and not decoder & inputs.keys():
+                inputs["labels"] = labels  # from which an encoder-decoder makes what its decoder reads
             found = logits_of(call(model, inputs)).argmax(-1)
             if shifted:
                 found, labels = found[..., :-1], labels[..., 1:]
@@ -60,12 +63,24 @@ def _divided(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
         return moved, labels
     if isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, labels = batch
+        if not isinstance(labels, Tensor):
+            raise UsageError(f"labels of a batch must be a tensor, got {type(labels).__name__}")
+        if isinstance(inputs, Mapping):
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         return inputs.to(device) if isinstance(inputs, Tensor) else inputs, labels.to(device)
     raise UsageError(f"a batch must be a mapping with labels, or inputs and labels, got {type(batch).__name__}")
 
 
 def _is_causal(model: nn.Module) -> bool:
+    return type(_inner(model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _decodes(model: nn.Module) -> bool:
+    return bool(getattr(getattr(_inner(model), "config", None), "is_encoder_decoder", False))
+
+
+def _inner(model: nn.Module) -> Any:
     base: Any = model
     while inner := next((key for key in ("_orig_mod", "module", "get_base_model") if hasattr(base, key)), None):
         base = getattr(base, inner)() if inner == "get_base_model" else getattr(base, inner)
-    return type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return base

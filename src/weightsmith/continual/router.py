@@ -123,6 +123,7 @@ class InstructionRouter:
         Raises:
             UsageError: There is no instruction; or at test time no group, or none near enough (``fallback="error"``).
         """
+        instructions = distinct(instructions)  # a generator can be read only once
         found = self.similarities(instructions)
         if not found:
             if not train:

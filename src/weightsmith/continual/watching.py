@@ -1,7 +1,9 @@
 """What is worth knowing of an average while it runs: how often it falls back, and whether it averages at all."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,20 @@ class Watch:
             WeightsmithWarning,
             stacklevel=5,
         )
+
+    def state(self) -> dict[str, Any]:
+        """What is stored, as plain data."""
+        return {
+            "pairs": self.pairs,
+            "fallbacks": int(self.fallbacks),
+            "moved": bool(self.moved),
+            "recent": [alpha.cpu() for alpha in self.recent],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.pairs, self.fallbacks, self.moved = state["pairs"], state["fallbacks"], state["moved"]
+        self.recent = list(state["recent"])
 
     def look_back(self, step: int) -> None:
         """Now and then: refuse what has had no gradient, and warn where the average hardly averages.

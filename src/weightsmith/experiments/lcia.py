@@ -5,25 +5,32 @@ which tasks belong together, by their instructions; the arm dynamic EMA is the s
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.continual import EWC, ContinualTuner, InstructionRouter, transfer
 from weightsmith.core.errors import UsageError, require
-from weightsmith.core.outputs import logits_of
-from weightsmith.experiments.streams import Stage, bytes_per_example, check_sequence, stages_of, together
+from weightsmith.experiments.adapters import with_lora
+from weightsmith.experiments.rivals import Replay, distilled, losses_of_examples
+from weightsmith.experiments.streams import (
+    Stage,
+    bytes_per_example,
+    check_sequence,
+    mean_score,
+    pooled,
+    stages_of,
+    together,
+)
 from weightsmith.lab.data.instructions import SETS
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.reading import read
-from weightsmith.lab.task import Batch, Task, forward
+from weightsmith.lab.task import Task
 from weightsmith.lab.tasks import TrainConfig
-from weightsmith.lab.tasks.tokenized import IGNORED
 from weightsmith.lab.train import Hook
 
 _BETAS = (0.99, 0.995, 0.997, 0.999)
@@ -167,20 +174,6 @@ def task(config: Config) -> Task:
     return _stages(config)[0].task
 
 
-def _network(config: Config, job: Job) -> nn.Module:
-    model = config.network(task(config), job.seed).to(job.device)
-    if not config.rank:
-        return model
-    peft: Any = require("peft", extra="hf", purpose="LoRA")
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:-1]
-    if not layers:
-        raise UsageError("rank must be 0 for a model without linear layers beside its head")
-    return cast(
-        nn.Module,
-        peft.get_peft_model(model, peft.LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=layers)),
-    )
-
-
 def _router(config: Config) -> InstructionRouter:
     return InstructionRouter(config.encoder or "tfidf", threshold=None if config.encoder else 0.3)
 
@@ -191,34 +184,6 @@ def _groups(config: Config, stages: list[Stage]) -> int:
     for stage in stages:
         router.commit(router.assign(stage.instructions), stage.instructions)
     return len(router.groups)
-
-
-@dataclass
-class _Replay:
-    """Examples of earlier tasks within a number of bytes, equally many of each.
-
-    Attributes:
-        budget: Bytes.
-        held: Tasks, and the rows that are kept of each, in a random order.
-    """
-
-    budget: float
-    held: list[tuple[Task, Tensor]]
-
-    @property
-    def nbytes(self) -> float:
-        """Bytes of the examples."""
-        return sum(len(rows) * bytes_per_example(task) for task, rows in self.held)
-
-    def with_new(self, config: Config, task: Task) -> Task:
-        """A task with the kept examples added to its own."""
-        return together(config, [(task, torch.arange(len(task.train))), *self.held])
-
-    def add(self, task: Task, seed: int) -> None:
-        """Keep examples of a task that has ended, and fewer of the others."""
-        rows = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))
-        held = [*self.held, (task, rows)]
-        self.held = [(one, at[: int(self.budget / len(held) / bytes_per_example(one))]) for one, at in held]
 
 
 def _tuner(config: Config, arm: str, model: nn.Module) -> ContinualTuner:
@@ -232,34 +197,16 @@ def _tuner(config: Config, arm: str, model: nn.Module) -> ContinualTuner:
     return ContinualTuner(model, router, **options)
 
 
-def _distilled(task: Task, teacher: nn.Module, strength: float, model: nn.Module, batch: Batch) -> Tensor:
-    """LwF: the new task's loss, and what the model before it would have said to the new inputs."""
-    with torch.no_grad():
-        before = logits_of(forward(teacher, batch)).float()
-    now = logits_of(forward(model, batch)).float()
-    soft = -((before / 2).softmax(-1) * (now / 2).log_softmax(-1)).sum(-1)
-    if soft.dim() == 2 and batch.targets is not None:  # of answers alone: position t predicts token t + 1
-        soft = soft[:, :-1][batch.targets[:, 1:] != IGNORED]
-    return task.losses(model, batch).mean() + strength * 4 * soft.mean()
-
-
-def _examples(config: Config, task: Task, model: nn.Module, seed: int) -> Iterator[Tensor]:
-    """Losses of single examples, for EWC."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(task.train), generator=generator)[: config.fisher]
-    for batch in read(task.train, [(0, list(chosen.split(1)))], 0, 1, next(model.parameters()).device):
-        yield task.losses(model, batch).mean()
-
-
 def job(config: Config, job: Job) -> Mapping[str, Value]:
     """Let the tasks arrive, and score all of them after each."""
     stages = _stages(config)
-    model = _network(config, job)
+    model = config.network(task(config), job.seed).to(job.device)
+    model = with_lora(model, config.rank) if config.rank else model
     one = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     tuner = _tuner(config, job.arm, model)
     averaged = job.arm not in ("plain", "groups", "ewc", "lwf", "replay", "joint")
     ewc = EWC(model, config.ewc)
-    replay = _Replay((_groups(config, stages) - 1) * one if job.arm == "replay" else 0, [])
+    replay = Replay((_groups(config, stages) - 1) * one if job.arm == "replay" else 0, [])
     rows: list[tuple[str, dict[str, float]]] = []
     alphas: list[float] = []
     fallback: float | None = None
@@ -272,7 +219,7 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         if job.arm == "ewc" and at:
             loss = lambda m, b, task=stage.task: task.losses(m, b).mean() + ewc.penalty()  # noqa: E731
         if job.arm == "lwf" and at:
-            loss = partial(_distilled, stage.task, copy.deepcopy(model).eval(), config.lwf)
+            loss = partial(distilled, stage.task, copy.deepcopy(model).eval(), config.lwf)
         trained = replay.with_new(config, stage.task)
         taken = steps(config, job.arm) if job.arm == "joint" else config.total_steps(stage.task)
         with tuner.task(stage.instructions):
@@ -292,9 +239,9 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         if job.arm == "replay":
             replay.add(stage.task, job.seed)
         if job.arm == "ewc":
-            ewc.consolidate(_examples(config, stage.task, model, job.seed + at))
+            ewc.consolidate(losses_of_examples(stage.task, model, config.fisher, job.seed + at))
         values = [_score(config, tuner, other) for other in stages]
-        rows.append((stage.name, {other.name: float(_mean(v)) for other, v in zip(stages, values, strict=True)}))
+        rows.append((stage.name, {other.name: mean_score(v) for other, v in zip(stages, values, strict=True)}))
         seen = [rows[-1][1][other.name] for other in (stages if job.arm == "joint" else stages[: at + 1])]
         job.record({"tasks": at + 1, "seen": sum(seen) / len(seen)}, phase="after task")
         tuner.use(tuner.assignment.group if tuner.assignment is not None else 1)
@@ -305,7 +252,7 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     final = sum(rows[-1][1].values()) / len(stages)
     job.record({"kept": float(kept), "final": final, "new": measured.new}, phase="end")
     found: dict[str, Value] = dict.fromkeys(metric.name for metric in metrics(config))
-    found |= {"score": _together(values, final), "kept": float(kept), "examples": float(examples)}
+    found |= {"score": pooled(values, final), "kept": float(kept), "examples": float(examples)}
     found["groups"] = float(len(tuner.router.groups))
     if job.arm == "joint":
         return found
@@ -318,17 +265,6 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
 def _score(config: Config, tuner: ContinualTuner, stage: Stage) -> float | Tensor:
     tuner.use(stage.instructions)
     return config.score(stage.task, tuner.model)
-
-
-def _mean(value: float | Tensor) -> float | Tensor:
-    return value.double().mean() if isinstance(value, Tensor) else value
-
-
-def _together(values: list[float | Tensor], mean: float) -> Value:
-    """Scores per example of all tasks, where these are equally many, so that every task counts the same."""
-    scores = [value for value in values if isinstance(value, Tensor)]
-    equal = len(scores) == len(values) and len({len(score) for score in scores}) == 1
-    return torch.cat(scores) if equal else mean
 
 
 def steps(config: Config, _: str) -> int:

@@ -150,6 +150,18 @@ def bytes_per_example(task: Task) -> float:
     return float(first[0].numel() * (1 if first.is_floating_point() else 4))
 
 
+def mean_score(score: float | Tensor) -> float:
+    """A score, or the mean of scores per example."""
+    return float(score.double().mean()) if isinstance(score, Tensor) else float(score)
+
+
+def pooled(scores: list[float | Tensor], mean: float) -> float | Tensor:
+    """Scores per example of all tasks, if equally many, so that every task counts the same; else ``mean``."""
+    found = [score for score in scores if isinstance(score, Tensor)]
+    equal = len(found) == len(scores) and len({len(score) for score in found}) == 1
+    return torch.cat(found) if equal else mean
+
+
 class _Joined:
     """Splits one after the other."""
 
