@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-from weightsmith.experiments._texts import load_tokens, predict
 
 from _timing import interleave, show
 from weightsmith.core.rounding import round_ste
@@ -42,6 +42,7 @@ from weightsmith.experiments.auto_round import auto_round_, installed
 from weightsmith.quantize import FlexRound, Grid, flexround_, round_to_nearest_
 from weightsmith.quantize.after_training.rtn import RoundToNearest
 from weightsmith.quantize.after_training.targets import choose_targets, written
+from weightsmith.tools.quantize.calibration import read_texts
 
 SHAPES = ((2, 256), (2, 1024))
 ROUNDS = 10
@@ -64,6 +65,12 @@ class Unfused(FlexRound):
 
 
 COMPILED = partial(FlexRound, compiled=True)
+
+
+def tokens_of(tokenizer: Any, folder: str, split: str, count: int, length: int) -> Tensor:
+    """Windows ``(count, length)`` from the beginning of a file's texts."""
+    texts = read_texts(Path(folder) / f"{split}.jsonl")
+    return tokenizer("\n\n".join(texts), return_tensors="pt").input_ids[0, : count * length].view(count, length)
 
 
 def block() -> nn.Module:
@@ -190,8 +197,8 @@ def peak_of(name: str, batch: int, length: int) -> None:
 def whole_model(folder: str, data: str, bits: int, lr: float, iterations: int, seeds: int) -> None:
     """Print the perplexity that each method leaves, and how long it took."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = load_tokens(tokenizer, data, "train", most=WINDOWS * LENGTH).view(-1, LENGTH)
-    tested = load_tokens(tokenizer, data, "test", most=12 * 256).view(-1, 256)
+    windows = tokens_of(tokenizer, data, "train", WINDOWS, LENGTH)
+    tested = tokens_of(tokenizer, data, "test", 12, 256)
     grid = Grid(bits, search="minmax")
     options = {"iterations": iterations, "lr": lr, "batch_size": BATCH}
 
@@ -199,7 +206,9 @@ def whole_model(folder: str, data: str, bits: int, lr: float, iterations: int, s
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def perplexity(model: Any) -> float:
-        return math.exp(predict(model, tested)["loss"])
+        with torch.inference_mode():
+            losses = [model(input_ids=window[None], labels=window[None]).loss for window in tested]
+        return math.exp(torch.stack(losses).mean())
 
     def by_flexround(model: Any, calibration: Tensor, seed: int) -> Any:
         flexround_(model, calibration, grid, seed=seed, **options)

@@ -4,6 +4,8 @@ On a CPU small temporaries stay in its cache, and a sum of absolute values is fa
 large kernels are.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ class Apart:
     def norms(self) -> tuple[Tensor, Tensor, Tensor]:
         """L1 norms ``(p,)`` of the gradients, of their changes and of the distances."""
         part, scratch = self._part, self._scratch
-        lasts = part.gradients or [None] * len(part.sizes)
+        lasts: Sequence[Tensor | None] = part.gradients or [None] * len(part.sizes)
         size, change, distance = [], [], []
         for p, star, gradient, last in zip(self._live, part.averages, self._gradients, lasts, strict=True):
             room = scratch[p.shape]  # differences in its precision, also of parameters in 16 bits
@@ -103,7 +105,7 @@ def movement(part: Part) -> Apart | Whole:
     return Apart(part) if part.average.device.type == "cpu" else Whole(part)
 
 
-def _stacked(norms: list[Tensor | None]) -> Tensor:
+def _stacked(norms: Sequence[Tensor | None]) -> Tensor:
     return torch.tensor([0.0 if norm is None else norm.item() for norm in norms], dtype=torch.float64)
 
 
