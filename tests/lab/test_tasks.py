@@ -194,7 +194,7 @@ def test_changed_user_code_changes_the_fingerprint(tmp_path, monkeypatch):
     (tmp_path / "stranger.py").write_text("X = 2\n")
     assert code_digest(module) == before
     (tmp_path / "netparts.py").write_text("WIDTH = 4\n")
-    assert code_digest(module) != before
+    assert code_digest(load_module("mainnet.py", "model")) != before
 
 
 def pets(folder, *, classes=("cat", "dog"), test_classes=None, count=4):

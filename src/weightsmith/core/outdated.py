@@ -33,10 +33,13 @@ def check_current(files: Iterable[Path]) -> None:
         UsageError: A file was edited after its import.
     """
     wanted = {path for path in files if _is_new(path)}
+    names = tuple(path.name for path in wanted)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         # other loaders may change the code as they load it
         if file is None or type(getattr(module, "__loader__", None)) is not SourceFileLoader:
+            continue
+        if not file.endswith(names):  # to resolve the paths of thousands of modules takes seconds
             continue
         if (path := Path(file).resolve()) in wanted and (part := _differing(module, path)):
             raise UsageError(
