@@ -22,7 +22,7 @@ from weightsmith.experiments import (
 from weightsmith.lab import report
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import JobResult, Recorder, plain_metrics, read_jobs
-from weightsmith.lab.run import run
+from weightsmith.lab.run import estimate, run
 from weightsmith.lab.tasks import make_task
 from weightsmith.techniques import TECHNIQUES
 
@@ -272,3 +272,9 @@ def test_what_cannot_run_is_refused_before_any_job(module, changes, message):
     config = dataclasses.replace(module.EXPERIMENT.preset("smoke"), **changes)
     with pytest.raises(UsageError, match=message):
         module.EXPERIMENT.check(config)
+
+
+def test_the_cost_of_certified_training_is_told_for_fewer_rows_than_a_batch_too():
+    experiment, config = small("fast-ibp")
+    few = dataclasses.replace(config, train_examples=20, batch_size=64)
+    assert estimate(experiment, few, seeds=1, workers=1).seconds[1] > 0

@@ -26,7 +26,7 @@ from weightsmith.certify import (
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.probe import fastest_loss
+from weightsmith.lab.probe import fastest_loss, first_batch
 from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.images import images_of
@@ -259,7 +259,8 @@ def steps(config: Config, arm: str) -> int:
 def step_seconds(config: Config) -> float:
     """Time a step on interval bounds."""
     task = shared_task(config)
-    model, batch = config.network(task, 0), task.train.__getitems__(list(range(config.batch_size)))
+    model = config.network(task, 0).to("cuda" if torch.cuda.is_available() else "cpu")
+    batch = first_batch(task, config.batch_size, model)
     training = CertifiedTraining(
         model, config.eps, EpsilonSchedule(config.eps, 1, length=1), batch.inputs, recipe=_recipe(config, "fast", 0.0),
         **_limits(config),

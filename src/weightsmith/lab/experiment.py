@@ -163,7 +163,7 @@ class Experiment(Generic[Config]):
             and ``"model"``; for the report of an experiment without a task.
         steps: ``(config, arm) -> training steps of a job``, from which ``--dry-run`` estimates the time.
         step_seconds: ``config -> seconds`` of such a step, timed now, where it is no plain step of the task's model;
-            ``steps`` then counts evaluations too, as so many steps. ``None``: not known without downloads.
+            ``steps`` then counts evaluations too, in units of steps. ``None``: not known without downloads.
         charts: Pictures for the report.
         check: Called once before any job starts; raises `UsageError` for a configuration that cannot run.
         reading: How to read the result honestly; a paragraph for the report.

@@ -88,3 +88,14 @@ def peak_memory() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Have torch compute with some threads; ``None`` or 0: as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -47,9 +47,7 @@ def probe(task: Task, batch_size: int | None = None) -> Probe:
     seed_everything(0)
     model = task.build()
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    rows = list(range(min(batch_size, len(task.train)))) if batch_size else None
-    batch = (task.example() if rows is None else task.train.__getitems__(rows)).to(device)
+    batch = first_batch(task, batch_size, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if any(True for _ in model.parameters()) else None
 
     def step() -> None:
@@ -63,6 +61,19 @@ def probe(task: Task, batch_size: int | None = None) -> Probe:
     with Stopwatch() as watch:
         seconds = fastest(step)
     return Probe(seconds, watch.peak_memory, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def first_batch(task: Task, batch_size: int | None, model: nn.Module) -> Batch:
+    """The first training examples, as many as there are up to ``batch_size``, where the model is.
+
+    Args:
+        task: Has the examples.
+        batch_size: How many; ``None``: the task's example.
+        model: Is to take them.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    rows = list(range(min(batch_size, len(task.train)))) if batch_size else None
+    return (task.example() if rows is None else task.train.__getitems__(rows)).to(device)
 
 
 def fastest_loss(loss: Callable[[], Tensor]) -> float:

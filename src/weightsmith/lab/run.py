@@ -7,12 +7,10 @@ come in looks: after each the claims are judged, and the run stops when the prim
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.own_code import digest
@@ -160,7 +158,7 @@ def check(experiment: Experiment[Any], config: Any) -> tuple[Task | None, Probe 
         return None, None
     shared_task.cache_clear()  # in a notebook the data may have changed since the last run
     task = experiment.task(config)
-    with _threads(experiment.resources.cpus):
+    with machine.threads(experiment.resources.cpus):
         return task, probe(task, getattr(config, "batch_size", None))
 
 
@@ -215,7 +213,7 @@ def _estimate(
     seconds = None
     each = None if cost is None else cost.seconds
     if experiment.step_seconds is not None:
-        with _threads(experiment.resources.cpus):
+        with machine.threads(experiment.resources.cpus):
             each = experiment.step_seconds(config)
     if each is not None and experiment.steps is not None:
         per_seed = each * sum(experiment.steps(config, arm) for arm in arms)
@@ -223,16 +221,6 @@ def _estimate(
     memory = None if cost is None else cost.memory
     jobs = {count: count * len(arms) for count in counts}
     return Estimate(jobs, seconds, memory, at_a_time, experiment.step_seconds is not None)
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _wanted(experiment: Experiment[Any], config: Any, arms: Sequence[str]) -> tuple[list[str], list[str]]:

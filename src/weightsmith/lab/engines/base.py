@@ -195,14 +195,11 @@ def compute(
         start: How to get what the arms of a seed share; ``None``: :func:`shared_start`.
         live: Write the rows to a file as they come, for those who watch.
     """
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
-        return _compute(work, start or shared_start, live)
-    except (Exception, SystemExit) as error:
-        return Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
-    finally:
-        torch.set_num_threads(before)
+    with machine.threads(threads):
+        try:
+            return _compute(work, start or shared_start, live)
+        except (Exception, SystemExit) as error:
+            return Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _compute(work: Work, start: Callable[[Work], Any], live: bool) -> JobResult:
