@@ -85,8 +85,37 @@ def test_the_arm_before_trains_nothing(toy, tmp_path):
     assert found["entropy"] > 0
 
 
+def test_lora_begins_with_what_supervised_steps_have_made_of_it_and_nothing_else_moves(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_policy, "right_number", lambda completions, **_: words(completions))
+    started = {"rank": 2, "answers": "number", "warmup_steps": 2, "warmup_batch": 2, "warmup_lr": 1e-2}
+    _, job, config = finished(steer, "steer", toy, tmp_path / "steer", **started)
+    assert job.start
+    assert all("lora_" in name for name in job.start)
+    assert any(value.any() for name, value in job.start.items() if "lora_B" in name)
+    plain, _, _ = finished(steer, "before", toy, tmp_path / "before", **started)
+    again, _, _ = finished(steer, "before", toy, tmp_path / "again", **started)
+    untaught, _, _ = finished(steer, "before", toy, tmp_path / "untaught", **started | {"warmup_steps": 0})
+    assert plain["entropy"] == again["entropy"] != untaught["entropy"]
+    assert steer.EXPERIMENT.facts(config)["model"].endswith("LoRA of rank 2")
+    assert steer.EXPERIMENT.step_seconds(config) > 0
+
+
+def test_a_killed_run_with_lora_goes_on_as_if_nothing_had_happened(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_policy, "right_number", lambda completions, **_: words(completions))
+    started = {"rank": 2, "answers": "number", "warmup_steps": 1, "warmup_batch": 2, "steps": 3}
+    whole, _, _ = finished(steer, "steer", toy, tmp_path / "whole", **started)
+    finished(steer, "steer", toy, tmp_path / "cut", **started | {"steps": 1})
+    resumed, _, _ = finished(steer, "steer", toy, tmp_path / "cut", **started)
+    assert {name: str(value) for name, value in resumed.items()} == {name: str(value) for name, value in whole.items()}
+
+
+def test_supervised_steps_without_worked_answers_are_refused(toy, tmp_path):
+    with pytest.raises(UsageError, match="warmup_steps must be 0 for answers in boxes"):
+        finished(steer, "grpo", toy, tmp_path, warmup_steps=1)
+
+
 def test_what_the_paper_preset_needs_is_said_in_one_line():
-    with pytest.raises(UsageError, match=r"needs a GPU of 80 GB per job, trl, and --data"):
+    with pytest.raises(UsageError, match=r"needs trl, at the published size a GPU of 80 GB per job, and --data"):
         steer.EXPERIMENT.check(steer.EXPERIMENT.preset("paper"))
 
 

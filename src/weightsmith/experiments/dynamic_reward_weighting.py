@@ -16,6 +16,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.experiments import language_policy
 from weightsmith.experiments.aggregation import Aggregation, report_missing, rivals
 from weightsmith.experiments.language_policy import LanguageModelRun
+from weightsmith.experiments.language_start import starter, step_timer
 from weightsmith.experiments.policies import (
     BEFORE,
     PolicyConfig,
@@ -24,8 +25,6 @@ from weightsmith.experiments.policies import (
     by_prompt,
     facts_of,
     gate,
-    starter,
-    step_timer,
     steps,
 )
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
@@ -224,7 +223,7 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     if isinstance(run, LanguageModelRun):
         gradient = isinstance(weighting, GradientWeights)
         run.optimize(
-            [language_policy.right, short_reward, language_policy.clear], measure=measure, after_step=validate,
+            [run.right, short_reward, language_policy.clear], measure=measure, after_step=validate,
             states={"shortness": shortness}, weighing={"reward_weighting": weighting, "max_grad_norm": config.max_norm},
             # the authors switch clipping off where gradients are to be linear in the rewards
             epsilon=100.0 if gradient else 0.2, delta=None if gradient else 3.0,
@@ -278,8 +277,8 @@ EXPERIMENT = Experiment(
         ),
         "laptop": Config(),
         "paper": Config(
-            model="Qwen/Qwen2.5-1.5B", max_tokens=2048, steps=420, prompts=64, lr=1e-6, test_prompts=100,
-            test_samples=1, measure_prompts=100, measure_samples=1,
+            model="Qwen/Qwen2.5-1.5B", warmup_steps=0, max_tokens=2048, steps=420, prompts=64, lr=1e-6,
+            test_prompts=100, test_samples=1, measure_prompts=100, measure_samples=1,
         ),
     },
     arms=arms,

@@ -1,4 +1,4 @@
-"""The published settings of the policy experiments: a language model trained through TRL, not a small policy."""
+"""The policy experiments on a language model: trained through TRL, by other people's optimizer and sampler."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,20 +12,22 @@ from weightsmith.core.errors import UsageError, require
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.core.modes import evaluating
+from weightsmith.experiments.language_start import language_model, token_logprobs, train_questions
 from weightsmith.experiments.policies import BEFORE, MEASURE_SEED, PolicyConfig, PolicyRun
 from weightsmith.integrations.trl import Reweighting
-from weightsmith.lab.data.text_sets import load_questions
+from weightsmith.lab.data.labels import hold_out
+from weightsmith.lab.data.text_sets import load_questions, prompt, same_answer
 from weightsmith.lab.job import Job
 from weightsmith.lab.models.external import hugging_face_config
 from weightsmith.lab.policy import PolicyTask, Rollout
 from weightsmith.lab.train import Row, Stateful
-from weightsmith.reweight import boxed_accuracy, clarity, fused_linear_logprob
+from weightsmith.reweight import boxed_accuracy, clarity
 
 STATE = "weightsmith_experiment.json"
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 NEEDS = (
-    "needs a GPU of 80 GB per job, trl, and --data: a file or folder of questions and answers in columns of these "
-    "names, for example DAPO-Math-17k with AIME 2024 as test, or MATH-500"
+    "needs trl, at the published size a GPU of 80 GB per job, and --data: a file or folder of questions and answers in "
+    "columns of these names, for example DAPO-Math-17k with AIME 2024 as test, or MATH-500"
 )
 
 
@@ -42,13 +44,18 @@ def check(config: PolicyConfig) -> None:
     if not config.data:
         raise UsageError(f"model {config.model!r} {NEEDS}")
     require("trl", extra="hf", purpose="training a language model")
+    if config.warmup_steps and config.answers != "number":
+        raise UsageError(
+            f"warmup_steps must be 0 for answers in boxes, which the data do not show, got {config.warmup_steps}; "
+            "answers may be 'number'"
+        )
     answers = config.prompts * config.samples
     if answers % (config.micro_batch * config.mini_batches):
         raise UsageError(
             f"prompts * samples must be a multiple of micro_batch * mini_batches, got {answers} and "
             f"{config.micro_batch} * {config.mini_batches}"
         )
-    load_questions(config.data, "train", 1)
+    train_questions(config)
     hugging_face_config(config.model)
 
 
@@ -60,6 +67,11 @@ def run_of(config: PolicyConfig, task: PolicyTask, job: Job) -> "PolicyRun | Lan
 def right(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
     """1 for completions whose box holds the answer: a reward function for TRL."""
     return [boxed_accuracy(text, _wanted(one)) for text, one in zip(completions, answer, strict=True)]
+
+
+def right_number(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for completions whose last number is the answer: a reward function for TRL."""
+    return [float(same_answer(text, one)) for text, one in zip(completions, answer, strict=True)]
 
 
 def clear(completions: Sequence[str], **_: Any) -> list[float]:
@@ -79,12 +91,11 @@ class LanguageModelRun:
         transformers = require("transformers", extra="hf", purpose="training a language model")
         self.config, self.job = config, job
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, padding_side="left")
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        self.model.to(job.device)
-        train = self._prompts(load_questions(config.data, "train"))
-        if len(train) <= config.measure_prompts:
-            raise UsageError(f"data must hold more than measure_prompts, {config.measure_prompts}, got {len(train)}")
-        self._train, self._few = train[: -config.measure_prompts], train[-config.measure_prompts :]
+        self.model = language_model(config).to(job.device)
+        self.model.load_state_dict(job.start, strict=False)  # only what is trained is kept
+        train = self._prompts(train_questions(config))
+        kept, held = hold_out(len(train), config.measure_prompts / len(train))  # as the supervised start does
+        self._train, self._few = ([train[i] for i in rows.tolist()] for rows in (kept, held))
         self._test = self._prompts(load_questions(config.data, "test", config.test_prompts))
         self._log: list[dict[str, Any]] = []
 
@@ -176,15 +187,21 @@ class LanguageModelRun:
         """Answers to the questions of the result."""
         return self._answered(self._test, self.config.test_samples)
 
-    def _prompts(self, rows: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-        def prompt(question: str) -> str:
-            text = f"{question}\n{INSTRUCTION}"
-            if not self.tokenizer.chat_template:
-                return text
-            messages = [{"role": "user", "content": text}]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    @property
+    def right(self) -> Callable[..., list[float]]:
+        """The reward for right answers."""
+        return right if self.config.answers == "boxed" else right_number
 
-        return [{"prompt": prompt(question), "answer": answer} for question, answer in rows]
+    def _prompts(self, rows: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+        asked = self._boxed if self.config.answers == "boxed" else prompt
+        return [{"prompt": asked(question), "answer": answer} for question, answer in rows]
+
+    def _boxed(self, question: str) -> str:
+        text = f"{question}\n{INSTRUCTION}"
+        if not self.tokenizer.chat_template:
+            return text
+        messages = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _last_checkpoint(self) -> Path | None:
         found = [path for path in self.job.folder.glob("checkpoint-*") if (path / STATE).is_file()]
@@ -213,14 +230,11 @@ class LanguageModelRun:
         seen = torch.cat([torch.ones_like(tokens[:, :size], dtype=torch.bool), mask], 1)
         logps, entropies = [], []
         for rows in torch.arange(samples, device=tokens.device).split(self.config.micro_batch):
-            states = self.model.base_model(input_ids=tokens[rows], attention_mask=seen[rows]).last_hidden_state
-            logp, entropy, _ = fused_linear_logprob(
-                states[:, size - 1 : -1], self.model.get_output_embeddings().weight, answers[rows], mask=mask[rows]
-            )
+            logp, entropy, _ = token_logprobs(self.model, tokens[rows], seen[rows], mask[rows])
             logps.append(logp)
             entropies.append(entropy)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        scores = [[boxed_accuracy(text, _wanted(row["answer"])), clarity(text)] for text in texts]
+        scores = list(zip(self.right(texts, answer=[row["answer"]] * samples), map(clarity, texts), strict=True))
         group = torch.full((samples,), index)
         return tokens[:, :size], answers, mask, torch.cat(logps), torch.cat(entropies), group, torch.tensor(scores)
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,8 +72,14 @@ class PolicyConfig:
     """Answers to each of them."""
     model: str = ""
     """A language model, folder or hub id, that is trained through TRL; empty: the small policy."""
+    rank: int = 0
+    """Rank of the LoRA by which it is trained; 0: all of its weights are."""
     data: str = ""
-    """Its questions and answers: a file, a folder or a hub id."""
+    """Its questions and answers: a name (sums, arithmetic), a file, a folder or a hub id."""
+    train_examples: int | None = None
+    """Use this many of the questions to train on; all by default."""
+    answers: Literal["boxed", "number"] = "boxed"
+    """What counts of an answer: boxed, what stands in \\boxed{}, which the prompt asks for; number, its last number."""
     max_tokens: int = 512
     """Most tokens of its answers."""
     micro_batch: int = 8
@@ -95,6 +100,10 @@ class PolicyConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.answers not in ("boxed", "number"):
+            raise UsageError(f"answers must be boxed or number, got {self.answers!r}")
+        if self.rank < 0:
+            raise UsageError(f"rank must be at least 0, got {self.rank}")
         if self.warmup_steps < 0 or not self.lr > 0 or not self.warmup_lr > 0:
             raise UsageError("warmup_steps must be at least 0, lr and warmup_lr above 0")
         if self.samples < 2:
@@ -135,14 +144,8 @@ class RunningMean:
         self.total, self.count = float(state["total"]), int(state["count"])
 
 
-def starter(task: PolicyTask) -> Callable[[Any, int, Path], Any]:
-    """An experiment's ``start``: the policy of a seed after supervised training, with which all its arms begin."""
-    return partial(_start, task)
-
-
-def _start(task: PolicyTask, config: PolicyConfig, seed: int, _: Path) -> Any:
-    if config.model:  # comes trained
-        return {}
+def small_start(task: PolicyTask, config: PolicyConfig, seed: int) -> dict[str, Tensor]:
+    """The state of the small policy of a seed after supervised training."""
     seed_everything(seed)
     model = config.network(task)
     warm_up(
@@ -150,11 +153,6 @@ def _start(task: PolicyTask, config: PolicyConfig, seed: int, _: Path) -> Any:
         device=torch.device("cpu"),
     )  # fmt: skip
     return model.state_dict()
-
-
-def step_timer(task: PolicyTask) -> Callable[[Any], float | None]:
-    """An experiment's ``step_seconds``: a rollout and its updates by the plain policy gradient."""
-    return partial(_step_seconds, task)
 
 
 def facts_of(task: PolicyTask, text: str) -> Callable[[PolicyConfig], Mapping[str, str]]:
@@ -170,16 +168,16 @@ def facts_of(task: PolicyTask, text: str) -> Callable[[PolicyConfig], Mapping[st
 def _facts(task: PolicyTask, text: str, config: PolicyConfig) -> dict[str, str]:
     measured = f"{config.test_prompts:,} test prompts with {config.test_samples:,} answers each"
     if config.model:
-        return {"data": f"{config.data}, {measured}", "model": config.model}
+        how = f"{config.model}, LoRA of rank {config.rank}" if config.rank else config.model
+        return {"data": f"{config.data}, {measured}", "model": how}
     with torch.device("meta"):  # only its size is asked for
         size = sum(p.numel() for p in config.network(task).parameters())
     shape = f"transformer of {config.depth} blocks, width {config.width}, {size:,} parameters"
     return {"data": f"{text}, {measured}", "model": shape}
 
 
-def _step_seconds(task: PolicyTask, config: PolicyConfig) -> float | None:
-    if config.model:
-        return None
+def small_step_seconds(task: PolicyTask, config: PolicyConfig) -> float:
+    """Seconds of a rollout of the small policy and its updates by the plain policy gradient."""
     model = config.network(task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weightsmith.experiments import language_policy
 from weightsmith.experiments.language_policy import LanguageModelRun
+from weightsmith.experiments.language_start import starter, step_timer
 from weightsmith.experiments.policies import (
     BEFORE,
     PolicyConfig,
@@ -20,8 +21,6 @@ from weightsmith.experiments.policies import (
     facts_of,
     gate,
     mean_entropy,
-    starter,
-    step_timer,
     steps,
 )
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
@@ -200,7 +199,7 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     entropy_start = mean_entropy(run.validated())
     if isinstance(run, LanguageModelRun):
         run.optimize(
-            [language_policy.right], measure=measure, states={},
+            [run.right], measure=measure, states={},
             weighing={"token_weighting": rule, "scope": "micro_batch"}, epsilon=config.clip_low,
             epsilon_high=config.clip_high, delta=None if isinstance(rule, KLCov) else config.dual_clip,
         )  # fmt: skip
@@ -247,10 +246,15 @@ EXPERIMENT = Experiment(
             measure_every=2, all_rivals=False,
         ),
         "laptop": Config(),
+        "long": Config(
+            model="HuggingFaceTB/SmolLM2-135M-Instruct", rank=16, data="sums", train_examples=2000, answers="number",
+            warmup_steps=12, warmup_batch=16, warmup_lr=1e-3, max_tokens=6, steps=20, prompts=4, mini_batches=2,
+            micro_batch=16, lr=3e-4, test_prompts=60, measure_every=10, measure_prompts=24, all_rivals=False,
+        ),
         "paper": Config(
-            model="Qwen/Qwen2.5-Math-1.5B", max_tokens=3072, steps=200, prompts=512, mini_batches=16, lr=1e-6,
-            clip_high=_HIGHER, cov_ratio=2e-4, test_prompts=30, test_samples=32, top_p=0.7, measure_every=10,
-            measure_prompts=64,
+            model="Qwen/Qwen2.5-Math-1.5B", warmup_steps=0, max_tokens=3072, steps=200, prompts=512, mini_batches=16,
+            lr=1e-6, clip_high=_HIGHER, cov_ratio=2e-4, test_prompts=30, test_samples=32, top_p=0.7,
+            measure_every=10, measure_prompts=64,
         ),
     },
     arms=arms,
@@ -268,6 +272,6 @@ EXPERIMENT = Experiment(
         "are not renormalized, as in the published code, so STEER also takes slightly shorter steps: the mean weight "
         "tells by how much. The published rule damps rising and falling entropy in equal measure; the signed arm tells "
         "what damping only the fall does. This policy has a hundred thousand weights and answers of five tokens; the "
-        "paper's have billions and thousands: the preset for it trains a language model through TRL."
+        "paper's have billions and thousands: the presets long and paper train language models through TRL."
     ),
 )  # fmt: skip
