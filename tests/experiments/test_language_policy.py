@@ -66,12 +66,13 @@ def words(texts):
     [(steer, "steer-exact"), (steer, "kl-cov"), (dynamic_reward_weighting, "gradient"),
      (dynamic_reward_weighting, "hypervolume")],
 )  # fmt: skip
-def test_the_paper_preset_trains_a_language_model(module, arm, toy, tmp_path, monkeypatch):
+def test_the_paper_preset_trains_a_language_model(module, arm, toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language_policy, "right", lambda completions, **_: words(completions))
     found, job, config = finished(module, arm, toy, tmp_path)
     assert set(found) == {metric.name for metric in module.EXPERIMENT.metrics(config)}
     assert [row["step"] for row in job.record.rows] == [0.0, 1.0, 2.0]
     assert not job.diverged
+    assert not capsys.readouterr().out
     if module is steer:
         assert job.record.rows[0]["entropy"] != job.record.rows[-1]["entropy"]
     if arm == "gradient":

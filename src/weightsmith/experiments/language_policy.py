@@ -171,6 +171,7 @@ class LanguageModelRun:
             train_dataset=require("datasets", extra="hf", purpose="training").Dataset.from_list(self._train),
             processing_class=self.tokenizer, callbacks=[Watch()], **weighing,
         )  # fmt: skip
+        made.remove_callback(transformers.PrinterCallback)  # rows are recorded, standard output is the run's
         made.train(resume_from_checkpoint=None if last is None else str(last))
         self._log = made.state.log_history
         job.diverged = not all(bool(p.isfinite().all()) for p in self.model.parameters())
