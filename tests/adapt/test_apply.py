@@ -11,7 +11,7 @@ from torch import nn
 
 import weightsmith.adapt as adapt
 from weightsmith.adapt import BoneConfig, apply_bone_, bone_disabled, set_adapter_, unload_bone_
-from weightsmith.adapt.apply import bone_layers
+from weightsmith.adapt.registry import bone_layers
 from weightsmith.core.errors import WeightsmithWarning
 
 CONFIGS = {

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from weightsmith import fold_
 from weightsmith.adapt import BoneConfig, apply_bone_, unload_bone_
-from weightsmith.adapt.apply import bone_layers
+from weightsmith.adapt.registry import bone_layers
 from weightsmith.average import ema
 from weightsmith.optim import SGDP, AdamP
 from weightsmith.quantize import (

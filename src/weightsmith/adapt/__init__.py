@@ -16,18 +16,12 @@ Order of arguments: the model that is changed or saved comes first, then the fol
 ``Trainer``, see `weightsmith.integrations.bone`.
 """
 
-from weightsmith.adapt.apply import (
-    apply_bone_,
-    bone_disabled,
-    bone_state_dict,
-    load_bone_state_dict_,
-    set_adapter_,
-    trainable_parameters,
-)
+from weightsmith.adapt.apply import apply_bone_, bone_disabled, set_adapter_, trainable_parameters
 from weightsmith.adapt.bone import BoneConfig, bone_delta, bone_linear
 from weightsmith.adapt.folders import load_bone, save_bone
 from weightsmith.adapt.merge import merge_bone_, unload_bone_, unmerge_bone_
 from weightsmith.adapt.peft import accelerate_peft_
+from weightsmith.adapt.state import bone_state_dict, load_bone_state_dict_
 
 __all__ = [
     "BoneConfig",

@@ -22,17 +22,12 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from weightsmith.adapt.apply import (
-    Model,
-    apply_bone_,
-    bone_state_dict,
-    config_of,
-    is_sharded,
-    load_bone_state_dict_,
-    resolved_modules,
-)
+from weightsmith.adapt.apply import apply_bone_
 from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
+from weightsmith.adapt.registry import Model, config_of, is_sharded
+from weightsmith.adapt.state import bone_state_dict, load_bone_state_dict_
+from weightsmith.adapt.targets import resolved_modules
 from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
 from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.errors import UsageError, brief, near, unknown

@@ -8,18 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from weightsmith.adapt.apply import (
-    Model,
-    bone_layers,
-    is_merged,
-    refuse_sharded,
-    registry_of,
-    remove_hooks,
-    swap_saved,
-)
 from weightsmith.adapt.bone import SHARED, as_tiles, bone_delta
 from weightsmith.adapt.fused import in_tiles
+from weightsmith.adapt.hooks import remove_hooks
 from weightsmith.adapt.layers import BoneLayer, Form, is_plain, needs_weight, release
+from weightsmith.adapt.registry import Model, bone_layers, is_merged, refuse_sharded, registry_of, swap_saved
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.core.weights import owners
 

@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from weightsmith.adapt.apply import Model
 from weightsmith.adapt.bone import Variant, bone_linear
+from weightsmith.adapt.registry import Model
 from weightsmith.core.errors import UsageError, require
 
 _VARIANTS: dict[object, Variant] = {"bat": "col", "mini": "mini"}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from weightsmith.adapt import load_bone, save_bone, unload_bone_
-from weightsmith.adapt.apply import config_of, is_sharded
 from weightsmith.adapt.folders import Format
+from weightsmith.adapt.registry import config_of, is_sharded
 from weightsmith.average import MergeReport, RunCheckpoint, find_checkpoints, merge_checkpoints
 from weightsmith.average.checkpoints import as_checkpoints
 from weightsmith.average.dense import cast_
