@@ -14,7 +14,8 @@ Order of arguments: what is averaged comes first (the model, or the checkpoints)
 """
 
 from weightsmith.average.checkpoints import RunCheckpoint, checkpoint_losses, find_checkpoints
-from weightsmith.average.merge import MergeReport, Share, merge_checkpoints, weigh_checkpoints
+from weightsmith.average.merge import merge_checkpoints, weigh_checkpoints
+from weightsmith.average.report import MergeReport, Share
 from weightsmith.average.soup import greedy_members, greedy_soup
 from weightsmith.average.state_dicts import LAWA, average_state_dicts, ema, swa
 from weightsmith.average.weights import decay_weights, metric_weights

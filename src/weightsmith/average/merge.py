@@ -10,15 +10,14 @@ the latest checkpoints are LAWA (arXiv 2209.14981), over any, a uniform soup (ar
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
-from weightsmith.average.adapters import LoraMode, open_adapters
+from weightsmith.average.adapters import LoraMode
 from weightsmith.average.checkpoints import (
     RunCheckpoint,
     as_checkpoints,
@@ -27,62 +26,16 @@ from weightsmith.average.checkpoints import (
     learning_rates,
     refuse_incomplete,
 )
-from weightsmith.average.dense import Dense, cast_, merged_by_peft
-from weightsmith.average.sources import Place, check_same_tensors, open_places
+from weightsmith.average.report import MergeReport, Share
+from weightsmith.average.sources import check_same_tensors, open_places
 from weightsmith.average.state_dicts import normalized
 from weightsmith.average.stream import Mean
 from weightsmith.average.weights import Decay, Metric, Scheme, decay_weights, metric_weights
-from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
-from weightsmith.core.checkpoint import copy_other_files, write_pieces
+from weightsmith.average.writing import write_adapter, write_bone, write_model
 from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
 from weightsmith.core.files import check_target, folder_atomically, write_atomically
-from weightsmith.core.json_files import read_json
 
-RUN_FILES = frozenset({"trainer_state.json", "merge_report.json"})
-_SINGLE = "model.safetensors"
-_LARGE_GAP = 0.1
 _Paths = Path | str | Sequence[Path | str | RunCheckpoint]
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one checkpoint contributes.
-
-    Attributes:
-        checkpoint: Which.
-        value: Its metric; ``None`` when the weights were given by hand.
-        weight: Its weight; all sum to 1.
-    """
-
-    checkpoint: RunCheckpoint
-    value: float | None
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What was merged and how; also written to ``merge_report.json`` in the new folder.
-
-    Attributes:
-        out: The new folder.
-        shares: Checkpoints with their metrics and weights, oldest first.
-        distances: ``||theta_i - theta_n|| / ||theta_n||`` of each from the newest, over the floating-point tensors of
-            equal shape in the files; ``None`` where there are none.
-        lora_mode: How LoRA factors were averaged; ``None`` for full models and other adapters.
-        gaps: ``"factors"``: share of each module's average update that averaging its factors loses.
-        discarded: ``"svd"``: share of it that the rank cannot hold.
-        notes: What the user should know; also issued as warnings.
-        settings: Metric, scheme, penalty and the like.
-    """
-
-    out: Path
-    shares: list[Share]
-    distances: list[float | None]
-    lora_mode: LoraMode | None = None
-    gaps: dict[str, float] = field(default_factory=dict)
-    discarded: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def weigh_checkpoints(
@@ -253,14 +206,14 @@ def merge_checkpoints(
     with folder_atomically(target) as fresh:
         if chosen[0].kind == "bone":
             check_same_tensors(places, mixed_dtypes=dtype is not None)
-            _write_bone(fresh, chosen, places, mean)
+            write_bone(fresh, chosen, places, mean)
         elif not adapters:
             check_same_tensors(places, mixed_dtypes=dtype is not None)
-            _write_model(fresh, chosen[-1].path, places, mean, dtype)
+            write_model(fresh, chosen[-1].path, places, mean, dtype)
             if any(name.endswith("running_mean") for name in places[-1]):
                 report.notes.append("batch norm's statistics were averaged; measure them anew: swa_utils.update_bn")
         else:
-            _write_adapter(
+            write_adapter(
                 fresh,
                 report,
                 places,
@@ -288,104 +241,6 @@ def _settings(weights: object, decay: str | None, *by_metric: object) -> dict[st
     return dict(zip(("metric", "source", "scheme", "penalty"), by_metric, strict=True))
 
 
-class _Source(Protocol):
-    def dtype_of(self, place: Place, /) -> torch.dtype: ...
-
-    def pieces(self, name: str, places: Sequence[Place]) -> Iterable[Tensor]: ...
-
-
-def _write_model(
-    fresh: Path, newest: Path, places: Sequence[Mapping[str, Place]], source: _Source, dtype: torch.dtype | None
-) -> None:
-    """Write every tensor of the newest checkpoint into the file, and in the order, that it has there."""
-    by_file: dict[str, list[str]] = {}
-    for name, place in places[-1].items():
-        by_file.setdefault(_safe(place.file.name), []).append(name)
-    total = 0
-    for file, names in by_file.items():
-        layout = {name: (source.dtype_of(places[-1][name]), places[-1][name].shape) for name in names}
-        parts = (piece for name in names for piece in source.pieces(name, [found[name] for found in places]))
-        write_pieces(fresh / file, layout, parts)
-        total += sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
-    copy_other_files(newest, fresh, but=RUN_FILES)
-    if dtype is not None and (config := fresh / "config.json").is_file():
-        _set_dtype(config, dtype)
-    if by_file.keys() != {_SINGLE}:
-        weight_map = {name: file for file, names in by_file.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_atomically(fresh / f"{_SINGLE}.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _write_bone(
-    fresh: Path, chosen: Sequence[RunCheckpoint], places: Sequence[Mapping[str, Place]], mean: Mean
-) -> None:
-    """Average Bone adapters as they are: every form is linear in its tensors."""
-    configs = [read_json(checkpoint.path / BONE_CONFIG, {"variant": str}) for checkpoint in chosen]
-    for checkpoint, config in zip(chosen, configs, strict=True):
-        if config["variant"] != configs[-1]["variant"]:
-            raise UsageError(
-                f"{checkpoint.path} and {chosen[-1].path} differ in variant: {config['variant']!r} and "
-                f"{configs[-1]['variant']!r}"
-            )
-    newest = places[-1]
-    # wide dtypes first keeps every tensor aligned in the file
-    names = sorted(newest, key=lambda name: (-mean.dtype_of(newest[name]).itemsize, name))
-    layout = {name: (mean.dtype_of(newest[name]), newest[name].shape) for name in names}
-    parts = (piece for name in names for piece in mean.pieces(name, [found[name] for found in places]))
-    write_pieces(fresh / BONE_TENSORS, layout, parts)
-    copy_other_files(chosen[-1].path, fresh, but=RUN_FILES)
-    for name in ("config.json", "generation_config.json"):
-        (fresh / name).unlink(missing_ok=True)  # this folder is no model
-
-
-def _write_adapter(
-    fresh: Path,
-    report: MergeReport,
-    places: list[dict[str, Place]],
-    mean: Mean,
-    dtype: torch.dtype | None,
-    mode: LoraMode,
-    rank: int | None,
-    base: Path | None,
-    chunk_mb: float,
-    allow_pickle: bool,
-) -> None:
-    chosen, shares = [s.checkpoint for s in report.shares], [s.weight for s in report.shares]
-    adapters, caveat = open_adapters(chosen, places, mode)
-    if caveat:
-        report.notes.append(caveat)
-    free = [name for pair in adapters.pairs.values() for name in (pair.a, pair.b)] if mode != "factors" else []
-    check_same_tensors(places, mixed_dtypes=dtype is not None, free=free)
-    for name in free:
-        found = [tensors[name] for tensors in places]
-        if all(place.shape == found[-1].shape for place in found):
-            mean.measure(name, found)
-    if mode == "dense":
-        assert base is not None
-        if adapters.pairs:
-            stored = open_places(RunCheckpoint(base, 0, "model"), allow_pickle=allow_pickle)
-            _write_model(fresh, base, [stored], Dense(stored, adapters, shares, mean, chunk_mb), dtype)
-        else:
-            copy_other_files(base, fresh, but=RUN_FILES)
-            model = merged_by_peft(base, chosen, shares, allow_pickle=allow_pickle)
-            cast_(model, dtype or model.dtype).save_pretrained(fresh)
-        return
-    r = adapters.rank(mode, rank) if adapters.pairs else 0
-    layout = adapters.layout(mode, r, mean)
-    write_pieces(fresh / "adapter_model.safetensors", layout, adapters.pieces(layout, mode, r, shares, mean))
-    copy_other_files(chosen[-1].path, fresh, but=RUN_FILES)
-    write_atomically(fresh / "adapter_config.json", json.dumps(adapters.merged_config(mode, r), indent=2) + "\n")
-    report.discarded.update(adapters.discarded)
-    if mode == "factors":
-        report.gaps.update(adapters.gaps(shares))
-        worst = max(report.gaps, key=report.gaps.__getitem__, default=None)
-        if worst is not None and report.gaps[worst] > _LARGE_GAP:
-            report.notes.append(
-                f"averaging factors loses {report.gaps[worst]:.0%} of the update of {worst}: these adapters are too "
-                "different; lora_mode 'svd' or 'cat' keeps it"
-            )
-
-
 def check_new_folder(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
     """Make sure that a merged folder may be written.
 
@@ -398,14 +253,3 @@ def check_new_folder(target: Path, sources: Sequence[Path], overwrite: bool) -> 
             raise UsageError(f"out must be a folder, got {target}: {path} is a file")
     if target.exists() and not overwrite:
         raise UsageError(f"out {target} exists; overwrite=True (--overwrite) replaces it")
-
-
-def _set_dtype(config: Path, dtype: torch.dtype) -> None:
-    content = read_json(config)
-    key = "torch_dtype" if "torch_dtype" in content else "dtype"
-    write_atomically(config, json.dumps({**content, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
-
-
-def _safe(name: str) -> str:
-    """The safetensors name of a weight file or an index."""
-    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")

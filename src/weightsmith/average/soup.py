@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.average.checkpoints import RunCheckpoint, as_checkpoints
-from weightsmith.average.merge import MergeReport, merge_checkpoints
+from weightsmith.average.merge import merge_checkpoints
+from weightsmith.average.report import MergeReport
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import temporary_folder
 

@@ -15,7 +15,8 @@ from weightsmith.adapt.registry import config_of, is_sharded
 from weightsmith.average import MergeReport, RunCheckpoint, find_checkpoints, merge_checkpoints
 from weightsmith.average.checkpoints import as_checkpoints
 from weightsmith.average.dense import cast_
-from weightsmith.average.merge import RUN_FILES, check_new_folder
+from weightsmith.average.merge import check_new_folder
+from weightsmith.average.writing import RUN_FILES
 from weightsmith.core.adapters import BONE_CONFIG, BONE_MERGED
 from weightsmith.core.checkpoint import Checkpoint, copy_other_files
 from weightsmith.core.errors import UsageError, require
