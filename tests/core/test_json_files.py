@@ -5,7 +5,8 @@ import os
 import pytest
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.json_files import parse_json, read_json, read_jsonl, read_text, stream_json
+from weightsmith.core.json_files import parse_json, read_json, read_jsonl, read_text
+from weightsmith.core.json_stream import stream_json
 
 
 def file(tmp_path, content):
@@ -104,7 +105,7 @@ def test_a_bad_line_is_named(tmp_path, content, message):
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 2**18])
 def test_a_list_is_read_entry_by_entry(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("weightsmith.core.json_files._CHUNK", chunk)
+    monkeypatch.setattr("weightsmith.core.json_stream._CHUNK", chunk)
     content = {"best": None, "n": 12.5e3, "log": [{"step": i, "é": "]}, \\"} for i in range(20)], "after": [[1], "x"]}
     for indent in (None, 2):
         path = file(tmp_path, json.dumps(content, indent=indent, ensure_ascii=False))

@@ -27,6 +27,7 @@ from weightsmith.core import json_files
 from weightsmith.core.checkpoint import Checkpoint, write_checkpoint
 from weightsmith.core.display import markdown, markdown_link, markup, printable
 from weightsmith.core.errors import UsageError
+from weightsmith.core.json_stream import stream_json
 from weightsmith.core.patterns import compile_pattern
 from weightsmith.core.pickles import read_pickle, read_pickles
 from weightsmith.lab import record as lab_record
@@ -113,7 +114,7 @@ def json_stream(folder: Path) -> Entry:
         whole: object = None
         with contextlib.suppress(UsageError):
             whole = json_files.read_json(file, {"log_history": [{"step": int}]})["log_history"]
-        rows = list(json_files.stream_json(file, "log_history", {"step": int}))
+        rows = list(stream_json(file, "log_history", {"step": int}))
         # what both readers take, they take for the same
         assert whole is None or json.dumps(rows) == json.dumps(whole)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from weightsmith.core.adapters import BONE_CONFIG
 from weightsmith.core.errors import UsageError, WeightsmithWarning, near, unknown
-from weightsmith.core.json_files import stream_json
+from weightsmith.core.json_stream import stream_json
 
 Kind = Literal["adapter", "bone", "model"]
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")

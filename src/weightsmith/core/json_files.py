@@ -15,12 +15,10 @@ A shape says what a value must be, with as little as the reader relies on; what 
 | ``(s, t)`` | either |
 """
 
-import codecs
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from weightsmith.core.errors import UsageError
 
@@ -28,8 +26,6 @@ MOST_BYTES = 64 * 2**20
 """Largest JSON file that is read at once, and largest line or list entry of one that is read in a stream."""
 
 _MOST_NESTED = 64
-_CHUNK = 2**18
-_LONGEST_EXPONENT_MARK = 2
 _MOST_SHOWN = 60
 _CONTAINERS = (dict, list)
 _MUST = " must be"
@@ -42,8 +38,6 @@ _KINDS: dict[Any, str] = {
     float: "a number",
     None: "null",
 }
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read_json(path: Path | str, shape: Any = dict, *, what_to_do: str = "") -> Any:
@@ -63,7 +57,7 @@ def read_json(path: Path | str, shape: Any = dict, *, what_to_do: str = "") -> A
         {'metadata': {'total_size': 400}, 'weight_map': {'a': 'model-00001-of-00002.safetensors', ...}}
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_file(path) as file:
         return _advised(lambda: parse_json(_all(file, path), path, shape), what_to_do)
 
 
@@ -82,10 +76,10 @@ def parse_json(text: str | bytes, where: Path | str, shape: Any = dict) -> Any:
     try:
         content = json.loads(decoded)
     except RecursionError:
-        raise _too_deep(where) from None
+        raise too_deep(where) from None
     except ValueError as error:  # of json, or of a number with thousands of digits
         raise UsageError(f"{where} is damaged or not JSON: {error}") from None
-    _check(content, decoded, where, shape)
+    check_shape(content, decoded, where, shape)
     return content
 
 
@@ -104,7 +98,7 @@ def read_jsonl(path: Path | str, shape: Any = dict) -> Iterator[tuple[int, Any]]
             shape; the message names the file and the line.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_file(path) as file:
         number = 0
         while line := file.readline(MOST_BYTES + 1):
             number += 1
@@ -117,48 +111,6 @@ def read_jsonl(path: Path | str, shape: Any = dict) -> Iterator[tuple[int, Any]]
                 yield number, parse_json(line, where, shape)
 
 
-def stream_json(path: Path | str, key: str, shape: Any = dict) -> Iterator[Any]:
-    """Read the list under one key of a JSON object entry by entry, in the memory of an entry.
-
-    Args:
-        path: The file, of any size.
-        key: The list's name; only names at the top are looked at.
-        shape: What each entry must be, see the module docstring.
-
-    Yields:
-        The entries.
-
-    Raises:
-        UsageError: The file is missing or damaged, has no list of that name or two, or an entry is of another shape.
-    """
-    path = Path(path)
-    with _open(path) as file:
-        source = _Stream(file, path)
-        source.expect("{")
-        found = False
-        more = source.peek() != "}"
-        while more:
-            name = source.value(str)
-            source.expect(":")
-            if name != key:
-                source.value(object)
-            elif found:
-                raise UsageError(f"{path} is damaged: it has {key!r} twice")
-            elif source.peek() != "[":
-                raise UsageError(f"{path}: {key} must be a list")
-            else:
-                found = True
-                yield from source.entries(shape)
-            more = source.peek() != "}"
-            if more:
-                source.expect(",")
-        source.expect("}")
-        if source.peek():
-            raise UsageError(f"{path} is damaged: something follows its end")
-        if not found:
-            raise UsageError(f"{path} must have {key}, a list")
-
-
 def read_text(path: Path | str) -> str:
     """Read a text file as UTF-8, with any line ends.
 
@@ -166,11 +118,12 @@ def read_text(path: Path | str) -> str:
         UsageError: It is missing, or not UTF-8.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_file(path) as file:
         return _decode(file.read(), path).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
+    """Open a plain file to read; what keeps it from that is one clear error."""
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} must be a file")  # a pipe or a device could block forever
@@ -208,12 +161,13 @@ def _advised(read: Callable[[], Any], what_to_do: str) -> Any:
         raise UsageError(f"{error}; {what_to_do}") from error
 
 
-def _check(content: Any, text: str, where: object, shape: Any) -> None:
+def check_shape(content: Any, text: str, where: object, shape: Any) -> None:
+    """Refuse what is nested too deep or of another shape; ``where`` begins the message."""
     depth, level = 0, [content] if isinstance(content, _CONTAINERS) else []
     while level:
         depth += 1
         if depth > _MOST_NESTED:
-            raise _too_deep(where)
+            raise too_deep(where)
         level = [
             inner
             for outer in level
@@ -287,87 +241,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
-def _too_deep(where: object) -> UsageError:
+def too_deep(where: object) -> UsageError:
+    """The error of what is nested too deep."""
     return UsageError(f"{where} is nested more than {_MOST_NESTED} levels deep")
-
-
-class _Place(NamedTuple):
-    """Worded only when there is an error, as there may be millions of entries."""
-
-    path: Path
-    number: int | None
-
-    def __str__(self) -> str:
-        return str(self.path) if self.number is None else f"{self.path}, entry {self.number},"
-
-
-class _Stream:
-    """The part of a JSON file that is being looked at."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._text, self._at, self._ended = "", 0, False
-
-    def peek(self) -> str:
-        """Give the next character that is no space, empty at the end of the file."""
-        while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text) or not self._more():
-                return self._text[self._at : self._at + 1]
-
-    def expect(self, mark: str) -> None:
-        """Pass over a character."""
-        if self.peek() != mark:
-            got = ascii(self.peek()) if self.peek() else "its end"
-            raise UsageError(f"{self._path} is damaged or not JSON: expected {mark!r}, got {got}")
-        self._at += 1
-
-    def value(self, shape: Any, number: int | None = None) -> Any:
-        """Read one value, an entry of a list where there is a number."""
-        self.peek()
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
-                fault = None
-            except RecursionError:
-                raise _too_deep(self._path) from None
-            except ValueError as error:
-                end, fault = len(self._text), error
-            # what almost reaches the end of what has been read may go on: of "1.5e-3" the part "1.5" is a number, too
-            if (
-                len(self._text) - end < _LONGEST_EXPONENT_MARK + 1
-                and len(self._text) - self._at <= MOST_BYTES
-                and self._more()
-            ):
-                continue
-            if fault:
-                raise UsageError(f"{self._path} is damaged or not JSON: {fault}") from None
-            _check(value, self._text[self._at : end], _Place(self._path, number), shape)
-            self._at = end
-            return value
-
-    def entries(self, shape: Any) -> Iterator[Any]:
-        """Read a list."""
-        self.expect("[")
-        number, more = 0, self.peek() != "]"
-        while more:
-            yield self.value(shape, number)
-            number += 1
-            more = self.peek() != "]"
-            if more:
-                self.expect(",")
-        self.expect("]")
-
-    def _more(self) -> bool:
-        """Read on; twice as much each time that a value is not whole yet, so that all takes linear time."""
-        if self._ended:
-            return False
-        rest = self._text[self._at :]
-        chunk = self._file.read(max(_CHUNK, len(rest)))
-        self._ended = not chunk
-        try:
-            self._text, self._at = rest + self._decoder.decode(chunk, final=self._ended), 0
-        except UnicodeDecodeError:
-            raise UsageError(f"{self._path} is not UTF-8") from None
-        return True

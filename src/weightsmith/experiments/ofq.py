@@ -26,13 +26,9 @@ from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Hook
 from weightsmith.optim import param_groups
 from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing
+from weightsmith.quantize.in_training.cures import Dampening, IterativeFreezing
 from weightsmith.quantize.in_training.distillation import teacher_loss
-from weightsmith.quantize.in_training.oscillation import (
-    Dampening,
-    IterativeFreezing,
-    OscillationTracker,
-    boundary_occupancy,
-)
+from weightsmith.quantize.in_training.oscillation import OscillationTracker, boundary_occupancy
 from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
 
 

@@ -6,15 +6,10 @@ writes them to the file that ``$WEIGHTSMITH_RESULT`` names; the last value of th
 
 import contextlib
 import itertools
-import json
 import math
-import os
 import re
 import shlex
-import signal
-import subprocess
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.files import write_atomically
 from weightsmith.core.load import load_module, load_object
 from weightsmith.core.own_code import code_digest
+from weightsmith.lab.commands import run_command
 from weightsmith.lab.experiment import Arm, Better, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.fingerprint import files_digest
 from weightsmith.lab.job import Job
@@ -35,7 +30,6 @@ BASELINE = "baseline"
 _LOWER = ("loss", "error", "perplexity", "ppl", "nll", "mse", "rmse", "mae", "wer", "cer", "fid", "time", "seconds")
 _HIGHER = ("acc", "f1", "score", "auc", "bleu", "rouge", "precision", "recall", "reward", "iou", "map", "r2", "psnr")
 _CODE = {".py", ".sh", ".bash", ".r", ".R", ".jl", ".js", ".ts", ".lua", ".m", ".pl", ".rb", ".yaml", ".yml", ".toml"}
-_KEPT_LINES = 20  # of a failed command's output, in the error
 _PLACE = re.compile(r"\{(seed|folder|[A-Za-z_]\w*)\}")
 
 
@@ -221,7 +215,7 @@ def _command_job(comparison: Comparison, job: Job) -> Mapping[str, Value]:
         folder.mkdir(parents=True, exist_ok=True)
         known = {"seed": str(job.seed), "folder": str(folder.resolve()), **values}
         filled = _PLACE.sub(lambda match: known[match[1]], command)
-        return _run(filled, job, values, folder, comparison)
+        return run_command(filled, job, values, folder, comparison.time_limit)
 
     return _best(comparison, job, attempt)
 
@@ -258,88 +252,3 @@ def _number(value: Any) -> float:
         return float(value.double().mean()) if isinstance(value, Tensor) else float(value)
     except (TypeError, ValueError) as error:
         raise UsageError(f"a result must be a number, got {value!r}") from error
-
-
-def _run(command: str, job: Job, values: Mapping[str, str], folder: Path, comparison: Comparison) -> Mapping[str, Any]:
-    result = folder / "result.jsonl"
-    done = folder / "done.json"
-    if done.is_file():  # finished before the job was killed
-        measured: Mapping[str, Any] = json.loads(done.read_text())
-        return measured
-    environment = os.environ | {
-        "WEIGHTSMITH_RESULT": str(result.resolve()),
-        "WEIGHTSMITH_SEED": str(job.seed),
-        "WEIGHTSMITH_FOLDER": str(folder.resolve()),
-    }
-    output = job.keep / f"{folder.name}.txt"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
-    with output.open("w") as log, _process(command, environment, comparison.time_limit) as process:
-        for line in process.stdout or ():
-            log.write(line)
-            found |= _row(line, job, values)
-    if process.returncode:
-        tail = "".join(output.read_text().splitlines(keepends=True)[-_KEPT_LINES:])
-        raise RuntimeError(f"the command ended with code {process.returncode}: {command}\n{tail}")
-    if result.is_file():
-        for line in result.read_text().split("\n"):
-            found |= _row(line, job, values)
-    write_atomically(done, json.dumps(found))
-    return found
-
-
-def _row(line: str, job: Job, values: Mapping[str, str]) -> dict[str, float]:
-    """The numbers of a line that is a JSON object; of any other line nothing."""
-    try:
-        content = json.loads(line) if line.lstrip().startswith("{") else None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        return {}
-    numbers = {str(key): float(value) for key, value in content.items() if isinstance(value, int | float)}
-    if numbers:
-        job.record(numbers, phase="training", **values)
-    return numbers
-
-
-@contextlib.contextmanager
-def _process(command: str, environment: Mapping[str, str], limit: float | None) -> Iterator[subprocess.Popen[str]]:
-    """Run a command line in a process group of its own, which ends when the block or this process does."""
-    process = subprocess.Popen(
-        command, shell=True, env=environment, text=True, errors="replace", start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent,
-    )  # fmt: skip
-    timed_out = False
-
-    def end() -> None:
-        nonlocal timed_out
-        timed_out = True
-        _kill(process)
-
-    timer = threading.Timer(limit or threading.TIMEOUT_MAX, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield process
-        process.wait()
-    finally:
-        timer.cancel()
-        _kill(process)
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-    if timed_out:
-        raise TimeoutError(f"the command took longer than {limit:g} seconds: {command}")
-
-
-def _kill(process: "subprocess.Popen[str]") -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _end_with_parent() -> None:
-    # Linux ends the command's shell with this process, however that ends; elsewhere only an orderly end does
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -35,9 +35,10 @@ from weightsmith.quantize.formats.export import export_onnx, load_quantized, sav
 from weightsmith.quantize.grid import Grid, QuantizedWeight, quantized_weights
 from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing
 from weightsmith.quantize.in_training.cache import cached_weights
+from weightsmith.quantize.in_training.cures import Dampening, IterativeFreezing
 from weightsmith.quantize.in_training.distillation import distillation_loss
 from weightsmith.quantize.in_training.finish import finish_ofq_, integer_weights
-from weightsmith.quantize.in_training.oscillation import Dampening, IterativeFreezing, OscillationTracker
+from weightsmith.quantize.in_training.oscillation import OscillationTracker
 from weightsmith.quantize.in_training.preparation import ofq_report
 from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_, reparameterize_qk_
 from weightsmith.quantize.in_training.statsq import statsq

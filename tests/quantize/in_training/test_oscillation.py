@@ -8,18 +8,11 @@ from torch import nn
 from weightsmith.core.errors import UsageError
 from weightsmith.core.fold import fold_
 from weightsmith.lab.models import build_model
+from weightsmith.quantize.in_training.cures import Dampening, Freezing, IterativeFreezing, dampening
 from weightsmith.quantize.in_training.distillation import distillation_loss
 from weightsmith.quantize.in_training.finish import integer_weights
 from weightsmith.quantize.in_training.lsq import LSQWeight
-from weightsmith.quantize.in_training.oscillation import (
-    Dampening,
-    Freezing,
-    IterativeFreezing,
-    Oscillation,
-    OscillationTracker,
-    boundary_occupancy,
-    dampening,
-)
+from weightsmith.quantize.in_training.oscillation import Oscillation, OscillationTracker, boundary_occupancy
 from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
 from weightsmith.quantize.in_training.weight_quantizer import low_bit_sites
 
