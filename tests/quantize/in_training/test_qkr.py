@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.lab.models.vit import Attention, Mlp
-from weightsmith.quantize.in_training.attention import find_parts
+from weightsmith.quantize.in_training.attention_parts import find_parts
 from weightsmith.quantize.in_training.cache import cached_weights
 from weightsmith.quantize.in_training.finish import integer_weights
 from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_, reparameterize_qk_

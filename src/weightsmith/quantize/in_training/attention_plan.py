@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
-from weightsmith.quantize.in_training.attention import NotUnderstood, Parts, find_parts, obstacle
+from weightsmith.quantize.in_training.attention_parts import NotUnderstood, Parts, find_parts, obstacle
 from weightsmith.quantize.in_training.convert import faithful_parts
 from weightsmith.quantize.in_training.observe import Observed
 from weightsmith.quantize.in_training.plan import Plan

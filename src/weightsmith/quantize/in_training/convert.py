@@ -24,12 +24,12 @@ from weightsmith.quantize.in_training.attention import (
     DROPOUTS,
     MASKS,
     SOURCES,
-    Parts,
     QuantizedAttention,
     bind,
     given_kinds,
     quantized_class,
 )
+from weightsmith.quantize.in_training.attention_parts import Parts
 from weightsmith.quantize.in_training.plan import Plan, activation_quantizer
 from weightsmith.quantize.in_training.qkr import QueryKeyProduct, query_key_product
 from weightsmith.quantize.inputs import release_input_

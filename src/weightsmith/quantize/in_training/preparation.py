@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError
-from weightsmith.quantize.in_training.attention import Parts, QuantizedAttention, quantized_class
+from weightsmith.quantize.in_training.attention import QuantizedAttention, quantized_class
+from weightsmith.quantize.in_training.attention_parts import Parts
 from weightsmith.quantize.in_training.lsq import ActivationQuantizer
 from weightsmith.quantize.in_training.weight_quantizer import WeightQuantizer
 from weightsmith.quantize.inputs import quantize_input_

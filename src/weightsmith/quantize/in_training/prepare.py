@@ -21,7 +21,7 @@ from weightsmith.core.modes import evaluating
 from weightsmith.core.select import Where, select
 from weightsmith.core.tied import register_shared_
 from weightsmith.core.weights import CONVOLUTIONS, Slot, check_plain, output_axis, owners
-from weightsmith.quantize.in_training.attention import Parts, find_parts
+from weightsmith.quantize.in_training.attention_parts import Parts, find_parts
 from weightsmith.quantize.in_training.attention_plan import find_candidates, plan_attentions, some, warn_of_biases
 from weightsmith.quantize.in_training.convert import quantize_attention_
 from weightsmith.quantize.in_training.lsq import ActivationQuantizer
