@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rewards.py [--rounds N]
 
-A step is what it is in the experiment: sample 48 x 8 answers, reward, update in two mini-batches; three objectives.
+A step is what it is in the experiment: sample 48 x 8 answers, reward, update in two mini-batches, or in one; three
+objectives. The rewards are random, so that every answer has an advantage in every objective: what has none, costs less.
 """
 
 import argparse
@@ -30,43 +31,52 @@ from weightsmith.reweight import (
 TASK = AnyDigits()
 
 
-def step(kind: str) -> Callable[[], object]:
-    """One rollout and its updates."""
+def step(kind: str, mini_batches: int) -> Callable[[], object]:
+    """One rollout and its updates; a ``"shared"`` forward pass serves the influence and the only update."""
+    method, _, shared = kind.partition(", ")
     torch.manual_seed(0)
     model = PolicyTransformer(
         vocabulary=TASK.vocabulary, length=TASK.prompt_length + TASK.new_tokens, width=128, depth=4
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    weighting = FixedWeights([1 / 3] * 3) if kind == "fixed" else GradientWeights(3)
+    weighting = FixedWeights([1 / 3] * 3) if method == "fixed" else GradientWeights(3)
     names = [name for name, _ in model.named_parameters() if name.startswith(("blocks.1.", "blocks.2."))]
     targets = [model.get_parameter(name) for name in names]
 
+    def influence(rollout, each):
+        """The influence, and the log-probabilities that it was computed from."""
+        if method == "backward":
+            logp = scored(model, rollout)[0]
+            more = {"max_norm": None, "retain_graph": bool(shared)}
+            return objective_influence(logp, each, rollout.mask, targets, **more), logp
+        tokens, kept = torch.cat([rollout.prompts, rollout.answers[:, :-1]], 1), []
+
+        def logp_of(values):
+            if method == "sequence":  # is called with the parameters themselves
+                kept.append(scored(model, rollout)[0])
+                return kept[0]
+            logits = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (tokens,))
+            answers = logits[:, rollout.prompts.shape[1] - 1 :].log_softmax(-1)
+            return answers.gather(-1, rollout.answers[..., None])[..., 0]
+
+        return objective_influence(logp_of, each, rollout.mask, targets, method=method, max_norm=None), *kept[:1]
+
     def advantages(rollout):
-        scores = torch.cat([rollout.scores, (rollout.mask.sum(1, keepdim=True) < 5).float()], 1)
+        scores = torch.rand(len(rollout), 3)
         find = partial(objective_advantages, group=rollout.group, mask=rollout.mask)
         if isinstance(weighting, GradientWeights):
-            each = torch.stack([find(scores, one) for one in torch.eye(3)])
-            if kind == "backward":
-                logp = scored(model, rollout)[0]
-                found = objective_influence(logp, each, rollout.mask, targets, max_norm=None)
-            else:
-                tokens = torch.cat([rollout.prompts, rollout.answers[:, :-1]], 1)
-
-                def logp_of(values):
-                    logits = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (tokens,))
-                    answers = logits[:, rollout.prompts.shape[1] - 1 :].log_softmax(-1)
-                    return answers.gather(-1, rollout.answers[..., None])[..., 0]
-
-                found = objective_influence(logp_of, each, rollout.mask, targets, method=kind, max_norm=None)
+            found, *kept = influence(rollout, torch.stack([find(scores, one) for one in torch.eye(3)]))
             weighting.update(found)
-        return find(scores, weighting.reward_weights)
+        gains = find(scores, weighting.reward_weights)
+        return torch.stack([gains, *kept], -1) if shared else gains  # so that both are shuffled alike
 
     def loss(rollout, gains):
-        return policy_loss(scored(model, rollout)[0], gains, rollout.mask, old_logp=rollout.logp).loss
+        gains, logp = gains.unbind(-1) if shared else (gains, scored(model, rollout)[0])
+        return policy_loss(logp, gains.detach(), rollout.mask, old_logp=rollout.logp).loss
 
     return lambda: optimize_policy(
-        model, optimizer, TASK, advantages=advantages, loss=loss, steps=1, prompts=48, samples=8, mini_batches=2,
-        seed=0, device=torch.device("cpu"),
+        model, optimizer, TASK, advantages=advantages, loss=loss, steps=1, prompts=48, samples=8,
+        mini_batches=mini_batches, seed=0, device=torch.device("cpu"),
     )  # fmt: skip
 
 
@@ -75,12 +85,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    steps = {kind: step(kind) for kind in ("fixed", "backward", "sequence", "jvp")}
-    show(
-        "a step with three objectives (targets: backward 1.6x, without clipping 1.4x)",
-        interleave(steps, rounds=rounds),
-        baseline="fixed",
-    )
+    each = {1: ("backward", "backward, shared", "sequence", "sequence, shared", "jvp")}
+    each[2] = ("backward", "sequence", "jvp")
+    for updates, kinds in each.items():
+        steps = {kind: step(kind, updates) for kind in ("fixed", *kinds)}
+        show(
+            f"updates per rollout: {updates}, objectives: 3 (targets: backward 1.6x, without clipping 1.4x)",
+            interleave(steps, rounds=rounds),
+            baseline="fixed",
+        )
     from pymoo.indicators.hv import HV
 
     rng = np.random.default_rng(0)

@@ -293,6 +293,27 @@ def test_influence_does_not_depend_on_the_micro_batch(size, tmp_path):
     assert found == pytest.approx(kept, rel=1e-4)
 
 
+def test_micro_batches_without_advantages_take_no_pass_for_the_influence(tmp_path):
+    passes = []
+
+    class Counting(Trainer):
+        def _weigh_rewards(self, weighting, output):
+            passes.clear()
+            super()._weigh_rewards(weighting, output)
+            self.counted = len(passes)
+
+    def first_only(completion_ids, **_):  # the other groups agree
+        return [float(at == 0) for at in range(len(completion_ids))]
+
+    made = trainer(
+        tmp_path, (first_only,), make=Counting, reward_weighting=GradientWeights(1), num_generations=2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1,
+    )  # fmt: skip
+    made.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    made.train()
+    assert made.counted == 1
+
+
 def test_a_validation_point_sets_the_factor_of_the_next_steps(tmp_path):
     points = iter([[0.0, -6.0], [1.0, -3.0], [0.5, -7.0], [9.0, -1.0]])
     made = trainer(

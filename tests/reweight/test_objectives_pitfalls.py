@@ -70,6 +70,32 @@ def test_an_objective_that_never_differs_has_no_influence():
     assert weights.isfinite().all()
 
 
+def test_an_objective_without_advantages_takes_no_backward_pass(monkeypatch):
+    x, actions, mask, advantages = rollouts()
+    policy, passes, grad = Policy(), [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: passes.append(1) or grad(*args, **options))
+    advantages[2] = 0
+    gradients = objective_gradients(policy(x, actions), advantages, mask, list(policy.parameters()))
+    assert len(passes) == 2
+    assert not any(part.any() for part in gradients[2])
+
+
+@pytest.mark.parametrize("last", [1.0, 0.0])
+def test_the_graph_is_kept_for_the_loss_of_the_same_step_where_asked(last):
+    x, actions, mask, advantages = rollouts()
+    advantages[2] *= last
+    for keep in (True, False):
+        policy = Policy()
+        logp = policy(x, actions)
+        objective_influence(logp, advantages, mask, list(policy.parameters()), retain_graph=keep)
+        if keep:
+            logp.sum().backward()
+            assert policy.head.weight.grad is not None
+        else:
+            with pytest.raises(RuntimeError, match="second time"):
+                logp.sum().backward()
+
+
 def test_forward_mode_gives_the_same_number_as_backward():
     policy = Policy()
     backward, forward = influence(policy, "backward", max_norm=None), influence(policy, "jvp", max_norm=None)

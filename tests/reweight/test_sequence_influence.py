@@ -82,3 +82,32 @@ def test_it_needs_a_function():
     logp = torch.zeros(2, 3, requires_grad=True)
     with pytest.raises(UsageError, match="as a function"):
         objective_influence(logp, torch.ones(1, 2), torch.ones(2, 3), [logp], method="sequence")
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_the_graph_it_followed_serves_the_loss_of_the_same_step(max_norm):
+    policy = policy_of("transformer")
+    kept = []
+
+    def logp(_):
+        kept.append(policy(TOKENS)[:, -ANSWERS:].log_softmax(-1)[..., 0])
+        return kept[-1]
+
+    params = list(policy.parameters())
+    given, mask = torch.randn(3, 6, dtype=torch.float64), torch.ones(6, ANSWERS)
+    objective_influence(logp, given, mask, params, method="sequence", max_norm=max_norm)
+    found = torch.autograd.grad(kept[0].sum(), params)
+    torch.testing.assert_close(found, torch.autograd.grad(logp(None).sum(), params))
+
+
+def test_a_weight_that_is_also_used_in_another_place_is_found_behind_a_cached_cast():
+    layer = nn.Linear(8, 7)
+    x = torch.randn(6, ANSWERS, 8)
+
+    def logp(values):
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # casts the weight once for both
+            return (layer(x) + x.tanh() @ values[0].T).float().log_softmax(-1)[..., 0]
+
+    given, mask, params = torch.randn(3, 6), torch.ones(6, ANSWERS), [layer.weight, layer.bias]
+    found, expected = (objective_influence(logp, given, mask, params, method=how) for how in ("sequence", "backward"))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-4)

@@ -100,8 +100,8 @@ class ForgettingMeter:
             raise UsageError(f"held_out must have names, and none of them 'after' or {_START!r}, got {wrong[0]!r}")
         if better not in ("higher", "lower"):
             raise unknown("better", str(better), ("higher", "lower"))
-        for name, data in held_out.items() if score is None else ():
-            _check_set(name, data)
+        for name, data in held_out.items():
+            _check_set(name, data, any_kind=score is not None)
         self.held_out, self.better = dict(held_out), better
         self.path = None if path is None else Path(path)
         self._score: Score = score if score is not None else prediction_accuracy
@@ -153,7 +153,9 @@ class ForgettingMeter:
         return self._add(model, task, write)
 
     def _add(self, model: nn.Module, name: str, write: bool) -> dict[str, float]:
-        with evaluating(model), torch.no_grad():
+        # a loader or a score draws random numbers, and training has to go on as if nobody had looked
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
             scores = {key: self._scored(model, key) for key in self.held_out}
         self._rows.append((name, scores))
         if self.path is not None and write:
@@ -249,12 +251,16 @@ def _read(path: Path, sets: Sequence[str]) -> list[tuple[str, dict[str, float]]]
     return rows
 
 
-def _check_set(name: str, data: Any) -> None:
-    """Refuse what cannot be scored after every task, before any is trained."""
-    if not isinstance(data, Iterable) or isinstance(data, Iterator):
+def _check_set(name: str, data: Any, *, any_kind: bool) -> None:
+    """Refuse what cannot be scored after every task, before any is trained; a score of one's own takes any kind."""
+    if not (any_kind or isinstance(data, Iterable)) or isinstance(data, Iterator):
         raise UsageError(
             f"held_out {name!r} must hold batches that can be read after every task, such as a list or a DataLoader, "
             f"got {type(data).__name__}"
         )
-    if isinstance(data, Sized) and not len(data):
+    try:
+        empty = isinstance(data, Sized) and not len(data)
+    except TypeError:  # a DataLoader of a stream has the method, but no length
+        empty = False
+    if empty and not any_kind:
         raise UsageError(f"held_out {name!r} is empty")

@@ -103,6 +103,7 @@ class Parts:
         """
         if self._live is not None:
             raise UsageError("live and averaged weights are exchanged already")
+        self.follow()  # PEFT replaces parameters when it loads a checkpoint
         live = {name: p.detach().clone() for part in self._parts for name, p in part.named()}
         self.copy_to_model()
         self._live = live
@@ -130,6 +131,7 @@ class Parts:
         """
         if self._live is not None:
             raise UsageError("live and averaged weights are exchanged: call restore first")
+        self.follow()
         for part in self._parts:
             for parameter, star in zip(part.parameters, part.averages, strict=True):
                 parameter.copy_(star)

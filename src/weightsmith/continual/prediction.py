@@ -60,6 +60,12 @@ def _divided(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
                 f"labels of a batch must be a tensor, got {type(labels).__name__}: give batches, not rows, for example "
                 "DataLoader(rows, batch_size=8, collate_fn=...)"
             )
+        ids = moved.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() < 2:
+            raise UsageError(
+                f"input_ids of a batch must be (B, T), got {tuple(ids.shape)}: give batches, not rows, for example "
+                "DataLoader(rows, batch_size=8)"
+            )
         return moved, labels
     if isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, labels = batch

@@ -93,6 +93,7 @@ class ContinualTuner:
         self._base = self._copy() if new_group_init == "base" else {}
         self._groups: list[dict[str, Tensor]] = []
         self._folders: list[str] = []
+        self._latest = 0
         self._instructions: list[str] | None = None
         if self.router.groups:
             raise UsageError(f"router has {len(self.router.groups)} groups already: give one without")
@@ -111,6 +112,30 @@ class ContinualTuner:
         """Whether a task has begun and not ended."""
         return self._instructions is not None
 
+    @property
+    def instructions(self) -> tuple[str, ...] | None:
+        """Of the task in progress."""
+        return None if self._instructions is None else tuple(self._instructions)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model in which other parameters are trained than those of the groups.
+
+        Args:
+            model: The tuner's, perhaps within a wrapper.
+
+        Raises:
+            UsageError: Names a parameter.
+        """
+        own = {name: self._parameter(name) for name in self._names}
+        if missing := [name for name, parameter in own.items() if parameter is None]:
+            raise UsageError(f"{missing[0]} is gone from the tuner's model: make the tuner anew after such a change")
+        known = set(map(id, own.values()))
+        if wrong := [name for name, parameter in named_trainable(model) if id(parameter) not in known]:
+            raise UsageError(
+                f"{wrong[0]} is trained and belongs to no group: give the tuner the model that is trained, with the "
+                "same adapter active and the same parameters trainable in all tasks"
+            )
+
     def begin(self, instructions: Sequence[str]) -> Assignment:
         """Start a task: its group's parameters are put into the model. Make the optimizer after this.
 
@@ -122,9 +147,12 @@ class ContinualTuner:
         """
         if self._instructions is not None:
             raise UsageError("a task is in progress: end it first")
+        self.check_model(self.model)
         found = self.router.assign(instructions)
         if not found.is_new:
             self._put(self._groups[found.group - 1])
+        elif self.new_group_init == "previous" and self._groups:
+            self._put(self._groups[self._latest])  # the model may hold another since `use`
         elif self.new_group_init == "base":
             self._put(self._base)
         elif self.new_group_init == "random" and self._groups:
@@ -145,6 +173,7 @@ class ContinualTuner:
         if self._instructions is None or self.assignment is None:
             raise UsageError("there is no task in progress: call begin first")
         found, instructions = self.assignment, self._instructions
+        self.check_model(self.model)
         if self.ema is not None:
             if not self.ema.step_count:
                 raise UsageError("step was never called in this task: call it after every optimizer.step()")
@@ -157,6 +186,7 @@ class ContinualTuner:
         else:
             self._groups[found.group - 1] = trained
         self.router.commit(found, instructions)
+        self._latest = found.group - 1
         self.tasks += 1
         self.ema = self._instructions = None
         return found
@@ -206,6 +236,12 @@ class ContinualTuner:
         self._put(self._groups[number - 1])
         return number
 
+    def _parameter(self, name: str) -> Tensor | None:
+        try:
+            return self.model.get_parameter(name)
+        except AttributeError:  # an adapter has been put in, or taken out
+            return None
+
     def _copy(self) -> dict[str, Tensor]:
         return {name: self.model.get_parameter(name).detach().to("cpu", copy=True) for name in self._names}
 
@@ -239,9 +275,9 @@ class ContinualTuner:
         self._groups = [load_group(self.model, shapes, folder / name) for name in folders]
         self._folders, self.tasks = folders, state["tasks"]
         self.router.load_state_dict({"groups": texts})
-        newest = max(range(len(folders)), key=lambda at: _task_of(folders[at]), default=None)
-        if newest is not None:  # the next new group starts from the task before
-            self._put(self._groups[newest])
+        if folders:
+            self._latest = max(range(len(folders)), key=lambda at: _task_of(folders[at]))
+            self._put(self._groups[self._latest])
 
 
 def _task_of(folder: str) -> int:

@@ -101,7 +101,7 @@ def influence(
     for start in range(0, rows, size):
         part = slice(start, start + size)
         batch = {name: value[part] for name, value in output.items() if isinstance(value, Tensor) and value.dim()}
-        if not batch["completion_mask"].any():
+        if not (batch["completion_mask"].any() and each[:, part].any()):  # no gradient: no pass either
             continue
         logps = score(model, **(forward_arguments(score, batch) | {"compute_entropy": False}))[0]
         found = objective_gradients(logps, each[:, part], mask[part], params, normalizer=total)

@@ -14,7 +14,9 @@ from weightsmith.core.files import file_atomically
 transformers: Any = require("transformers", extra="hf", purpose="continual tuning under a Trainer")
 
 _STATE = "lcia.pt"
-_AVERAGE = "weightsmith_average"  # attribute of the Trainer's state, which all callbacks of one training share
+_SAMPLE = 16  # values of each parameter by which a checkpoint is known
+# attributes of the Trainer's state, which all callbacks of one training share: the average, and whose it is
+_AVERAGE, _OWNER = "weightsmith_average", "weightsmith_average_of"
 
 
 class LCIACallback(transformers.TrainerCallback):
@@ -43,7 +45,7 @@ class LCIACallback(transformers.TrainerCallback):
             raise TypeError(f"unknown argument {min(ema.keys() - _EMA_ARGUMENTS)}; known: {', '.join(_EMA_ARGUMENTS)}")
         self.tuner, self.swap_on_evaluate, self._options = tuner, swap_on_evaluate, ema
         self.ema: DynamicEMA | None = None
-        self._swapped = False
+        self._swapped = self._evaluating = False
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, model: Any = None, **__: Any) -> None:
         """Start the average, or restore that of the checkpoint which training resumes from."""
@@ -54,18 +56,45 @@ class LCIACallback(transformers.TrainerCallback):
                 "load_best_model_at_end must be False with LCIACallback: what training ends with is the average, and "
                 "the best checkpoint would be overwritten by it"
             )
+        if getattr(state, _OWNER, self) is not self:
+            raise UsageError("callbacks hold LCIACallback twice, and the second would overwrite the first: give one")
+        self._swapped = self._evaluating = False
         if self.tuner is not None:
             if self.tuner.assignment is None or not self.tuner.in_task:
                 raise UsageError("the tuner has no task in progress: train inside tuner.task or tuner.fit")
+            self.tuner.check_model(model)
             self.ema = self.tuner.ema
         else:
             self.ema = DynamicEMA(model, **self._options)
-        if self.ema is not None and state.global_step:
-            file = Path(_resumed(args, state), _STATE)
-            if not file.is_file():
-                raise UsageError(f"{file} is missing, so the average of the run to resume is unknown: start it anew")
-            self.ema.load_state_dict(_read(file))
+        if state.global_step and (self.ema is not None or self.tuner is not None):
+            self._resume(Path(_resumed(args, state), _STATE), model)
+        setattr(state, _OWNER, self)
         setattr(state, _AVERAGE, self.ema)
+
+    def _resume(self, file: Path, model: Any) -> None:
+        if not file.is_file():
+            raise UsageError(f"{file} is missing, so the average of the run to resume is unknown: start it anew")
+        held = _read(file)
+        if held.get("task", self._task()) != self._task():
+            raise UsageError(
+                f"{file} is of another task, {held['task']}, and this is {self._task()}: resume from a checkpoint of "
+                "this task, and give every task an output_dir of its own"
+            )
+        now = _sample(model)
+        # PEFT loads adapters of half precision as float32
+        if any(
+            name in now and not torch.equal(now[name].double(), kept.double())
+            for name, kept in held.get("live", {}).items()
+        ):
+            raise UsageError(
+                f"{file} is not of the weights that training resumes from: set resume_from_checkpoint of the "
+                "TrainingArguments to the checkpoint that train() is given"
+            )
+        if self.ema is not None:
+            self.ema.load_state_dict(held)
+
+    def _task(self) -> list[Any] | None:
+        return None if self.tuner is None else [self.tuner.tasks + 1, *(self.tuner.instructions or ())]
 
     def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Gradients are still there; a step that the gradient scaler skipped does not count."""
@@ -80,25 +109,37 @@ class LCIACallback(transformers.TrainerCallback):
         """Evaluation may come next."""
         self._swap(control)
 
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Evaluation is over for sure."""
+        self._evaluating = False
+
     def _swap(self, control: Any) -> None:
         if self.swap_on_evaluate and self.ema is not None and control.should_evaluate and not self._swapped:
             self.ema.swap()
-            self._swapped = True
+            self._swapped = self._evaluating = True
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         """Evaluation is over."""
         if self._swapped and self.ema is not None:
             self.ema.restore()
             self._swapped = False
+        elif self._evaluating:  # a Trainer tells no callback how many sets there are
+            raise UsageError(
+                "swap_on_evaluate evaluates the average on one set, and eval_dataset holds several: give one, or "
+                "swap_on_evaluate=False and a ForgettingCallback"
+            )
 
-    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Write the average beside the checkpoint."""
-        if self.ema is not None and state.is_world_process_zero:
+    def on_save(self, args: Any, state: Any, *_: Any, model: Any = None, **__: Any) -> None:
+        """Write the average beside the checkpoint, and what tells this checkpoint from others."""
+        if state.is_world_process_zero and (self.ema is not None or self.tuner is not None):
+            average = {"tensors": {}} if self.ema is None else self.ema.state_dict()
+            held = {**average, "live": _sample(model), **({} if self.tuner is None else {"task": self._task()})}
             with file_atomically(Path(args.output_dir, f"checkpoint-{state.global_step}", _STATE)) as fresh:
-                torch.save(self.ema.state_dict(), fresh)
+                torch.save(held, fresh)
 
     def on_train_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
         """The average becomes the model; with a tuner, its ``end`` does that."""
+        self._evaluating = False
         if self.tuner is None and self.ema is not None:
             self.ema.copy_to_model()
             setattr(state, _AVERAGE, None)
@@ -130,7 +171,7 @@ class ForgettingCallback(transformers.TrainerCallback):
     def on_train_begin(self, _args: Any, state: Any, *_: Any, model: Any = None, **__: Any) -> None:
         """Measure what the model can do before it has learnt anything."""
         if self.before and self.meter.empty and not state.global_step:
-            self.meter.start(model)
+            self.meter.start(model, write=state.is_world_process_zero)
 
     def on_train_end(self, _args: Any, state: Any, *_: Any, model: Any = None, **__: Any) -> None:
         """Measure, and show it on one process."""
@@ -152,6 +193,15 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("tensors"), dict):
         raise UsageError(f"{file} does not hold the state of an average")
     return state
+
+
+def _sample(model: Any) -> dict[str, torch.Tensor]:
+    """A few values of each trainable parameter."""
+    return {
+        name: p.detach().reshape(-1)[:_SAMPLE].to("cpu", copy=True)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def _resumed(args: Any, state: Any) -> Path:

@@ -25,13 +25,15 @@ def objective_influence(
     max_norm: float | None = 1.0,
     norm_params: Sequence[Tensor] | None = None,
     normalizer: float | None = None,
+    retain_graph: bool = False,
 ) -> Tensor:
     r"""Compute the influence of each objective on rollouts of the current policy.
 
     At ratio 1 the gradient of an objective's loss is ``g_k = -sum_t mask A_k d logp_t / n``.
 
     - ``"backward"``: one vector-Jacobian product per objective, through one graph; gradients can be clipped.
-    - ``"sequence"``: the same from one backward pass over activations, where advantages are constant within a sequence.
+    - ``"sequence"``: the same from one backward pass over activations, where advantages are constant within a sequence;
+      without clipping its cost does not depend on the number of objectives.
       Exact when the sequences of a batch do not act on each other (no batch normalization) and are the first dimension
       of every layer's input. Parameters outside of linear layers, `layer_norm` and `rms_norm` take the way of
       ``"backward"``.
@@ -52,6 +54,8 @@ def objective_influence(
         max_norm: Clip each objective's gradient to this norm; must be ``None`` for ``"jvp"``.
         norm_params: What the norm is taken over, in the paper all parameters; ``None``: ``params``.
         normalizer: Divides the sums over tokens; ``None``: the number of tokens.
+        retain_graph: Keep the graph of ``logp``, so that the loss of the same step needs no forward pass of its own;
+            for ``"backward"``. ``"sequence"`` always leaves the graph of what the function returned.
 
     Returns:
         ``(K,)``, float64 on the CPU when the parameters are double, else float32 at least.
@@ -80,12 +84,20 @@ def objective_influence(
         return _forward_mode(logp, advantages, mask, tuple(params), normalizer)
     found = logp if isinstance(logp, Tensor) else logp(tuple(params))
     everything = [*params, *_others(params, norm_params)]
-    gradients = objective_gradients(found, advantages, mask, everything, normalizer=normalizer)
+    gradients = objective_gradients(
+        found, advantages, mask, everything, normalizer=normalizer, retain_graph=retain_graph
+    )
     return influence_of(gradients, max_norm=max_norm, targets=len(params))
 
 
 def objective_gradients(
-    logp: Tensor, advantages: Tensor, mask: Tensor, params: Sequence[Tensor], *, normalizer: float | None = None
+    logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    params: Sequence[Tensor],
+    *,
+    normalizer: float | None = None,
+    retain_graph: bool = False,
 ) -> list[list[Tensor]]:
     """Compute the gradient of each objective's loss at ratio 1; add those of several micro-batches up.
 
@@ -96,15 +108,21 @@ def objective_gradients(
         params: What to differentiate with respect to.
         normalizer: Divides the sums over tokens; over micro-batches the number of all tokens. ``None``: the tokens of
             this call, whose sum over micro-batches is what the authors' code computes.
+        retain_graph: Keep the graph of ``logp``.
 
     Returns:
         Per objective the gradients, in the order and shape of ``params``; half precision as float32.
     """
     slopes = _slopes(advantages, mask, logp, normalizer)
+    # an objective without advantages, such as a saturated one, has no gradient: nothing to compute
+    acting = [bool(slope.any()) for slope in slopes]
+    last = max((index for index, acts in enumerate(acting) if acts), default=-1)
     found = []
     for index, slope in enumerate(slopes):
-        last = index == len(slopes) - 1
-        parts = torch.autograd.grad(logp, params, slope.to(logp.dtype), retain_graph=not last, allow_unused=True)
+        parts: Sequence[Tensor | None] = [None] * len(params)
+        if acting[index]:
+            keep = retain_graph or index != last
+            parts = torch.autograd.grad(logp, params, slope.to(logp.dtype), retain_graph=keep, allow_unused=True)
         found.append(
             [
                 torch.zeros_like(p, dtype=_precise(p)) if part is None else part.to(_precise(p))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -53,27 +54,55 @@ def sequence_influence(
     per_sequence = _constant(each, counted)
     if any(use.changed() for use in watch.uses):
         raise UsageError('the policy changes an activation in place: use method="backward"')
-    outputs = [use.output for use in watch.uses]
-    parts = torch.autograd.grad(
-        found, [*outputs, *everything], counted.to(found.dtype), retain_graph=True, allow_unused=True
-    )
-    # watched uses are cut off from their parameters: a parameter that still has a gradient is also used in another way
-    left = [p for p, part in zip(everything, parts[len(outputs) :], strict=True) if part is not None]
+    left = _used_otherwise(found, watch.uses, everything)
     rest = [torch.autograd.grad(found, left, s.to(found.dtype), retain_graph=True) for s in each] if left else []
-    grams = _Grams(len(each), each)
+    outputs = [use.output for use in watch.uses]
+    deltas = torch.autograd.grad(found, outputs, counted.to(found.dtype), retain_graph=True, allow_unused=True)
+    used = [(use, delta) for use, delta in zip(watch.uses, deltas, strict=True) if delta is not None]
+    grams, unclipped = _Grams(len(each), each), each.new_zeros(len(each))
     with torch.no_grad():
         for index, p in enumerate(everything):
-            known = [
-                use.gradients(p, delta, per_sequence)
-                for use, delta in zip(watch.uses, parts, strict=False)
-                if delta is not None and use.holds(p)
-            ]
             at = next((i for i, one in enumerate(left) if one is p), None)
-            if at is not None:
-                known.append(torch.stack([gradients[at].to(each.dtype).flatten() for gradients in rest]))
-            if known:
-                grams.add(torch.stack(known).sum(0), target=index < len(params))
-        return grams.influence(max_norm)
+            known = None if at is None else torch.stack([row[at].to(each.dtype).flatten() for row in rest])
+            uses = [(use, delta) for use, delta in used if use.holds(p)] if known is None else []
+            if known is None and not uses:
+                continue
+            if max_norm is not None:
+                own = _sum([use.gradients(p, d, per_sequence) for use, d in uses]) if known is None else known
+                grams.add(own, target=index < len(params))
+            elif known is not None:
+                unclipped += known @ known.sum(0)
+            else:
+                every = per_sequence.sum(0, keepdim=True)
+                along = _sum([use.gradients(p, d, every)[0] for use, d in uses])
+                unclipped += per_sequence @ _sum([use.along(p, d, along) for use, d in uses])
+    return unclipped if max_norm is None else grams.influence(max_norm)
+
+
+def _used_otherwise(found: Tensor, uses: Sequence["_Use"], params: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters that the graph also uses in another place than the watched layers."""
+    edges = {_edge(p): id(p) for p in params}
+    watched = {use.output.grad_fn: use.begin for use in uses}
+    end = _edge(found)[0]
+    seen, open_, known = {end}, [end], set[int]()
+    while open_:
+        node = open_.pop()
+        for edge in watched.get(node, node.next_functions):
+            if edge in edges:
+                known.add(edges[edge])
+            elif edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                open_.append(edge[0])
+    return [p for p in params if id(p) in known]
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).sum(0)
 
 
 class _Grams:
@@ -88,17 +117,18 @@ class _Grams:
         if target:
             self.targets += gradients @ gradients.T
 
-    def influence(self, max_norm: float | None) -> Tensor:
+    def influence(self, max_norm: float) -> Tensor:
         """``(K,)``: ``I_k = c_k sum_j c_j <g_k, g_j>`` with the factors ``c`` of clipping."""
-        if max_norm is None:
-            return self.targets.sum(1)
         scale = (max_norm / (self.norms.sqrt() + 1e-6)).clamp(max=1.0)
         return scale * (self.targets @ scale)
 
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One call ``output = weight * inputs + bias``: a product of matrices, or elementwise after a normalization."""
+    """One call ``output = weight * inputs + bias``: a product of matrices, or elementwise after a normalization.
+
+    ``begin`` are the edges at which the graph goes on beyond the call, but those to watched parameters.
+    """
 
     inputs: Tensor
     output: Tensor
@@ -106,6 +136,7 @@ class _Use:
     bias: Tensor | None
     elementwise: bool
     versions: tuple[int, int]
+    begin: Sequence[tuple[Any, int]]
 
     def changed(self) -> bool:
         return self.versions != (self.inputs._version, self.output._version)
@@ -124,13 +155,29 @@ class _Use:
         # the smaller of the two is scaled
         if rows.shape[-1] <= inputs.shape[-1]:
             flat = inputs.flatten(0, 1)
-            return torch.stack([((rows * f[:, None, None]).flatten(0, 1).T @ flat).flatten() for f in factors])
-        flat = rows.flatten(0, 1)
-        return torch.stack([(flat.T @ (inputs * f[:, None, None]).flatten(0, 1)).flatten() for f in factors])
+            found = [((rows * f[:, None, None]).flatten(0, 1).T @ flat).flatten() for f in factors]
+        else:
+            flat = rows.flatten(0, 1)
+            found = [(flat.T @ (inputs * f[:, None, None]).flatten(0, 1)).flatten() for f in factors]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+
+    def along(self, param: Tensor, delta: Tensor, direction: Tensor) -> Tensor:
+        """``(B,)``: each sequence's gradient times a direction ``(P,)``."""
+        rows = delta.to(direction.dtype).flatten(1, -2)
+        if param is self.bias:
+            return rows.sum(1) @ direction
+        inputs = self.inputs.to(direction.dtype).flatten(1, -2)
+        if self.elementwise:
+            return (rows * inputs).sum(1) @ direction
+        matrix = direction.view(param.shape)
+        # the smaller of the two products is made
+        if rows.shape[-1] <= inputs.shape[-1]:
+            return ((inputs @ matrix.T) * rows).sum((1, 2))
+        return ((rows @ matrix) * inputs).sum((1, 2))
 
 
 class _Watch(TorchFunctionMode):
-    """Note where linear layers and normalizations use the parameters, and cut those uses off from them."""
+    """Note where linear layers and normalizations use the parameters."""
 
     def __init__(self, params: Sequence[Tensor], rows: int) -> None:
         super().__init__()
@@ -138,47 +185,44 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         if func is F.linear:
-            return self._linear(*args, **kwargs)
+            self._linear(output, *args, **kwargs)
         if func in _NORMS:
-            return self._norm(func, *args, **kwargs)
-        return func(*args, **kwargs)
+            self._norm(func, output, *args, **kwargs)
+        return output
 
-    def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self._known(inputs, weight, bias):
-            return F.linear(inputs, weight, bias)
-        output = F.linear(inputs, self._cut(weight), None if bias is None else self._cut(bias))
-        return self._noted(inputs, output, weight, bias, elementwise=False)
+    def _linear(self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        if self._known(output, input, weight, bias):
+            self._note(input, output, input, weight, bias, elementwise=False)
 
     def _norm(
-        self, func: Any, inputs: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
-        eps: float | None = None,
-    ) -> Tensor:  # fmt: skip
-        more: dict[str, Any] = {} if eps is None else {"eps": eps}
-        if weight is None or len(shape) != 1 or not self._known(inputs, weight, bias):
-            both = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-            return func(inputs, shape, **both, **more)  # type: ignore[no-any-return]
-        given = {"weight": self._cut(weight)} | ({} if bias is None else {"bias": self._cut(bias)})
-        output = func(inputs, shape, **given, **more)
-        with torch.no_grad():
-            normalized = func(inputs, shape, **more)
-        return self._noted(normalized, output, weight, bias, elementwise=True)
+        self,
+        func: Any,
+        output: Tensor,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        **more: Any,
+    ) -> None:
+        if weight is not None and len(normalized_shape) == 1 and self._known(output, input, weight, bias):
+            with torch.no_grad():
+                normalized = func(input, normalized_shape, **more)
+            self._note(normalized, output, input, weight, bias, elementwise=True)
 
-    def _known(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def _known(self, output: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         # with another first dimension the sequences cannot be told apart, as among positions shared by all
-        batched = inputs.dim() > 2 and len(inputs) == self.rows
+        batched = inputs.dim() > 2 and len(inputs) == self.rows and output.requires_grad
         return batched and (id(weight) in self.params or id(bias) in self.params)
 
-    def _cut(self, param: Tensor) -> Tensor:
-        return param.detach() if id(param) in self.params else param
-
-    def _noted(
-        self, inputs: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, *, elementwise: bool
-    ) -> Tensor:
-        output.requires_grad_()
-        versions = (inputs._version, output._version)
-        self.uses.append(_Use(inputs.detach(), output, weight, bias, elementwise, versions))
-        return output
+    def _note(
+        self, factor: Tensor, output: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, *, elementwise: bool
+    ) -> None:
+        others = [inputs, *(p for p in (weight, bias) if p is not None and id(p) not in self.params)]
+        begin = [_edge(tensor) for tensor in others if tensor.requires_grad]
+        versions = (factor._version, output._version)
+        self.uses.append(_Use(factor.detach(), output, weight, bias, elementwise, versions, begin))
 
 
 def _constant(slopes: Tensor, counted: Tensor) -> Tensor:
