@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from weightsmith import cli
-from weightsmith.cli import cards, run
+from weightsmith.cli import cards, console, run
 from weightsmith.techniques import TECHNIQUES
 
 
@@ -169,7 +169,20 @@ def test_a_receipt_is_written_and_verified(call, tmp_path):
     content["jobs"][0]["metrics"]["norm_growth"] += 1
     (tmp_path / "receipt.json").write_text(json.dumps(content))
     code, text = call("verify", "receipt.json", "--workers", "1")
-    assert (code, "norm_growth was" in text) == (1, True)
+    assert code == 1
+    assert re.search(r"norm_growth: 1 of 2 arms to the digit sgd was .* beyond the tolerance", text)
+    assert call("verify", "receipt.json", "--arms", "adamp")[0] == 2
+
+
+def test_a_real_change_is_still_reported(call, tmp_path):
+    call("run", "adamp", *TINY, "--seeds", "2", "--arms", "adamw")
+    (folder,) = (tmp_path / "runs" / "adamp").iterdir()
+    call("report", str(folder), "--receipt", "receipt.json")
+    content = json.loads((tmp_path / "receipt.json").read_text())
+    content["config"]["adam_lrs"] = [1.3 * rate for rate in content["config"]["adam_lrs"]]
+    (tmp_path / "receipt.json").write_text(json.dumps(content))
+    code, text = call("verify", "receipt.json", "--workers", "1")
+    assert (code, "beyond the tolerance" in text) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +227,43 @@ def test_bad_usage_says_what_is_wrong_and_exits_with_2(call, words, message):
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("words", [["run", "--help"], ["techniques"], ["run", "adamp", "--epochz", "3"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_ends_a_command_quietly(words, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = "stderr" if "--epochz" in words else "stdout"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-m", "weightsmith.cli", *words], env=environment, text=True, **streams)
+    os.close(writer)
+    assert (done.returncode, (done.stdout or "") + (done.stderr or "")) == (128 + signal.SIGPIPE, "")
+
+
+def test_output_to_a_full_disk_fails_in_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "weightsmith.cli", "techniques"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: OSError: [Errno 28] No space left on device"]
+
+
+def test_output_that_is_lost_only_when_it_is_flushed_is_an_error_too(monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        full.write("short")
+        monkeypatch.setattr(sys, "stdout", full)
+        assert console.finish(0) == 1
+        full.write("discarded, as what follows")
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed_from_the_start_are_no_error(closing):
+    done = subprocess.run(f"{sys.executable} -m weightsmith.cli run --help {closing}", shell=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_technique_that_is_not_in_yet_is_said_to_be_announced(call, monkeypatch):
     announced = replace(TECHNIQUES[0], slug="sixteen", experiment=None)
     monkeypatch.setattr(run, "technique", lambda _: announced)
@@ -237,6 +287,12 @@ def test_a_missing_extra_names_the_command_that_installs_it(call, monkeypatch):
     code, text = call("run", "adamp", *TINY, "--engine", "ray")
     assert code == 1
     assert 'pip install "weightsmith[search]"' in text
+
+
+def test_a_file_that_ends_the_program_is_heard(call, tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('no data today')")
+    code, text = call("compare", "train.py:train", "--metric", "loss", "--with", "adamp")
+    assert (code, text) == (1, "error: no data today ")
 
 
 def test_an_out_folder_that_cannot_be_written_fails_without_a_traceback(call, tmp_path):

@@ -10,8 +10,9 @@ from PIL import Image
 
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.image_sets import load_images
-from weightsmith.lab.data.labels import own_validation, unused_validation
+from weightsmith.lab.data.labels import own_validation, parts_of, unused_validation
 from weightsmith.lab.data.sources import load_tables
+from weightsmith.lab.data.text_sets import load_sentences
 from weightsmith.lab.run import run
 from weightsmith.lab.tasks import TaskConfig, make_task
 
@@ -125,3 +126,45 @@ def test_a_validation_split_that_is_not_used_is_told():
     assert unused_validation(used | {"validation": [None]}) == "the validation split has no labels"
     with pytest.raises(UsageError, match="validation rows have classes that training does not have: 2"):
         own_validation("data", used | {"validation": [2]})
+
+
+def classes(names, labels):
+    label = datasets.Value("string") if names is None else datasets.ClassLabel(names=names)
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    texts = [names[label] if names and label >= 0 else str(label) for label in labels]
+    return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+
+
+@pytest.mark.parametrize("train", [(["neg", "pos"], [0, 1, 0, 1]), (None, ["neg", "pos"])])
+def test_splits_that_name_their_classes_in_another_order_are_numbered_as_training_is(tmp_path, train):
+    splits = {
+        "train": classes(*train),
+        "validation": classes(["pos", "neg", "none of them"], [0, 1]),
+        "test": classes(["pos"], [0]),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    found = load_sentences(str(tmp_path / "saved"))
+    assert (found.classes, found.train_labels.unique().tolist()) == (("neg", "pos"), [0, 1])
+    assert (found.validation, found.validation_labels.tolist()) == (["pos", "neg"], [1, 0])
+    assert (found.test, found.test_labels.tolist()) == (["pos"], [1])
+
+
+def test_a_class_that_only_another_split_names_is_an_error_where_it_has_rows(tmp_path):
+    splits = {"train": classes(["neg", "pos"], [0, 1]), "test": classes(["other", "neg"], [0, 1])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match="test rows have classes that training does not have: other"):
+        load_sentences(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("train", [[0, 1, 2], [0.0, 1.0, 2.0], ["a", "b", "c"]])
+def test_a_split_that_lacks_a_class_keeps_the_numbers_of_training(train):
+    labels = {"train": train, "validation": [train[2], train[0]], "test": [train[2]]}
+    assert own_validation("data", labels).labels.tolist() == [2, 0]
+    assert parts_of("data", labels)[1].labels.tolist() == [2]
+
+
+def test_labels_of_another_type_with_the_same_values_agree():
+    assert own_validation("data", {"train": [False, True], "validation": [1.0, 0.0], "test": [1]}).labels.tolist() == [
+        1,
+        0,
+    ]

@@ -25,7 +25,7 @@ from weightsmith.lab.report import (
     write,
     write_several,
 )
-from weightsmith.lab.report.receipt import deviations, read_receipt, write_receipt
+from weightsmith.lab.report.receipt import compare, read_receipt, receipt_of, write_receipt
 from weightsmith.lab.report.words import number
 
 NAN = math.nan
@@ -443,20 +443,66 @@ def test_several_runs_share_a_page_that_links_to_each(tmp_path):
     assert 'href="one/report.html"' in page
 
 
-def test_a_receipt_holds_a_run_without_curves_and_finds_deviations(tmp_path):
+def test_a_receipt_holds_a_run_without_curves_and_is_compared(tmp_path):
     report = load(make_run(tmp_path / "run"))
     path = tmp_path / "receipt.json"
     write_receipt(report, "weightsmith run demo", path)
     content = read_receipt(path)
     assert "rows" not in json.dumps(content["jobs"])
     assert content["claims"][0]["verdict"] == "supported"
-    assert deviations(content, report, 1e-6) == []
+    assert {figure.state for figure in compare(content, report, 0.0)} == {"equal"}
     content["jobs"][0]["metrics"]["acc"] += 0.1
-    (found,) = deviations(content, report, 0.01)
-    assert (found.arm, found.seed, found.metric) == ("new", 0, "acc")
+    (found,) = [figure for figure in compare(content, report, 0.01) if figure.state != "equal"]
+    assert (found.arm, found.metric, found.state, found.examples) == ("new", "acc", "beyond", None)
     path.write_text("{}")
     with pytest.raises(UsageError, match=r"receipt\.json .*slug"):
         read_receipt(path)
+
+
+RATE = Metric("rate", "Chosen rate", chosen_by=("new",))
+TUNED = {"new": [(90.0, 0.01), (92.0, 0.03)], "old": [(85.0, 0.01), (86.0, 0.01)]}
+
+
+def states(tmp_path, changes, **options):
+    """How the metrics of the first seed compare after these changes to the receipt, by arm and metric."""
+    report = load(make_run(tmp_path, TUNED, metrics=(ACCURACY, RATE), claims=CLAIMS[:1]))
+    scores = {"acc": torch.tensor([100.0] * 45 + [0.0] * 5)}  # one example of 50: 2 points
+    jobs = [replace(job, scores=scores) for job in report.jobs]
+    content = receipt_of(report, "")
+    for (arm, metric), value in changes.items():
+        next(job for job in content["jobs"] if (job["arm"], job["seed"]) == (arm, 0))["metrics"][metric] = value
+    figures = compare(content, replace(report, jobs=jobs), **{"tolerance": 0.0, **options})
+    return {(figure.arm, figure.metric): figure for figure in figures if figure.state != "equal"}
+
+
+def test_another_choice_is_accepted_only_while_the_rest_of_the_job_agrees(tmp_path):
+    turned = ("new", "rate")
+    assert states(tmp_path, {turned: 0.03})[turned].state == "choice"
+    assert states(tmp_path, {turned: 0.03, ("new", "acc"): 88.0})[turned].state == "choice"
+    worse = states(tmp_path, {turned: 0.03, ("new", "acc"): 80.0})
+    assert {figure.state for figure in worse.values()} == {"beyond"}
+    assert states(tmp_path, {("old", "rate"): 0.03})["old", "rate"].state == "beyond"  # nobody chose it there
+
+
+def test_differences_are_counted_in_test_examples_and_in_spreads_over_seeds(tmp_path):
+    (one,) = states(tmp_path, {("new", "acc"): 88.0}).values()
+    assert (one.state, one.examples) == ("within", 1.0)
+    (two,) = states(tmp_path, {("new", "acc"): 86.0}).values()
+    assert (two.state, two.examples) == ("beyond", 2.0)
+    assert two.spreads == pytest.approx(4 / (6 / math.sqrt(2)))
+    (two,) = states(tmp_path, {("new", "acc"): 86.0}, spread=1.0).values()
+    assert two.state == "within"
+    (gone,) = states(tmp_path, {("new", "lost metric"): 1.0}, tolerance=9.0, spread=9.0).values()
+    assert gone.state == "beyond"
+
+
+def test_costs_are_not_compared_and_failures_are_told_by_arm(tmp_path):
+    seconds = Metric("ms", "Milliseconds", "lower", cost=True)
+    failed = Metric("broken", "Broken", failures=True)
+    scores = {"new": [(0.9, 1.0, 2.0), (0.8, 1.0, 1.0)], "old": [(0.7, 1.0, 0.0), (0.6, 1.0, 0.0)]}
+    report = load(make_run(tmp_path, scores, metrics=(ACCURACY, seconds, failed), claims=CLAIMS[:1]))
+    assert {figure.metric for figure in compare(receipt_of(report, ""), report, 0.0)} == {"acc", "broken"}
+    assert "Failed networks, left out of the means of their arms: new (3)." in words.notices(report)
 
 
 def test_show_prints_where_there_is_no_notebook(tmp_path, capsys):

@@ -1,16 +1,16 @@
 """The command line: ``weightsmith run``, ``compare`` and others around the lab, and jobs on model files.
 
-Exit codes: 0 it ran, whatever the verdict; 1 it failed; 2 it was asked for something that cannot be done.
+Exit codes: 0 it ran, whatever the verdict; 1 it failed; 2 it was asked for something that cannot be done; 130 it was
+interrupted; 141 nobody reads its output any more.
 """
 
 import importlib
-import io
 import sys
 from collections.abc import Callable, Sequence
 
 import tyro
 
-from weightsmith.cli.console import complain, print_line
+from weightsmith.cli.console import UNREAD, finish, open_streams, print_line
 from weightsmith.core.errors import MissingExtra, UsageError
 
 _COMMANDS = {
@@ -63,6 +63,11 @@ def _command(name: str, arguments: list[str]) -> Callable[..., int]:
 
 def _dispatch(arguments: list[str]) -> int:
     arguments = arguments or ["--help"]
+    if arguments == ["--version"]:
+        from weightsmith import __version__
+
+        print_line(f"weightsmith {__version__}")
+        return 0
     code: int = tyro.extras.subcommand_cli_from_dict(
         {name: _command(name, arguments) for name in _COMMANDS},
         args=arguments,
@@ -78,25 +83,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; ``None``: those of this process. ``--debug`` shows tracebacks.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks must not end the command
-            stream.reconfigure(errors="replace")
+    open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if words == ["--version"]:
-        from weightsmith import __version__
-
-        print_line(f"weightsmith {__version__}")
-        sys.exit(0)
+    message = ""
     try:
         code = _dispatch(words)
     except KeyboardInterrupt:
-        complain("interrupted; what was finished is kept, and the same command continues from there")
         code = 130
+        message = "interrupted; what was finished is kept, and the same command continues from there"
+    except SystemExit as stop:  # of the parser, of a user's file, or of rich because nobody reads
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code = UNREAD if isinstance(stop.__context__, BrokenPipeError) else code
+        message = stop.code if isinstance(stop.code, str) else ""
+    except BrokenPipeError:
+        code = UNREAD
     except Exception as error:
         if debug:
             raise
-        complain(str(error) if isinstance(error, UsageError | MissingExtra) else f"{type(error).__name__}: {error}")
         code = 2 if isinstance(error, UsageError) else 1
-    sys.exit(code)
+        message = str(error) if isinstance(error, UsageError | MissingExtra) else f"{type(error).__name__}: {error}"
+    sys.exit(finish(code, message))

@@ -107,12 +107,21 @@ def metrics(config: Config) -> list[Metric]:
         Metric("early_loss", "A: early loss", "lower", ".3f", help="Validation loss early on, shared rate."),
         replace(score, name="shared_score", label=f"A: {score.label}", help="At the end, shared rate."),
         replace(score, label=f"B: {score.label}", help="At the end, at the rate chosen on validation data."),
-        Metric("best_lr", "B: chosen learning rate", None, ".3g", help="The rate with the best validation score."),
+        Metric(
+            "best_lr",
+            "B: chosen learning rate",
+            None,
+            ".3g",
+            help="The rate with the best validation score.",
+            chosen_by=tuple(arm.name for arm in arms(config)),
+        ),
         Metric("first_gradient", "first gradient", None, ".3f", help="L2 norm of the first batch's gradient."),
         Metric("parameters", "trainable parameters", None, ".0f", help="How many numbers train."),
-        Metric("setup_ms", "setup ms", "lower", ".1f", help="Time to put the adapter on the model."),
-        Metric("saved_mib", "saved MiB", "lower", ".2f", help="Saved activations of a batch, beside the model."),
-        Metric("step_ms", "step ms", "lower", ".2f", help="Median time of a forward and backward pass."),
+        Metric("setup_ms", "setup ms", "lower", ".1f", help="Time to put the adapter on the model.", cost=True),
+        Metric(
+            "saved_mib", "saved MiB", "lower", ".2f", help="Saved activations of a batch, beside the model.", cost=True
+        ),
+        Metric("step_ms", "step ms", "lower", ".2f", help="Median time of a forward and backward pass.", cost=True),
     ]
 
 

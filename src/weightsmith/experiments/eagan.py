@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
-from weightsmith.experiments.gan_pairs import Config, Outcome, data_of, device, from_scratch, step_seconds
+from weightsmith.core.device import default_device
+from weightsmith.experiments.gan_pairs import Config, Outcome, data_of, from_scratch, step_seconds
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import Recorder
@@ -86,7 +87,14 @@ def metrics(config: Config) -> list[Metric]:
         Metric("partners", f"mean {name}, stage 2", "lower", ".1f", help=last),
         Metric("worst_partner", f"worst {name}, stage 2", "lower", ".1f", help=last),
         Metric("best_partner", f"best {name}, stage 2", "lower", ".1f", help=last),
-        Metric("left_out", "failed, left out", None, ".0f", help="Networks that failed and are in none of the means."),
+        Metric(
+            "left_out",
+            "failed, left out",
+            None,
+            ".0f",
+            help="Networks that failed and are in none of the means.",
+            failures=True,
+        ),
     ]
     if config.transfer:
         found.append(Metric("transfer", f"{name} on {config.transfer}", "lower", ".1f", help="From scratch, with D_S."))
@@ -165,10 +173,10 @@ def _random_search(config: Config, job: Job) -> Mapping[str, Value]:
 def _first_stage(
     config: Config, seed: int, folder: Path, selector: Any, watch: Watch
 ) -> tuple[SearchResult, gan.Generator]:
-    data = data_of(config)
+    data, device = data_of(config), default_device()
     torch.manual_seed(seed)
-    supernet = gan.Generator(cell_gain=config.cell_gain, **config.generator_sizes(data.images)).to(device())
-    discriminator = gan.Discriminator(config.discriminator, **config.discriminator_sizes(data.images)).to(device())
+    supernet = gan.Generator(cell_gain=config.cell_gain, **config.generator_sizes(data.images)).to(device)
+    discriminator = gan.Discriminator(config.discriminator, **config.discriminator_sizes(data.images)).to(device)
     found = evolve(
         gan.GENERATOR_SPACE, gan.ScoreGenerator(data.reference, config.samples), gan.OBJECTIVES, model=supernet,
         trainer=gan.StageOne(discriminator, data.images, config.stage(1)),
@@ -179,15 +187,15 @@ def _first_stage(
 
 
 def _second_stage(config: Config, job: Job, winner: Any) -> Mapping[str, Value]:
-    data = data_of(config)
+    data, device = data_of(config), default_device()
     torch.manual_seed(job.seed)
     supernet, sizes = _stored_supernet(config, job), config.discriminator_sizes(data.images)
-    models = gan.partners(supernet.subnet(winner), 1 if job.arm == "many-to-one" else config.population2).to(device())
+    models = gan.partners(supernet.subnet(winner), 1 if job.arm == "many-to-one" else config.population2).to(device)
     judge = gan.ScoreGenerator(data.reference, config.samples, size=_DiscriminatorSize(tuple(sizes.items())))
     found = evolve(
         _fitting_discriminators(config.side), judge, gan.OBJECTIVES, model=models,
         trainer=gan.StageTwo(
-            gan.Discriminator(**sizes).to(device()), data.images, config.stage(2), reset=job.arm != "no-reset"
+            gan.Discriminator(**sizes).to(device), data.images, config.stage(2), reset=job.arm != "no-reset"
         ),
         options=EvolveOptions(config.population2, config.rounds2), resources=_resources(config),
         folder=job.folder / "stage-2", seed=job.seed, watch=shown_by(job.record),

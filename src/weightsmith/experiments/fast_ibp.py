@@ -23,6 +23,7 @@ from weightsmith.certify import (
     Recipe,
     verified_error,
 )
+from weightsmith.core.device import default_device
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
@@ -259,7 +260,7 @@ def steps(config: Config, arm: str) -> int:
 def step_seconds(config: Config) -> float:
     """Time a step on interval bounds."""
     task = shared_task(config)
-    model = config.network(task, 0).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = config.network(task, 0).to(default_device())
     batch = first_batch(task, config.batch_size, model)
     training = CertifiedTraining(
         model, config.eps, EpsilonSchedule(config.eps, 1, length=1), batch.inputs, recipe=_recipe(config, "fast", 0.0),

@@ -172,7 +172,9 @@ def metrics(config: Config) -> list[Metric]:
             ),
             replace(score, name=f"score_w{bits}", label=f"{score.label}, W{bits}"),
             Metric(f"moved_w{bits}", f"moved W{bits} %", None, ".1f", help="Codes that differ from round-to-nearest."),
-            Metric(f"seconds_w{bits}", f"seconds W{bits}", "lower", ".1f", help="One rounding, chosen settings."),
+            Metric(
+                f"seconds_w{bits}", f"seconds W{bits}", "lower", ".1f", help="One rounding, chosen settings.", cost=True
+            ),
         ]
     return found
 

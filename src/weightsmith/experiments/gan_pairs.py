@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weightsmith.core.device import default_device
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.sources import locate
 from weightsmith.lab.gallery import Picture, keep_gallery
@@ -172,7 +173,7 @@ def data_of(config: Config) -> Data:
             raise UsageError("the search needs a data set of images: give --data a name, a file or a folder")
         images = fitted_to(split.read(split.rows, None), config.side)
         if config.inception:
-            network: Any = gan.Inception(config.inception, device=device())
+            network: Any = gan.Inception(config.inception, device=default_device())
         else:
             network = gan.train_stand_in(images, split.labels)
         while len(_known) > 1:
@@ -188,11 +189,6 @@ def fitted_to(images: Tensor, side: int) -> Tensor:
     down, right = blocks * side - height, blocks * side - width
     padded = F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
     return padded if blocks == 1 else F.avg_pool2d(padded.float(), blocks).to(torch.uint8)
-
-
-def device() -> str:
-    """Where networks are trained."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +210,8 @@ def from_scratch(config: Config, job: Job, genotype: Any, discriminator: Any, *,
     data = data_of(config)
     sizes = config.generator_sizes(data.images)
     torch.manual_seed(job.seed)
-    generator = gan.Generator(genotype, cell_gain=config.cell_gain, **sizes).to(device())
-    opponent = gan.Discriminator(discriminator, **config.discriminator_sizes(data.images)).to(device())
+    generator = gan.Generator(genotype, cell_gain=config.cell_gain, **sizes).to(default_device())
+    opponent = gan.Discriminator(discriminator, **config.discriminator_sizes(data.images)).to(default_device())
     options = gan.TrainOptions(
         steps=config.final_steps, dis_batch=config.batch_size, gen_batch=config.gen_batch, lr_g=config.lr_g,
         lr_d=config.lr_d, n_critic=config.final_critic, ema=config.ema, clip_norm=config.clip_norm,
@@ -228,7 +224,7 @@ def from_scratch(config: Config, job: Job, genotype: Any, discriminator: Any, *,
     size = gan.generator_parameters(genotype, **sizes)
     try:
         smooth = gan.recalibrate_(trained.generator, config.latent, seed=job.seed)
-        made = gan.generate(smooth, config.final_samples, config.latent, seed=job.seed, device=device())
+        made = gan.generate(smooth, config.final_samples, config.latent, seed=job.seed, device=default_device())
     except NotFinite:
         return Outcome(math.nan, math.nan, size)
     keep_gallery(job.keep, [Picture.of(made[:64], "Samples", f"{job.arm}: {name}")])
@@ -244,7 +240,7 @@ def _judge(config: Config, data: Data, job: Job, name: str) -> Callable[[Any], f
         seed = job.seed + _VALIDATION
         try:
             smooth = gan.recalibrate_(generator, config.latent, seed=seed)
-            made = gan.generate(smooth, config.samples, config.latent, seed=seed, device=device())
+            made = gan.generate(smooth, config.samples, config.latent, seed=seed, device=default_device())
         except NotFinite:
             return math.inf
         found = gan.score(made, data.reference)
@@ -260,8 +256,8 @@ def step_seconds(config: Config) -> float:
     images = torch.zeros(
         config.batch_size, shared_task(config).example().inputs.shape[1], config.side, config.side, dtype=torch.uint8
     )
-    generator = gan.Generator("G*", cell_gain=config.cell_gain, **config.generator_sizes(images)).to(device())
-    opponent = gan.Discriminator(config.discriminator, **config.discriminator_sizes(images)).to(device())
+    generator = gan.Generator("G*", cell_gain=config.cell_gain, **config.generator_sizes(images)).to(default_device())
+    opponent = gan.Discriminator(config.discriminator, **config.discriminator_sizes(images)).to(default_device())
     options = gan.TrainOptions(
         steps=config.final_critic, dis_batch=config.batch_size, gen_batch=config.gen_batch, n_critic=config.final_critic
     )

@@ -131,7 +131,14 @@ def metrics(config: Config) -> list[Metric]:
         Metric("loss", "test loss", "lower", ".4f", help="On the test split, constant learning rate."),
         replace(score, name="cosine_score", label=f"{score.label}, cosine", help="Learning rate decayed to 0."),
         Metric("cosine_loss", "test loss, cosine", "lower", ".4f", help="Learning rate decayed to 0 along a cosine."),
-        Metric("gap", "covariance gap", None, ".3f", help="Share of the mean update that averaging factors loses."),
+        Metric(
+            "gap",
+            "covariance gap",
+            None,
+            ".3f",
+            help="Share of the mean update that averaging factors loses.",
+            chosen_by=("greedy",),
+        ),
         Metric("spread", "largest weight × n", None, ".2f", help="1 for uniform weights over all that are merged."),
     ]
 

@@ -51,6 +51,10 @@ class Metric:
         resolution: Smallest difference between two values of one job, in the metric's unit: one example of a test set.
             ``None``: continuous, or given by the number of scores per example.
         help: One sentence that says what is measured.
+        chosen_by: Arms in which the value tells what was chosen between near equals, such as a learning rate picked on
+            validation data: other rounding can turn the choice. ``weightsmith verify`` then goes by the other metrics.
+        cost: Time or memory of this machine; ``weightsmith verify`` does not compare it.
+        failures: How many parts of the job failed and are in none of its means; reports show the sum by arm.
     """
 
     name: str
@@ -59,6 +63,9 @@ class Metric:
     format: str = ".3f"
     resolution: float | None = None
     help: str = ""
+    chosen_by: tuple[str, ...] = ()
+    cost: bool = False
+    failures: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

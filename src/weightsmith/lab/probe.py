@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightsmith.core.device import default_device
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.machine import Stopwatch
 from weightsmith.lab.progress import seed_everything
@@ -46,7 +47,7 @@ def probe(task: Task, batch_size: int | None = None) -> Probe:
         raise UsageError(f"task {task.name!r} has no training examples")
     seed_everything(0)
     model = task.build()
-    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    model.to(default_device()).train()
     batch = first_batch(task, batch_size, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if any(True for _ in model.parameters()) else None
 

@@ -116,6 +116,9 @@ _RUN = {
             "format": str,
             "resolution": (float, None),
             "help": str,
+            "chosen_by?": [str],
+            "cost?": bool,
+            "failures?": bool,
         }
     ],
     "claims": [

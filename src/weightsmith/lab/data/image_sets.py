@@ -25,7 +25,7 @@ from weightsmith.lab.data.labels import (
     validation_facts,
 )
 from weightsmith.lab.data.pictures import Column, Files, Pictures, is_gray
-from weightsmith.lab.data.sources import column, load_tables, locate
+from weightsmith.lab.data.sources import column, load_tables, locate, read_labels
 from weightsmith.lab.identity import tensors_digest
 
 IN_MEMORY_BYTES = 2**30
@@ -156,8 +156,7 @@ def _find(
     tables = load_tables(name, subset=subset_name, data_dir=data_dir)
     image, label = _columns(name, tables["train"], columns)
     pictures = {split: _pictures(name, source, table, image) for split, table in tables.items()}
-    labels = {split: list(table[label]) for split, table in tables.items() if label in table.column_names}
-    return pictures, labels, getattr(tables["train"].features[label], "names", None)
+    return pictures, *read_labels(name, tables, label)
 
 
 def _columns(name: str, table: Any, columns: tuple[str, ...]) -> tuple[str, str]:

@@ -182,6 +182,32 @@ def column(name: str, table: Any, asked: str | None, known: tuple[str, ...], wha
     return found
 
 
+def read_labels(name: str, tables: dict[str, Any], label: str) -> tuple[dict[str, list[Any]], list[str] | None]:
+    """Read a column of labels from every split that has it, numbered as in ``train`` whatever order a split names.
+
+    Returns:
+        Labels by split; and the names of the classes where the labels of ``train`` are their numbers.
+
+    Raises:
+        UsageError: Another split has rows of a class that ``train`` does not name.
+    """
+    feature = tables["train"].features[label]
+    names: list[str] | None = getattr(feature, "names", None)
+    labels = {split: list(table[label]) for split, table in tables.items() if label in table.column_names}
+    for split, values in labels.items():
+        own = getattr(tables[split].features[label], "names", None)
+        if own is None or own == names or (names is None and feature.dtype != "string"):
+            continue
+        used = {value: own[value] for value in {*values} if value is not None and value >= 0}
+        if names is not None and (unknown_names := sorted({*used.values()} - {*names})):
+            raise UsageError(
+                f"data {name!r}: {split} rows have classes that training does not have: {', '.join(unknown_names[:5])}"
+            )
+        number = {value: shown if names is None else names.index(shown) for value, shown in used.items()}
+        labels[split] = [number.get(value, value) for value in values]
+    return labels, names
+
+
 def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__

@@ -11,7 +11,7 @@ from torch import Tensor
 from weightsmith.core.errors import UsageError
 from weightsmith.lab.data.instructions import SETS, make_rows
 from weightsmith.lab.data.labels import check_counts, hold_out, own_validation, parts_of, subset, unused_validation
-from weightsmith.lab.data.sources import column, load_tables
+from weightsmith.lab.data.sources import column, load_tables, read_labels
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "title")
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"))
@@ -68,8 +68,7 @@ def load_sentences(
     check_counts(train_examples=train_examples, test_examples=test_examples)
     tables = load_tables(name, subset=subset_name)
     texts, label = _text_and_label(name, tables["train"], columns)
-    labels = {split: list(table[label]) for split, table in tables.items() if label in table.column_names}
-    class_names = getattr(tables["train"].features[label], "names", None)
+    labels, class_names = read_labels(name, tables, label)
     *parts, classes = parts_of(name, labels, class_names, train_examples=train_examples, test_examples=test_examples)
     train, test = (_rows(name, tables[part.split].select(part.rows.tolist()), texts) for part in parts)
     own = own_validation(name, labels, class_names, examples=test_examples)

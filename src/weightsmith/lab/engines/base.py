@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 
 from weightsmith.core import files
+from weightsmith.core.device import default_device
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import file_atomically, write_atomically
 from weightsmith.lab import machine, record
@@ -210,7 +211,7 @@ def _compute(work: Work, start: Callable[[Work], Any], live: bool) -> JobResult:
     if live:
         rows.unlink(missing_ok=True)  # a job that resumes records its rows again
     with machine.Stopwatch() as watch:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(default_device())
         job = Job(work.arm, work.seed, Recorder(live=rows if live else None), folder, device, start=start(work))
         returned = experiment.job(work.config, job)
         metrics, scores = record.plain_metrics(returned)

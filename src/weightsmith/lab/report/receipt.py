@@ -2,13 +2,17 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_json
+from weightsmith.lab.experiment import Metric
 from weightsmith.lab.report import words
 from weightsmith.lab.report.model import Report
 
@@ -82,39 +86,81 @@ def read_receipt(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Deviation:
-    """One metric of a repeated job that is not what the receipt says."""
+class Figure:
+    """One metric of a repeated job beside what the receipt says.
+
+    Attributes:
+        arm: The arm.
+        metric: The metric's name.
+        then: In the receipt; ``nan``: not finite.
+        now: As repeated; ``nan``: not finite, or not measured any more.
+        state: ``"equal"`` in all digits of the receipt, ``"within"`` the tolerance, a ``"choice"`` that turned while
+            the rest of the job is within it, or ``"beyond"``.
+        examples: The difference in test examples; ``None``: the metric is no count of them.
+        spreads: The difference in standard deviations over the receipt's seeds; ``None``: there is none.
+    """
 
     arm: str
-    seed: int
     metric: str
     then: float
     now: float
+    state: Literal["equal", "within", "choice", "beyond"]
+    examples: float | None
+    spreads: float | None
 
 
-def deviations(receipt: Mapping[str, Any], report: Report, tolerance: float) -> list[Deviation]:
+def compare(receipt: Mapping[str, Any], report: Report, tolerance: float, spread: float = 0.0) -> list[Figure]:
     """Compare the jobs of a repeated run with a receipt.
 
     Args:
         receipt: From `read_receipt`.
         report: The repeated run.
-        tolerance: Largest difference, relative to the value then.
+        tolerance: Largest difference, relative to the value then; one test example is always accepted.
+        spread: Largest difference that is accepted too, in standard deviations over the receipt's seeds.
 
     Returns:
-        Metrics that differ by more; times and memory are not compared.
+        Every metric of every job that the receipt has; costs are not compared.
     """
+    declared = {metric.name: metric for metric in report.metrics}
     then = {(job["arm"], job["seed"]): job["metrics"] for job in receipt["jobs"]}
-    found = []
+    found: list[Figure] = []
     for job in report.jobs:
+        figures = []
         for name, value in then.get((job.arm, job.seed), {}).items():
-            now = job.metrics.get(name, math.nan)
-            if name.startswith(("seconds", "step_ms", "setup_ms", "saved_mib")):
+            metric = declared.get(name, Metric(name, name))
+            if metric.cost:
                 continue
-            before = math.nan if value is None else value
-            same_gap = math.isnan(before) and math.isnan(now)
-            if not same_gap and not abs(now - before) <= tolerance * max(abs(before), 1e-6):
-                found.append(Deviation(job.arm, job.seed, name, before, now))
+            before, now = math.nan if value is None else value, job.metrics.get(name, math.nan)
+            example, deviation = _one_example(report, metric), _deviation(receipt, job.arm, name)
+            difference = abs(now - before)
+            accepted = max(tolerance * abs(before), 1.001 * (example or 0.0), spread * (deviation or 0.0))
+            same = _rounded(now) == value or (math.isnan(before) and math.isnan(now))
+            figures.append(
+                Figure(
+                    job.arm, name, before, now,
+                    "equal" if same else "within" if difference <= accepted else "beyond",
+                    difference / example if example else None,
+                    difference / deviation if deviation else None,
+                )
+            )  # fmt: skip
+        beyond = {figure.metric for figure in figures if figure.state == "beyond"}
+        if all(name in declared and job.arm in declared[name].chosen_by for name in beyond):
+            figures = [replace(figure, state="choice") if figure.metric in beyond else figure for figure in figures]
+        found += figures
     return found
+
+
+def _one_example(report: Report, metric: Metric) -> float | None:
+    """How far one test example that is right or wrong moves a metric."""
+    scores = [job.scores[metric.name] for job in report.jobs if metric.name in job.scores]
+    values = torch.cat(scores).unique().tolist() if scores else []
+    return (values[1] - values[0]) / len(scores[0]) if len(values) == 2 else metric.resolution
+
+
+def _deviation(receipt: Mapping[str, Any], arm: str, metric: str) -> float | None:
+    values = [job["metrics"].get(metric) for job in receipt["jobs"] if job["arm"] == arm]
+    numbers = [value for value in values if value is not None]
+    return statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
 def _claim(report: Report, index: int) -> dict[str, Any]:

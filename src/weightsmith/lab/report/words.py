@@ -275,8 +275,11 @@ def notices(report: Report) -> list[str]:
 
 
 def _left_out(report: Report, arms: Sequence[str]) -> str:
-    """By arm, the sum of the metric ``left_out``: what an arm's other metrics, as means over networks, do not hold."""
-    counts = {arm: sum(job.metrics.get("left_out", 0.0) for job in report.jobs if job.arm == arm) for arm in arms}
+    """By arm, the sum of what its jobs report as failures: parts that their means do not hold."""
+    names = [metric.name for metric in report.metrics if metric.failures]
+    counts = {
+        arm: sum(job.metrics.get(name, 0.0) for job in report.jobs if job.arm == arm for name in names) for arm in arms
+    }
     return ", ".join(f"{report.label(arm)} ({number(count, '.0f')})" for arm, count in counts.items() if count)
 
 
