@@ -2,9 +2,13 @@
 
 import ast
 import importlib
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+
+from weightsmith.lab.data.text_sets import load_sentences
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.py")])
@@ -18,3 +22,19 @@ def test_a_script_imports_what_there_is(script):
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_the_first_operation_of_a_solution_is_the_class_of_its_question(tmp_path):
+    spec = importlib.util.spec_from_file_location("first_operations", ROOT / "examples" / "first_operations.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    data = tmp_path / "data"
+    data.mkdir()
+    answers = ["so <<48/2=24>>24, <<48+24=72>>72", "half of 7.5 is <<7.5*.5=3.75>>", "5", "<<(20-5)*2=30>>"]
+    rows = [json.dumps({"question": f"q{i}, with a comma", "answer": answer}) for i, answer in enumerate(answers)]
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("\n".join(rows))
+    assert example.main([str(tmp_path / "out"), "--data", str(data)]) == 0
+    loaded = load_sentences(str(tmp_path / "out"))
+    assert [loaded.classes[i] for i in loaded.train_labels] == ["divide", "multiply", "subtract"]
+    assert loaded.train[0] == "q0, with a comma"
