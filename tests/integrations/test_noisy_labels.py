@@ -194,7 +194,7 @@ def test_two_processes_train_to_the_same_weights(tmp_path):
         "    both = [torch.zeros_like(p) for _ in range(2)]\n"
         "    dist.all_gather(both, p.detach().contiguous())\n"
         "    assert torch.equal(*both)\n"
-        "print('seen', len(run.meta.weights_by_id))\n"
+        "print(f'seen {len(run.meta.weights_by_id)}\\n', end='')\n"
     )
     (tmp_path / "script.py").write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
@@ -204,3 +204,31 @@ def test_two_processes_train_to_the_same_weights(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("seen 48") == 2
+
+
+def test_a_new_model_of_model_init_gets_a_new_rescaler(tmp_path):
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=16, max_steps=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    run = MetaRescalingTrainer(
+        None, arguments, model_init=model, train_dataset=rows()[0], rescaler=LossRescaler(2),
+        rescaling=RescalingSettings(passes=1),
+    )  # fmt: skip
+    ends = []
+    for _ in range(2):
+        run.train()
+        assert run.meta.module is run.model
+        ends.append(weights_of(run))
+    assert run.meta.steps == 1
+    assert equal(*ends)
+
+
+def test_batches_without_labels_have_no_mean_weight(tmp_path):
+    data = rows(count=32)[0]
+    for row in data[:28]:
+        row["labels"] = -100
+    run = trainer(tmp_path, data, per_device_train_batch_size=4, num_train_epochs=1, logging_steps=1)
+    run.train()
+    found = [row["mean_weight"] for row in run.state.log_history if "mean_weight" in row]
+    assert found == pytest.approx(found)  # not NaN
+    assert 0 < len(found) < 8

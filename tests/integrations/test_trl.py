@@ -28,6 +28,7 @@ from weightsmith.reweight import (  # noqa: E402
     KLCov,
     Steer,
     WReinforce,
+    entropy_change,
     policy_loss,
 )
 
@@ -281,6 +282,16 @@ def test_advantages_are_computed_as_trl_does(scale, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_the_only_rewarded_sample_of_a_group_has_no_advantage_as_in_trl(scale, tmp_path):
+    made = trainer(tmp_path, scale_rewards=scale)
+    scores = torch.full((8, 1), torch.nan)
+    scores[1], scores[4], scores[6] = 5.0, 1.0, 2.0  # one in the first group, two in the second
+    found = trl_advantages(made, scores, torch.ones(1))
+    assert torch.equal(found[:4], torch.zeros(4))
+    assert found[4] == -found[6] < 0
+
+
 @pytest.mark.parametrize("size", [8, 4, 2])
 def test_influence_does_not_depend_on_the_micro_batch(size, tmp_path):
     made = trainer(
@@ -372,6 +383,8 @@ def test_state_is_in_the_checkpoint_and_a_resumed_run_goes_on_exactly(tmp_path):
     ("options", "message"),
     [
         ({"token_weighting": Steer(), "loss_type": "vespo"}, "vespo"),
+        ({"token_weighting": ClipHigher(), "loss_type": "cispo"}, "caps the ratio itself"),
+        ({"token_weighting": ClipHigher(), "loss_type": "sapo"}, "bounds ratios by itself, not by ClipHigher"),
         ({"token_weighting": KLCov()}, "on-policy"),
         ({"token_weighting": KLCov(), "num_iterations": 2, "delta": 3.0}, "delta"),
         ({"token_weighting": "steer"}, "token_weighting must be a rule"),
@@ -407,3 +420,49 @@ def test_the_middle_half_of_the_blocks_is_chosen():
     names = [f"model.{name}" for name in names]
     chosen = middle_blocks(names)
     assert [name for name in names if chosen(name, None)] == [f"model.layers.{i}.q" for i in range(2, 6)]
+
+
+def test_the_mixin_behind_the_trainer_is_refused():
+    with pytest.raises(UsageError, match=r"in front of GRPOTrainer.*class Late\(Reweighting, GRPOTrainer\)"):
+
+        class Late(trl.GRPOTrainer, Reweighting):
+            pass
+
+
+def test_trainers_with_a_loss_of_their_own_are_refused(tmp_path):
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+
+    class OfSequences(Reweighting, trl.RLOOTrainer):
+        pass
+
+    class GeometricMean(Reweighting, gmpo.GMPOTrainer):
+        pass
+
+    with pytest.raises(UsageError, match="not of RLOOTrainer"):
+        trainer(tmp_path, make=OfSequences)
+    with pytest.raises(UsageError, match="GMPOTrainer has a loss of its own"):
+        trainer(tmp_path, make=GeometricMean, token_weighting=Steer())
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo"])
+def test_tokens_of_losses_that_do_not_clip_all_count_as_moving(loss_type, tmp_path):
+    made = trainer(tmp_path, token_weighting=Steer("theorem"), loss_type=loss_type)
+    batch = {"advantages": torch.ones(1), "completion_mask": torch.ones(1, 2), "old_per_token_logps": -torch.ones(1, 2)}
+    seen = made._plan.tokens(batch, torch.tensor([[-0.1, -1.0]]), torch.ones(1, 2))
+    assert made.token_weighting(seen).metrics["steer/frac_entropy_down"] == 0.5
+    assert entropy_change(seen.logp, seen.entropy, seen.advantages, old_logp=seen.old_logp, estimator="theorem",
+                          clip=seen.clip)[0, 0] != 0  # fmt: skip
+
+
+def test_several_validation_sets_are_no_front(tmp_path):
+    weighting = HypervolumeWeights([0.5, 0.5], [True, True])
+    made = trainer(tmp_path, (even, short), reward_weighting=weighting, eval_rows=4)
+    with pytest.raises(UsageError, match="one validation set, eval_dataset has a, b"):
+        made.evaluate({"a": made.eval_dataset, "b": made.eval_dataset})
+    assert weighting.reference is None
+
+
+def test_reward_functions_of_one_name_have_no_validation_point_of_their_own(tmp_path):
+    functions = [lambda completion_ids, **_: [0.0] * len(completion_ids) for _ in range(2)]
+    with pytest.raises(UsageError, match="need different names"):
+        trainer(tmp_path, functions, reward_weighting=HypervolumeWeights([0.5, 0.5], [True, True]))

@@ -1,5 +1,6 @@
 """In people's own loops: any classifier, precision, accumulation, several processes, and resuming."""
 
+import collections
 import copy
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from weightsmith.core.errors import UsageError
 from weightsmith.reweight import LossRescaler, MetaRescaler, RandomBatches
 from weightsmith.reweight.meta_gradient import meta_gradient
 
@@ -333,18 +335,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from weightsmith.reweight import MetaRescaler
 
-def start(wrap):
+def start(wrap, compiled=False):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     outer = DistributedDataParallel(model) if wrap else model
+    outer = torch.compile(outer, backend="eager") if compiled else outer
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return model, MetaRescaler(outer, optimizer, 3, passes=1, meta_grad=mode, normalize="none", features="loss")
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 g = torch.Generator().manual_seed(rank)
-for mode in ("finite_difference", "head", "none"):
-    model, meta = start(True)
+for mode, compiled in (("finite_difference", False), ("finite_difference", True), ("head", False), ("none", False)):
+    model, meta = start(True, compiled)
     for _ in range(3):
         x, y = torch.randn(6, 6, generator=g).double(), torch.randint(3, (6,), generator=g)
         meta.step((x, y))
@@ -448,3 +451,45 @@ def test_an_own_loss_and_an_own_forward_are_used(net, data):
         result = meta.step({"image": x, "class": y})
         plain = net(dropout=0.0)
         torch.testing.assert_close(result.losses, smoothed(plain(x), y).detach())
+
+
+@pytest.mark.parametrize("options", [{}, {"virtual_lr": 0.5}, {"mode": "official", "virtual_lr": 0.01}])
+def test_what_the_optimizer_does_not_hold_has_no_part_in_a_virtual_step(net, data, options):
+    batches, found = [data() for _ in range(3)], []
+    for frozen in (True, False):
+        model = net(norm=False)
+        model.body.requires_grad_(not frozen)
+        meta = MetaRescaler(model, torch.optim.Adam(model.head.parameters(), lr=0.01), 3, **options)
+        for batch in batches:  # gradients of the body pile up, since nobody removes them
+            torch.manual_seed(2)
+            meta.step(batch)
+        found.append([*model.parameters(), *meta.rescaler.parameters()])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+
+
+def test_an_optimizer_of_another_model_is_refused(net):
+    with pytest.raises(UsageError, match="holds none of the model's trainable parameters"):
+        MetaRescaler(net(), torch.optim.Adam(net().parameters()), 3)
+
+
+def test_a_saved_state_stays_as_it_was_saved_while_training_goes_on(net, data):
+    model = net()
+    meta = MetaRescaler(model, torch.optim.Adam(model.parameters()), 3)
+    meta.step(data())
+    state = meta.state_dict()
+    saved = copy.deepcopy(state)
+    meta.step(data())
+    meta.load_state_dict(state)
+    meta.step(data())
+    assert torch.equal(state["rescaler"]["first"], saved["rescaler"]["first"])
+    assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], saved["optimizer"]["state"][0]["exp_avg"])
+
+
+def test_a_state_may_hold_a_batch_that_is_a_named_tuple(net, data):
+    pair = collections.namedtuple("Pair", "x y")
+    model = net()
+    meta = MetaRescaler(model, torch.optim.Adam(model.parameters()), 3)
+    meta.step(pair(*data()))
+    meta.load_state_dict(meta.state_dict())
+    assert meta.step(pair(*data())).meta_loss is not None

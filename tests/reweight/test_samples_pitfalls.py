@@ -8,6 +8,7 @@ from torch import nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.reweight import LossRescaler, MetaRescaler, RandomBatches, RescalingSettings, SampleStatsMemory
+from weightsmith.reweight.meta_gradient import directional_derivatives
 from weightsmith.reweight.signals import rescaler_features
 
 
@@ -257,7 +258,7 @@ def test_the_virtual_step_is_taken_back_to_the_bit(net, data, mode):
 
 def test_finite_differences_refuse_weights_in_half_precision(net, data):
     model = net(norm=False).bfloat16()
-    with pytest.raises(UsageError, match=r"needs weights in float32, got torch.bfloat16.*'head' or 'none'"):
+    with pytest.raises(UsageError, match=r"needs weights in float32, got torch.bfloat16.*'jvp', 'head' or 'none'"):
         rescaling(model)
     x, y = data()
     for mode in ("head", "none"):
@@ -357,3 +358,70 @@ def test_parts_that_do_not_fit_are_refused(net):
     ):
         with pytest.raises(UsageError, match=message):
             call()
+
+
+def test_finite_differences_refuse_a_frozen_body_in_half_precision(net):
+    model = net(norm=False)
+    model.body.to(torch.bfloat16).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.head.parameters())
+    with pytest.raises(UsageError, match=r"needs weights in float32, got torch\.bfloat16"):
+        MetaRescaler(model, optimizer, 3)
+    MetaRescaler(model, optimizer, 3, meta_grad="jvp")
+
+
+@pytest.mark.parametrize("ids", [torch.arange(40), torch.arange(4), torch.ones(12, dtype=torch.bool)])
+def test_identifiers_that_do_not_name_every_sample_are_refused(net, data, ids):
+    model = net()
+    meta = MetaRescaler(model, torch.optim.Adam(model.parameters()), 3)
+    with pytest.raises(UsageError, match="ids must"):
+        meta.step(data(), ids=ids)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x, dim=-1), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "changed in place", "weight norm"])
+def test_head_refuses_a_layer_whose_derivative_is_another_one(net, data, kind):
+    model = net()
+    if kind == "subclass":
+        model.head = Cosine(16, 3)
+    if kind == "weight norm":
+        model.head = nn.utils.parametrizations.weight_norm(model.head)
+    cooled = (lambda z: z.div_(0.25)) if kind == "changed in place" else (lambda z: z)
+    meta = MetaRescaler(
+        model, torch.optim.Adam(model.parameters()), 3, lambda m, batch: (cooled(m(batch[0])), batch[1]),
+        meta_grad="head",
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="straight out of a trainable linear layer"):
+        meta.loss(data())
+
+
+def test_head_follows_a_layer_that_is_called_by_keyword(net, data):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(input=x)
+
+    model = Named()
+    meta = MetaRescaler(model, torch.optim.Adam(model.parameters()), 3, meta_grad="head", passes=1)
+    assert meta.step(data()).meta_loss is not None
+
+
+def test_dropout_that_is_always_on_is_no_part_of_a_finite_difference():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 4).double(), torch.randn(5, 8, dtype=torch.float64)
+    direction = [torch.randn_like(p) for p in layer.parameters()]
+
+    def losses():
+        return nn.functional.dropout(layer(x), 0.5).square().sum(1)
+
+    found = []
+    for mode in ("finite_difference", "jvp"):
+        torch.manual_seed(3)
+        found.append(directional_derivatives(losses, layer, direction, mode))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)

@@ -118,7 +118,8 @@ def test_no_tokens_give_a_loss_of_zero(rule, shape):
         values = {name: value[:0] for name, value in values.items()}
     else:
         values = {name: value[:, :0] if value.dim() == 2 else value for name, value in values.items()}
-    values["logp"].requires_grad_()
+    for name in ("logp", "entropy"):
+        values[name].requires_grad_()
     found = policy_loss(**values, rule=rule)
     found.loss.backward()
     assert found.loss == 0
@@ -154,8 +155,8 @@ def test_what_is_masked_may_be_anything():
             made.__dict__.update(rule.__dict__)
         if isinstance(rule, ClipCov):
             one, two = ClipCov(0.1, low=0.0), ClipCov(0.1, low=0.0)
-        logp = broken["logp"].clone().requires_grad_()
-        found = policy_loss(**(broken | {"logp": logp}), rule=two).loss
+        logp, entropy = (broken[name].clone().requires_grad_() for name in ("logp", "entropy"))
+        found = policy_loss(**(broken | {"logp": logp, "entropy": entropy}), rule=two).loss
         torch.testing.assert_close(found.detach(), policy_loss(**values, rule=one).loss)
         found.backward()
         assert logp.grad.isfinite().all()
@@ -408,3 +409,20 @@ def test_weights_compile():
     step = torch.compile(token_weights, backend="eager", fullgraph=True)
     omega = entropy_change(values.logp, values.entropy, values.advantages)
     torch.testing.assert_close(step(omega, values.mask), token_weights(omega, values.mask))
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "opo"])
+@pytest.mark.parametrize("size", [3, 6, 7])
+def test_equal_rewards_have_no_advantage_from_rounding(method, size):
+    group, mask = torch.zeros(size, dtype=torch.int64), torch.ones(size, 2)
+    for reward in (0.1, 0.7, 123.4):
+        found = group_advantages(torch.full((size,), reward), group, method=method, mask=mask)
+        assert torch.equal(found, torch.zeros_like(found))
+
+
+def test_an_entropy_bonus_without_gradient_is_refused():
+    logp, entropy = torch.full((2, 3), -1.0, requires_grad=True), torch.ones(2, 3)
+    with pytest.raises(UsageError, match="entropy has no gradient"):
+        policy_loss(logp, torch.ones(2), torch.ones(2, 3), rule=EntropyBonus(), entropy=entropy)
+    with torch.no_grad():
+        policy_loss(logp, torch.ones(2), torch.ones(2, 3), rule=EntropyBonus(), entropy=entropy)

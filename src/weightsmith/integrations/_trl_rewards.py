@@ -1,7 +1,7 @@
 """Reward weights inside TRL's GRPO trainer: validation points, gradients of objectives, advantages with new weights."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ TRL_EPS = 1e-4
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
-def check_weighting(trainer: Any, weighting: FixedWeights) -> None:
+def check_weighting(trainer: Any, weighting: FixedWeights, *, own_point: bool = False) -> None:
     """Refuse settings of the trainer that the weighting cannot work with.
 
     Raises:
@@ -49,22 +49,43 @@ def check_weighting(trainer: Any, weighting: FixedWeights) -> None:
                 "or on one device"
             )
     if isinstance(weighting, HypervolumeWeights):
+        check_one_validation_set(trainer.eval_dataset)
+        names = trainer.reward_func_names
+        if not own_point and len(set(names)) < len(names):
+            raise UsageError(
+                f"reward functions need different names, by which TRL logs them, got {', '.join(names)}: rename them, "
+                "or give point"
+            )
         normalizes = trainer.scale_rewards != "none" or trainer.multi_objective_aggregation == "normalize_then_sum"
         weighting.check_estimator("grpo" if normalizes else "dr_grpo")
+
+
+def check_one_validation_set(data: Any) -> None:
+    """Refuse several validation sets: points of different data are no front.
+
+    Raises:
+        UsageError: Names the sets.
+    """
+    if isinstance(data, Mapping):
+        raise UsageError(
+            f"HypervolumeWeights compares points of one validation set, eval_dataset has {', '.join(map(str, data))}: "
+            "give one of them"
+        )
 
 
 def trl_advantages(trainer: Any, scores: Tensor, weights: Tensor) -> Tensor:
     """Advantages ``(N,)`` of TRL's ``sum_then_normalize`` for rewards ``(N, K)``."""
     total = (scores * weights.to(scores)).nansum(1)
-    total = torch.where(scores.isnan().all(1), torch.nan, total)
+    known = ~scores.isnan().all(1)
+    # TRL: the only sample of a group that a reward applies to is its own mean
+    alone = known.view(-1, trainer.num_generations).sum(1) == 1
+    total = torch.where(known, total, torch.nan)
     group = torch.arange(len(total), device=total.device) // trainer.num_generations
-    if trainer.scale_rewards == "group":
-        return group_advantages(total, group, eps=TRL_EPS)
-    centered = group_advantages(total, group, method="dr_grpo")
-    if trainer.scale_rewards == "none":
-        return centered
-    known = total[~total.isnan()]
-    return centered / (known.std() + TRL_EPS) if len(known) > 1 else centered
+    grpo = trainer.scale_rewards == "group"
+    found = group_advantages(total, group, method="grpo" if grpo else "dr_grpo", eps=TRL_EPS)
+    if trainer.scale_rewards == "batch" and int(known.sum()) > 1:
+        found = found / (total[known].std() + TRL_EPS)
+    return torch.where(alone[group], 0.0, found)
 
 
 def influence(
@@ -80,6 +101,8 @@ def influence(
         where: Which parameters are measured.
         max_norm: Clip each objective's gradient, over all trainable parameters, to this norm.
     """
+    if "pixel_values" in output:
+        raise UsageError("GradientWeights cannot cut images into micro-batches: train it on text, or use FixedWeights")
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}

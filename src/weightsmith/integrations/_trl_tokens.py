@@ -27,6 +27,11 @@ def check_rule(trainer: Any, rule: TokenRule) -> None:
     """
     if not isinstance(rule, TokenRule):
         raise UsageError(f"token_weighting must be a rule such as Steer(), got {rule!r}")
+    theirs = next(base for base in type(trainer).__mro__[1:] if "_compute_loss" in vars(base) and _of_trl(base))
+    if theirs.__name__ != "GRPOTrainer":
+        raise UsageError(
+            f"{theirs.__name__} has a loss of its own, in which tokens cannot be weighted: use GRPOTrainer"
+        )
     if trainer.loss_type == "vespo":
         raise UsageError("loss_type 'vespo' takes one advantage per sequence, so tokens cannot be weighted: use 'dapo'")
     every = trainer.args.steps_per_generation * trainer.num_iterations
@@ -39,9 +44,14 @@ def check_rule(trainer: Any, rule: TokenRule) -> None:
         if trainer.args.delta is not None:
             raise UsageError(f"KLCov does not clip ratios: leave delta at None, got {trainer.args.delta}")
     if rule.clip is not None:
+        if trainer.loss_type == "sapo":
+            raise UsageError(f"loss_type 'sapo' bounds ratios by itself, not by {type(rule).__name__}: use 'dapo'")
+        if trainer.loss_type == "cispo" and rule.clip != UNCLIPPED:
+            raise UsageError(
+                f"loss_type 'cispo' caps the ratio itself at epsilon_high, which {type(rule).__name__} says as a "
+                "distance from 1: set epsilon_high, or use 'dapo'"
+            )
         trainer.epsilon_low, trainer.epsilon_high = rule.clip
-        if rule.clip == UNCLIPPED and trainer.loss_type == "sapo":
-            raise UsageError("loss_type 'sapo' bounds ratios by itself, which KLCov must not: use 'dapo'")
 
 
 class TokenPlan:
@@ -126,8 +136,14 @@ class TokenPlan:
         return Tokens.of(
             logps, batch["advantages"], _mask(batch), old_logp=batch.get("old_per_token_logps"), entropy=entropies,
             old_entropy=batch.get(OLD_ENTROPY), second_moment=second, rewards=batch.get(RAW_REWARDS),
-            clip=(self.trainer.epsilon_low, self.trainer.epsilon_high),
+            clip=self._clip(),
         )  # fmt: skip
+
+    def _clip(self) -> tuple[float, float]:
+        """Where the loss has no gradient; ``cispo`` and ``sapo`` bound the ratio and always have one."""
+        if self.trainer.loss_type in ("cispo", "sapo"):
+            return UNCLIPPED
+        return self.trainer.epsilon_low, self.trainer.epsilon_high
 
     @contextmanager
     def hidden_states(self, model: Any) -> Iterator[None]:
@@ -210,6 +226,10 @@ def forward_arguments(score: Any, batch: Batch) -> dict[str, Any]:
     ours = {"model", "batch_size", "compute_aux_loss", *own}
     others = [name for name in inspect.signature(score).parameters if name not in ours]
     return own | {name: batch[name] for name in others if batch.get(name) is not None}
+
+
+def _of_trl(base: type) -> bool:
+    return base.__module__.partition(".")[0] == "trl"
 
 
 def _mask(batch: Mapping[str, Any]) -> Tensor:

@@ -1,6 +1,7 @@
 """``transformers.Trainer`` for data whose labels may be wrong: a thin adapter of ``MetaRescaler``."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,14 @@ class MetaRescalingTrainer(Trainer):
 
     @property
     def meta(self) -> MetaRescaler:
-        """The rescaler with its state, made when training starts."""
-        if self._meta is None:
+        """The rescaler with its state, made when training starts, anew for every model of ``model_init``."""
+        if self._meta is None or self._meta.model is not self.model:
             if self.optimizer is None:
                 raise UsageError("the rescaler is made when training starts: call train() first")
             rescaler = (
                 LossRescaler(self._config.num_labels, self._rescaling.n_features)
                 if self._rescaler is None
-                else (self._rescaler)
+                else deepcopy(self._rescaler)
             )
             source = self.train_dataset if self._meta_dataset is None else self._meta_dataset
             sampler = self._sampler(source) if hasattr(source, "__len__") else None
@@ -139,7 +140,8 @@ class MetaRescalingTrainer(Trainer):
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = self.meta.loss(dict(inputs), ids=ids, model=model)  # a plain dict can be saved
-        self._weights.append(self.meta.last_weights.mean())
+        if len(self.meta.last_weights):
+            self._weights.append(self.meta.last_weights.mean())
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -49,11 +49,16 @@ def check_trl(trainer_class: type | None = None) -> None:
         trainer_class: The class; ``None``: that of the installed TRL.
 
     Raises:
-        UsageError: A method or an argument is gone; names it and the version.
+        UsageError: It is another trainer, or a method or an argument is gone; names it and the version.
         MissingExtra: TRL is not installed.
     """
     trl = require("trl", extra="hf", purpose="weighting tokens and rewards in TRL")
     trainer_class = trl.GRPOTrainer if trainer_class is None else trainer_class
+    if not issubclass(trainer_class, trl.GRPOTrainer):
+        raise UsageError(
+            f"Reweighting goes in front of GRPOTrainer or a subclass of it, not of {trainer_class.__name__}: its loss "
+            "has no place for weights of tokens; use weightsmith.reweight in a loop of your own"
+        )
     for method, arguments in HOOKS.items():
         found = getattr(trainer_class, method, None)
         known = () if found is None else tuple(inspect.signature(found).parameters)
@@ -97,6 +102,16 @@ class Reweighting:
         MissingExtra: TRL is not installed.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[1 : cls.__mro__.index(Reweighting)]
+        late = [base for base in before if hasattr(base, "_compute_loss") and not issubclass(base, Reweighting)]
+        if late:
+            raise UsageError(
+                f"Reweighting must stand in front of {late[0].__name__}, whose methods it overrides: "
+                f"class {cls.__name__}(Reweighting, {late[0].__name__})"
+            )
+
     def __init__(
         self,
         *args: Any,
@@ -126,7 +141,7 @@ class Reweighting:
             check_rule(self, token_weighting)
             self._plan = TokenPlan(self, token_weighting, whole_batch=scope == "batch")
         if reward_weighting is not None:
-            rewards.check_weighting(self, reward_weighting)
+            rewards.check_weighting(self, reward_weighting, own_point=point is not None)
             self.reward_weights = reward_weighting.weights.float()
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -140,6 +155,8 @@ class Reweighting:
         try:
             with plan.hidden_states(model):
                 loss: Tensor = super()._compute_loss(model, plan.live)  # type: ignore[misc]
+            if plan.effect is None:
+                raise UsageError("the trainer's loss has not scored its tokens, so token_weighting cannot reach it")
             extra = plan.extra_loss(inputs)
         finally:
             plan.live = plan.logp = plan.entropy = plan.effect = None
@@ -211,6 +228,9 @@ class Reweighting:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the trainer's; the result is a validation point for `HypervolumeWeights`."""
+        if isinstance(self.reward_weighting, HypervolumeWeights):
+            data = kwargs.get("eval_dataset", args[0] if args else None)
+            rewards.check_one_validation_set(self.eval_dataset if data is None else data)  # type: ignore[attr-defined]
         found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
         if isinstance(self.reward_weighting, HypervolumeWeights):
             point = rewards.validation_point(self)

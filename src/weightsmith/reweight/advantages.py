@@ -142,14 +142,18 @@ def _in_groups(rewards: Tensor, known: Tensor, group: Tensor, method: str, token
         return values.new_zeros(count).index_add(0, number, values)[number]
 
     n = total(known)
+    # from the smallest one: rounding must not give equal rewards an advantage, which a tiny deviation would enlarge
+    low = rewards.new_full((count,), torch.inf)
+    low = low.scatter_reduce(0, number, torch.where(known > 0, rewards, torch.inf), "amin")[number]
+    above = torch.where(known > 0, rewards - low, 0.0)
     if method == "opo":
         assert tokens is not None
         length = tokens.sum(1).to(rewards)
-        baseline = total(length * rewards) / total(length).clamp(min=1)
+        baseline = total(length * above) / total(length).clamp(min=1)
     else:
-        baseline = total(rewards) / n.clamp(min=1)
+        baseline = total(above) / n.clamp(min=1)
     alone = n <= 1
-    centered = torch.where(alone, rewards, rewards - baseline)
+    centered = torch.where(alone, rewards, above - baseline)
     if method == "rloo":
         return torch.where(alone, rewards, centered * n / (n - 1).clamp(min=1))
     if method == "grpo":
@@ -160,6 +164,9 @@ def _in_groups(rewards: Tensor, known: Tensor, group: Tensor, method: str, token
 
 def _whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
     n = lengths.sum()
+    if not len(rewards):
+        return rewards
+    rewards = rewards - torch.where(lengths > 0, rewards, torch.inf).amin().nan_to_num(0.0, 0.0)  # as in a group
     mean = (lengths * rewards).sum() / n.clamp(min=1)
     variance = (lengths * (rewards - mean).square()).sum() / (n - 1).clamp(min=1)
     return (rewards - mean) * torch.rsqrt(variance + 1e-8)

@@ -51,7 +51,7 @@ def fused_linear_logprob(
         ignore_index: Rows with this target are not computed, and give 0.
 
     Returns:
-        ``(logp, entropy, second_moment)``, each ``(...)`` in float32, or float64 when ``hidden`` is; the last is
+        ``(logp, entropy, second_moment)``, each ``(...)`` in float32, or float64 when ``weight`` is; the last is
         ``None`` unless asked for and never carries a gradient.
 
     Raises:

@@ -97,7 +97,8 @@ def _finite_difference(losses: Callable[[], Tensor], params: list[nn.Parameter],
         ends = []
         for sign in (1, -1):
             _move_(params, before, direction, sign * step)
-            ends.append(losses())
+            with _same_noise(params):
+                ends.append(losses())
     return torch.where(norm > 0, (ends[0] - ends[1]) / (2 * step.clamp(min=torch.finfo(step.dtype).tiny)), 0.0)
 
 
@@ -132,7 +133,8 @@ def hessian_vector(
     with restoring(params) as before:
         for sign in (1, -1):
             _move_(params, before, direction, sign * step)
-            ends.append(gradients())
+            with _same_noise(params):
+                ends.append(gradients())
     scale = torch.where(norm > 0, 1 / (2 * step.clamp(min=torch.finfo(step.dtype).tiny)), 0.0)
     return [(up - down) * scale.to(up.device, up.dtype) for up, down in zip(*ends, strict=True)]
 
@@ -143,6 +145,12 @@ def _step_along(params: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[
     dtype = torch.float64 if double else torch.float32
     norm = torch.stack([v.norm().to(params[0].device, dtype) for v in direction]).norm()
     return torch.where(norm > 0, (_STEP_OF_DOUBLES if double else _STEP) / norm, 0.0), norm
+
+
+def _same_noise(params: Sequence[Tensor]) -> Any:
+    """Every block begins with the same random numbers: dropout that is always on must not count as a difference."""
+    device = params[0].device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @torch.no_grad()

@@ -100,6 +100,8 @@ class Observer:
         else:
             logits, labels = self.head.watched(self.module, lambda: self.forward_fn(call, batch))
         check_batch(logits, labels, self.rescaler.num_classes)
+        if ids is not None and len(ids) != len(labels):
+            raise UsageError(f"ids must name every sample of the batch, ({len(labels)},), got ({len(ids)},)")
         rows = (labels >= 0).nonzero().squeeze(1)
         kept, target = logits[rows], labels[rows]
         losses = self._losses(kept, target)

@@ -150,7 +150,10 @@ class Head:
             [part for part in module.modules() if isinstance(part, nn.Linear)] if self.layer is None else [self.layer]
         )
         hooks = [
-            layer.register_forward_hook(lambda part, args, out: seen.append((part, args[0].detach(), out)))
+            layer.register_forward_hook(
+                lambda part, args, named, out: seen.append((part, (args[0] if args else named["input"]).detach(), out)),
+                with_kwargs=True,
+            )
             for layer in layers
         ]
         try:
@@ -162,9 +165,20 @@ class Head:
             if out is logits or (out.data_ptr() == logits.data_ptr() and out.shape == logits.shape):
                 if not layer.weight.requires_grad or inputs.dim() != 2:
                     break
+                if self.layer is None and not _computes(layer, inputs, logits):
+                    break
                 self.layer, self.inputs = layer, inputs
                 return logits, labels
         raise UsageError(
             "meta_grad='head' needs a model whose logits come straight out of a trainable linear layer: "
             "use meta_grad='finite_difference' or 'none'"
         )
+
+
+@torch.no_grad()
+def _computes(layer: nn.Linear, inputs: Tensor, logits: Tensor) -> bool:
+    """Whether the logits are the layer's own product: not that of a subclass, nor changed in place afterwards."""
+    if not isinstance(layer.weight, nn.Parameter):  # computed from other parameters, as by weight_norm
+        return False
+    expected = F.linear(inputs, layer.weight, layer.bias)
+    return torch.allclose(expected, logits, rtol=1e-3, atol=1e-3 * float(expected.abs().mean().nan_to_num(0.0)))

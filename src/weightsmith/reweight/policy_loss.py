@@ -117,6 +117,11 @@ def policy_loss(
         metrics.update(effect.metrics)
         if effect.entropy_coef:
             assert entropy is not None  # the rule has asked for it
+            if torch.is_grad_enabled() and logp.requires_grad and not entropy.requires_grad:
+                raise UsageError(
+                    "entropy has no gradient, so its bonus would do nothing: compute it with gradient, as "
+                    "fused_linear_logprob does with entropy_grad=True"
+                )
             bonus = aggregate_tokens(entropy.to(losses.dtype), tokens.mask, aggregate, normalizer)
             loss = loss - effect.entropy_coef * bonus
     return PolicyLoss(loss, weights, {name: value.detach() for name, value in metrics.items()})

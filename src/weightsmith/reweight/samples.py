@@ -13,6 +13,7 @@ section 3. What the released code does in addition, or instead, is said at ``mod
 
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
 
@@ -57,7 +58,8 @@ class MetaRescaler:
 
     Args:
         model: Any classifier; frozen parameters stay out of the virtual step.
-        optimizer: What trains it; its learning rates may be those of the virtual step.
+        optimizer: What trains it; its learning rates may be those of the virtual step, in which parameters that it does
+            not hold stay where they are.
         rescaler: The network that weighs, or the number of classes.
         forward_fn: ``(model, batch) -> (logits (B, C), labels (B,))``; the default takes ``(inputs, labels)`` and
             mappings with ``"labels"``, and models that return logits or an object that holds them.
@@ -95,12 +97,15 @@ class MetaRescaler:
         params = trainable(self.module)
         if not params:
             raise UsageError("model has no trainable parameter: nothing could be learned from weighted losses")
-        half = next((p.dtype for p in params if p.dtype in _HALF), None)
+        # frozen ones too: activations rounded to half precision drown the difference of two passes
+        half = next((p.dtype for p in self.module.parameters() if p.dtype in _HALF), None)
         if half is not None and self.settings.meta_grad == "finite_difference":
             raise UsageError(
                 f"meta_grad='finite_difference' needs weights in float32, got {half}: keep them in float32 and use "
-                "autocast, or take meta_grad='head' or 'none'"
+                "autocast, or take meta_grad='jvp', 'head' or 'none'"
             )
+        if not self._trained().intersection(map(id, params)):
+            raise UsageError("optimizer holds none of the model's trainable parameters: make it from this model's")
         first = params[0]
         if isinstance(rescaler, int):
             rescaler = LossRescaler(rescaler, self.settings.n_features)
@@ -198,9 +203,9 @@ class MetaRescaler:
             FloatingPointError: A loss is not finite; the message names the samples.
         """
         outer = self.model if model is None else model
-        self._teacher.sync = isinstance(outer, DistributedDataParallel)
+        self._teacher.sync = isinstance(_compiled_from(outer), DistributedDataParallel)
         self._teacher.autocast = same_autocast(self.rescaler.first.device)
-        if ids is not None and (not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 1):
+        if ids is not None and (not isinstance(ids, Tensor) or _no_numbers(ids) or ids.dim() != 1):
             raise UsageError(f"ids must be whole numbers (B,), got {getattr(ids, 'dtype', type(ids).__name__)}")
         seen = self._observer.look(batch, "training", through=outer, ids=ids, autocast=self._teacher.autocast)
         self._pending.append(seen)
@@ -249,7 +254,7 @@ class MetaRescaler:
         if due or official:
             if self._observer.head is not None:
                 params = self._observer.head.parameters()
-            gradients = gradients_of(params, scale)
+            gradients = gradients_of(params, scale, self._trained())
             if due and gradients is not None:
                 meta_loss = self._teacher.step(pending, self._validation(val_batch, pending), params, gradients)
             if official and gradients is not None:
@@ -269,12 +274,19 @@ class MetaRescaler:
 
     # numbers
 
+    def _trained(self) -> set[int]:
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+
     def _virtual_lrs(self, params: Sequence[Tensor]) -> list[float]:
-        if self.settings.virtual_lr is not None:
-            return [self.settings.virtual_lr] * len(params)
-        if self.settings.mode != "official" and not _is_sgd(self.optimizer):
-            return [_ADAM_VIRTUAL_LR] * len(params)
-        rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        """Step sizes; 0 for what the optimizer does not train, which must not move in a virtual step either."""
+        one = self.settings.virtual_lr
+        if one is None and self.settings.mode != "official" and not _is_sgd(self.optimizer):
+            one = _ADAM_VIRTUAL_LR
+        rates = {
+            id(p): float(group["lr"] if one is None else one)
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
         return [rates.get(id(p), 0.0) for p in params]
 
     # results and state
@@ -313,8 +325,8 @@ class MetaRescaler:
         The generators of torch belong to the training and are not in it.
         """
         state = {
-            "rescaler": self.rescaler.state_dict(),
-            "optimizer": self._teacher.optimizer.state_dict(),
+            "rescaler": {name: value.clone() for name, value in self.rescaler.state_dict().items()},
+            "optimizer": deepcopy(self._teacher.optimizer.state_dict()),  # torch's shares memory with the optimizer
             "memories": {name: memory.state_dict() for name, memory in self._observer.memories.items()},
             "log": self._log.state_dict(),
             "steps": self._steps,
@@ -339,7 +351,7 @@ class MetaRescaler:
             )
         device = self.rescaler.first.device
         self.rescaler.load_state_dict(saved)
-        self._teacher.optimizer.load_state_dict(state["optimizer"])
+        self._teacher.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         for name, memory in self._observer.memories.items():
             memory.load_state_dict(state["memories"][name], device)
         self._log.load_state_dict(state["log"])
@@ -350,9 +362,20 @@ class MetaRescaler:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    inner = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
+    wrapper = _compiled_from(model)
+    inner = wrapper.module if isinstance(wrapper, DistributedDataParallel | nn.DataParallel) else model
     assert isinstance(inner, nn.Module)
     return inner
+
+
+def _compiled_from(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "_orig_mod", model)  # where torch.compile keeps it
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _no_numbers(ids: Tensor) -> bool:
+    return ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
 
 
 def _is_sgd(optimizer: Any) -> bool:
@@ -361,8 +384,11 @@ def _is_sgd(optimizer: Any) -> bool:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
+    if hasattr(value, "to"):  # a tensor, or a batch class such as that of transformers
         return value.to(device)
     if isinstance(value, dict):
         return {name: _moved(item, device) for name, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        items = [_moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

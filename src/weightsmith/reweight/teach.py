@@ -4,7 +4,7 @@ The weights of a batch reach the validation loss in two ways: through the virtua
 and, as weights of the validation losses, directly (``grad_outer``). Both are kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -194,9 +194,12 @@ def _average(tensor: Tensor) -> None:
     tensor /= torch.distributed.get_world_size()
 
 
-def gradients_of(params: Sequence[Tensor], scale: float) -> list[Tensor] | None:
-    """The gradients that ``backward`` left, ``None`` where one is not finite."""
-    found = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in params]
+def gradients_of(params: Sequence[Tensor], scale: float, trained: Container[int]) -> list[Tensor] | None:
+    """The gradients that ``backward`` left, ``None`` where one is not finite.
+
+    Those of parameters that are not ``trained``, by ``id``, count as 0: nobody removes them after a step.
+    """
+    found = [p.grad.detach() if p.grad is not None and id(p) in trained else torch.zeros_like(p) for p in params]
     if scale != 1.0:
         found = [g / scale for g in found]
     norms = torch.stack([g.float().norm().to(found[0].device) for g in found])
