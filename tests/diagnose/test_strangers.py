@@ -114,3 +114,49 @@ def test_a_scripted_model_is_refused_with_what_to_do():
 def test_empty_inputs_are_refused(inputs):
     with pytest.raises(UsageError, match="inputs must hold samples"):
         LazinessProbe(nn.Linear(4, 2), inputs)
+
+
+@pytest.mark.parametrize("method", ["jacobian", "contract", "sketch"])
+def test_a_module_used_under_two_names_keeps_its_parameters(method):
+    shared = nn.Linear(4, 4)
+    net, weight = nn.Sequential(shared, nn.Tanh(), shared), shared.weight
+    tangent_kernel(net, torch.randn(3, 4), options=KernelOptions(method=method, probes=8))
+    assert net[0].weight is weight
+    assert net[2].weight is weight
+
+
+@pytest.mark.parametrize("method", ["jacobian", "contract", "sketch"])
+def test_what_forward_puts_into_a_model_is_gone_afterwards(method):
+    class Notes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count = self.count + 1
+            self.last = x
+            return self.layer(x)
+
+    net = Notes()
+    count = net.count
+    tangent_kernel(net, torch.randn(3, 4), options=KernelOptions(method=method, probes=8))
+    assert net.count is count
+    assert count == 0
+    assert "last" not in net.__dict__
+
+
+def test_a_sketch_of_complex_weights_has_the_size_of_the_kernel():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 2, dtype=torch.complex128))
+
+        def forward(self, x):
+            return torch.view_as_real(x.to(self.w.dtype) @ self.w)
+
+    torch.manual_seed(0)
+    net, x = Complex(), torch.randn(3, 4, dtype=torch.float64)
+    exact = tangent_kernel(net, x, options=KernelOptions(method="jacobian")).parts[""].trace()
+    sketched = tangent_kernel(net, x, options=KernelOptions(method="sketch", probes=2000)).parts
+    assert next(iter(sketched.values())).square().sum() / 2000 == pytest.approx(exact.item(), rel=0.1)

@@ -112,6 +112,9 @@ def placed(call: Any, args: Any, kwargs: Any) -> Interval:
 def averaged(call: Any, args: Any, kwargs: Any) -> Interval:
     """Sums with weights that are not negative."""
     x, *more = args
+    divisor = kwargs.get("divisor_override", args[6] if len(args) > 6 else None)
+    if divisor is not None and divisor < 0:
+        raise UnsupportedOperation(f"a pool with the divisor {divisor} has no bounds: it must be above 0")
     found: Interval = x.linear(lambda tensor: call(tensor, *more, **kwargs))
     return found
 

@@ -64,6 +64,7 @@ def pgd(
 
 
 def _margin_of_error(logits: Tensor, labels: Tensor) -> Tensor:
+    labels = labels.long()
     own = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(own, -torch.inf).amax(1) - logits.gather(1, labels[:, None])[:, 0]
 

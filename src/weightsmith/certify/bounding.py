@@ -182,7 +182,16 @@ def bound_box(
             torch.where(ends.lower.isnan(), -torch.inf, ends.lower),
             torch.where(ends.upper.isnan(), torch.inf, ends.upper),
         )
-    return Bounds(ends.lower, ends.upper, method, options.rounding, 0.0 if outward else tolerance_of(done, ends, spec))
+    tolerance = 0.0 if outward else tolerance_of(done, ends, spec)
+    return Bounds(*_with_infinity(ends.lower, ends.upper), method, options.rounding, tolerance)
+
+
+def _with_infinity(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Give masked outputs their infinite values back, which are finite on the way: see `finite`."""
+    least = torch.finfo(lower.dtype).min / 16
+    if not bool((lower < least).any()) and not bool((upper > -least).any()):
+        return lower, upper
+    return torch.where(lower < least, -torch.inf, lower), torch.where(upper > -least, torch.inf, upper)
 
 
 def run_box(

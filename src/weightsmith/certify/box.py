@@ -83,6 +83,10 @@ def check_labels(labels: Tensor, classes: int) -> None:
     Raises:
         UsageError: They are not.
     """
+    if classes < 2:
+        raise UsageError(
+            "labels need two classes at least, the model has one output: return logits [0, z] in its place"
+        )
     if labels.dim() != 1 or labels.is_floating_point():
         raise UsageError(f"labels must be whole numbers of shape (B,), got {labels.dtype} {tuple(labels.shape)}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
@@ -104,7 +108,7 @@ def margins_of(labels: Tensor, classes: int, like: Tensor) -> Tensor:
         UsageError: A label is not in ``0 .. K - 1``.
     """
     check_labels(labels, classes)
-    labels = labels.to(like.device)
+    labels = labels.to(like.device, torch.long)
     eye = torch.eye(classes, dtype=like.dtype, device=like.device)
     rows = eye[labels][:, None] - eye
     others = torch.arange(classes, device=like.device) != labels[:, None]

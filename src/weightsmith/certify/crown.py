@@ -8,7 +8,7 @@ bound is minus the lower bound of ``-A z``. Coefficients have the shape ``(S, *s
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,35 @@ from weightsmith.certify.rules import RULES, Lines
 from weightsmith.core.graph import Graph, Node, UnsupportedOperation, leaves, replaced
 
 ReluMode = Literal["adaptive", "zero-lb", "one-lb", "same-slope"]
-Axes = Mapping[Node, tuple[int, int]]
-"""By node: which axis counts the examples, and how many entries of it belong to each."""
+
+
+class Place(NamedTuple):
+    """Where the examples of a batch are in an operation's output: along one axis, ``(outer, B, inner)``.
+
+    Attributes:
+        axis: The axis.
+        outer: How often it goes through all examples.
+        inner: How many entries in a row belong to one.
+    """
+
+    axis: int
+    outer: int
+    inner: int
+
+    def split(self, values: Tensor, batch: int) -> Tensor:
+        """Bring ``(S, *shape)`` to ``(S, B, rest)``."""
+        moved = values.movedim(self.axis + 1, 1)
+        return moved.reshape(len(values), self.outer, batch, self.inner, -1).movedim(2, 1).flatten(2)
+
+    def join(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """Bring ``(S, B, rest)`` back to ``(S, *shape)``."""
+        rest = [size for axis, size in enumerate(shape) if axis != self.axis]
+        parts = values.reshape(*values.shape[:2], self.outer, self.inner, *rest).movedim(1, 2)
+        return parts.reshape(len(values), shape[self.axis], *rest).movedim(1, self.axis + 1)
+
+
+Axes = Mapping[Node, Place]
+"""By node: where the examples are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +99,7 @@ class Backward:
 
     def _per_example(self, products: Tensor, node: Node) -> Tensor:
         """Sum ``(S, *shape)`` over everything but examples: ``(S, B)``."""
-        axis, _ = self.axes[node]
-        return products.movedim(axis + 1, 1).reshape(len(products), self.batch, -1).sum(-1)
+        return self.axes[node].split(products, self.batch).sum(-1)
 
     def _step(self, node: Node, a: Tensor) -> tuple[Sequence[tuple[Node, Tensor]], Tensor | None]:
         call = self.done.calls[node]
@@ -118,7 +144,13 @@ class Backward:
 
     def _pull(self, node: Node, unknown: list[Node], f: Callable[..., Tensor], a: Tensor) -> tuple[Any, Tensor]:
         """Carry coefficients through any affine function, by its own transpose."""
-        zeros = [torch.zeros_like(self.done.values[parent].sample) for parent in unknown]
+        samples = [self.done.values[parent].sample for parent in unknown]
+        if not all(isinstance(sample, Tensor) for sample in samples):
+            raise UnsupportedOperation(
+                f"node {node.name!r} takes several tensors at once out of {unknown[0].name!r}, which has no linear "
+                "bounds: take them one by one, or use method='ibp'"
+            )
+        zeros = [torch.zeros_like(sample) for sample in samples]
         found: Any = torch.func.vjp(f, *zeros)
         offset, pull = found
         shares = torch.func.vmap(pull)(a.expand(len(a), *offset.shape))
@@ -192,23 +224,45 @@ _WEIGHTED: Mapping[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
 # --- bounds of intermediate operations --------------------------------------------------------------------------------
 
 
-def example_axes(graph: Graph, run: Callable[[int], Sequence[Any]], batch: int) -> Axes:
+def example_axes(graph: Graph, run: Callable[..., Sequence[Any]], batch: int) -> Axes:
     """Find, by runs with two batch sizes, which axis of every output counts the examples.
 
     Args:
         graph: The model.
-        run: Gives a tensor of every node's shape for a batch size, in the order of the nodes.
+        run: Gives a tensor of every node's shape for a batch size, in the order of the nodes; with a mask ``(B,)``
+            the examples where it is ``True`` are NaN, which nothing that depends on them can hide.
         batch: The smaller size.
 
     Raises:
-        UnsupportedOperation: An output has no such axis, or several.
+        UnsupportedOperation: An output has no such axis, or several, or depends on other examples.
     """
-    found: dict[Node, tuple[int, int]] = {}
-    for node, one, other in zip(graph.nodes, run(batch), run(batch + 1), strict=True):
+
+    def mixed(node: Node) -> UnsupportedOperation:
+        return UnsupportedOperation(f"node {node.name!r} mixes the examples of a batch: use method='ibp'")
+
+    places: dict[Node, list[Place]] = {}
+    plain = run(batch)
+    for node, one, other in zip(graph.nodes, plain, run(batch + 1), strict=True):
         if not node.varies or not isinstance(one, Tensor) or not isinstance(other, Tensor):
             continue
         different = [axis for axis, (n, m) in enumerate(zip(one.shape, other.shape, strict=True)) if n != m]
         if len(different) != 1 or one.shape[different[0]] % batch:
-            raise UnsupportedOperation(f"node {node.name!r} mixes the examples of a batch: use method='ibp'")
-        found[node] = (different[0], one.shape[different[0]] // batch)
+            raise mixed(node)
+        each = one.shape[different[0]] // batch
+        places[node] = [Place(different[0], n, each // n) for n in range(1, each + 1) if each % n == 0]
+    index = torch.arange(batch)
+    for bit in range((batch - 1).bit_length()):  # two examples differ in some bit of their numbers
+        for spoilt in ((index >> bit) % 2 == 1, (index >> bit) % 2 == 0):
+            for node, value, before in zip(graph.nodes, run(batch, spoilt), plain, strict=True):
+                if node in places and isinstance(value, Tensor):
+                    reached = (value.isnan() & ~before.isnan()).unsqueeze(0)
+                    kept = (~spoilt).to(value.device)
+                    places[node] = [p for p in places[node] if not bool(p.split(reached, batch)[:, kept].any())]
+                    if not places[node]:
+                        raise mixed(node)
+    found = {node: candidates[0] for node, candidates in places.items()}
+    if found[graph.output] != Place(0, 1, 1):
+        raise UnsupportedOperation(
+            f"node {graph.output.name!r} does not return one row per example, (B, ...): use method='ibp'"
+        )
     return found

@@ -110,11 +110,24 @@ def _elu(part: str) -> Callable[..., Any]:
     return rule
 
 
+def _celu(part: str) -> Callable[..., Any]:
+    def rule(call: Any, args: Any, kwargs: Any) -> Any:
+        alpha = kwargs.get("alpha", args[1] if len(args) > 1 else 1.0)
+        if alpha <= 0:
+            raise UnsupportedOperation(f"celu with alpha={alpha}, which is not above 0, has no bounds")
+        return (monotone if part == "ibp" else convex())(call, args, kwargs)
+
+    return rule
+
+
 def _softplus(part: str) -> Callable[..., Any]:
     def rule(call: Any, args: Any, kwargs: Any) -> Any:
         threshold = kwargs.get("threshold", args[2] if len(args) > 2 else 20.0)
-        if threshold < 15:  # it jumps there, by log(1 + exp(-threshold)) / beta
-            raise UnsupportedOperation(f"softplus with a threshold below 15, {threshold}, has no bounds")
+        beta = kwargs.get("beta", args[1] if len(args) > 1 else 1.0)
+        if threshold < 15 or beta <= 0:  # it jumps at threshold / beta, by log(1 + exp(-threshold)) / beta
+            raise UnsupportedOperation(
+                f"softplus with a threshold below 15 or a beta not above 0, {threshold} and {beta}, has no bounds"
+            )
         return (monotone if part == "ibp" else convex())(call, args, kwargs)
 
     return rule
@@ -127,7 +140,8 @@ def enter(names: str, ibp: Any, crown: Any) -> None:
 
 
 enter("sigmoid tanh softsign atan", monotone, s_shaped)
-enter("exp celu", monotone, convex())
+enter("exp", monotone, convex())
+enter("celu", _celu("ibp"), _celu("crown"))
 enter("elu", _elu("ibp"), _elu("crown"))
 enter("softplus", _softplus("ibp"), _softplus("crown"))
 enter("log sqrt logsigmoid log1p", monotone, convex(-1))
@@ -154,5 +168,26 @@ def _sign(call: Any, args: Any, kwargs: Any) -> Interval:
 
 
 enter("sign floor ceil round erf expm1", _sign, None)
+
+
+def _cast(call: Any, args: Any, kwargs: Any) -> Interval:
+    """A cast to fewer digits and back: what rounding to nearest gives, and the exact number too."""
+    x = args[0]
+    return Interval(torch.minimum(x.lower, call(x.lower, *args[1:], **kwargs)),
+                    torch.maximum(x.upper, call(x.upper, *args[1:], **kwargs)))  # fmt: skip
+
+
+def _cast_lines(call: Any, args: Any, kwargs: Any) -> Lines:
+    """``x`` plus or minus the largest rounding error."""
+    x, kind = args[0], torch.finfo(args[1])
+    one = torch.ones_like(x.lower)
+    if kind.bits >= torch.finfo(one.dtype).bits:
+        return Lines(one, None, one, None)
+    size = torch.maximum(x.lower.abs(), x.upper.abs())
+    error = torch.where(size > kind.max, torch.inf, size * kind.eps + kind.tiny)
+    return Lines(one, -error, one, error)
+
+
+enter("cast", _cast, _cast_lines)
 for _name in ("maximum", "minimum", "amax", "amin", "logsumexp"):
     RULES[_name] = Rule(monotone, None)

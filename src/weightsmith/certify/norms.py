@@ -1,4 +1,4 @@
-"""Bounds of layer norm and its relatives, written as ``center``, ``normalize`` (divide by the root mean square) and an
+"""Bounds of layer norm and its relatives, written as ``center``, ``divide_by_rms`` (the root mean square) and an
 affine step, so that every step has a rule of its own.
 """
 
@@ -42,7 +42,7 @@ def _squares(x: Interval) -> tuple[Tensor, Tensor]:
     return torch.where(across, torch.zeros_like(low), torch.minimum(low, high)), torch.maximum(low, high)
 
 
-@register("normalize", crown=lambda call, args, kwargs: _normalize_planes(call, args, kwargs))
+@register("divide_by_rms", crown=lambda call, args, kwargs: _normalize_planes(call, args, kwargs))
 def normalized(call: Any, args: Any, kwargs: Any) -> Interval:
     """``z_i / sqrt((z_i^2 + rest_i) / n + eps)`` rises with ``z_i``; ``rest_i`` shrinks it towards 0."""
     z, count, eps, is_centered = args
@@ -55,9 +55,10 @@ def normalized(call: Any, args: Any, kwargs: Any) -> Interval:
         square = end.square()
         # the others of a sum of 0 have at least this together (Cauchy and Schwarz)
         near = torch.maximum(rest_low, square / (n - 1)) if is_centered and n > 1 else rest_low
-        rest = torch.where(far, rest_high, near)
-        value: Tensor = end * ((square + rest) / n + eps).rsqrt()
-        return value
+        total = (square + torch.where(far, rest_high, near)) / n + eps
+        # squares of large numbers overflow: what is left then is 0, or a root of n that nothing exceeds
+        limit = torch.where(far, 0.0, end.sign() * n**0.5)
+        return torch.where(total.isinf(), limit, end * total.rsqrt())
 
     return Interval(at(z.lower, z.lower > 0), at(z.upper, z.upper < 0))
 
@@ -128,15 +129,16 @@ def layer_norm(add: Any, x: Any, shape: Any, weight: Any = None, bias: Any = Non
     """Write layer norm as three steps."""
     count = len(shape)
     z = add(
-        "normalize", lambda t, *_: normalize_by(t, count, eps), add("center", center_of, x, count), count, eps, True
+        "divide_by_rms", lambda t, *_: normalize_by(t, count, eps), add("center", center_of, x, count), count, eps, True
     )
     return _affine(add, z, weight, bias)
 
 
 def rms_norm(add: Any, x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Node:
-    """Write root-mean-square norm as two steps."""
-    count, small = len(shape), torch.finfo(torch.float32).eps if eps is None else eps
-    z = add("normalize", lambda t, *_: normalize_by(t, count, small), x, count, small, False)
+    """Write root-mean-square norm as two steps; without ``eps`` torch takes that of the numbers' type."""
+    count = len(shape)
+    small = add("size", lambda t: torch.finfo(t.dtype).eps, x) if eps is None else eps
+    z = add("divide_by_rms", lambda t, count, small, _: normalize_by(t, count, small), x, count, small, False)
     return _affine(add, z, weight, None)
 
 
@@ -144,7 +146,7 @@ def group_norm(add: Any, x: Any, groups: int, weight: Any = None, bias: Any = No
     """Write group norm as layer norm over groups of channels."""
     parts = add("flatten", lambda t: t.unflatten(1, (groups, -1)).flatten(2), x)
     z = add("center", center_of, parts, 1)
-    z = add("normalize", lambda t, *_: normalize_by(t, 1, eps), z, 1, eps, True)
+    z = add("divide_by_rms", lambda t, *_: normalize_by(t, 1, eps), z, 1, eps, True)
     shape = add("size", lambda t: t.shape, x)
     z = add("reshape", lambda t, shape: t.reshape(shape), z, shape)
 

@@ -49,7 +49,7 @@ def multiplied(call: Any, args: Any, kwargs: Any) -> Interval:
         corners = [x.lower * y.lower, x.lower * y.upper, x.upper * y.lower, x.upper * y.upper]
         return Interval(_least(corners), _greatest(corners))
     x, y = (x, y) if isinstance(x, Interval) else (y, x)
-    return Interval.ball(x.center * y, x.radius * abs(y))
+    return Interval.ball(x.center * y, x.radius * (y if isinstance(y, Tensor) and y.dtype == torch.bool else abs(y)))
 
 
 @register("matmul", crown=_bilinear_planes, rounding=lambda call, args, kwargs, out: (
@@ -106,11 +106,27 @@ def call_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + finite(mask, scores.dtype)
 
 
-@register("einsum", crown=_bilinear_planes)
+def _factors(args: Any) -> tuple[str, list[Any]]:
+    equation, *factors = args
+    return equation, list(factors[0]) if len(factors) == 1 and isinstance(factors[0], list | tuple) else factors
+
+
+def _einsum_planes(call: Any, args: Any, kwargs: Any) -> Planes:
+    equation, factors = _factors(args)
+    unknown = len(intervals(factors))
+    signed = any(isinstance(f, Tensor) and bool((f < 0).any()) for f in factors)
+    if unknown > 2 or (unknown == 2 and signed):
+        raise UnsupportedOperation(
+            "einsum of two factors that depend on the input and a negative one, or of more than two such factors, has "
+            "no linear bounds: use method='ibp'"
+        )
+    return _bilinear_planes(call, (equation, *factors), kwargs)
+
+
+@register("einsum", crown=_einsum_planes)
 def einsum(call: Any, args: Any, kwargs: Any) -> Interval:
     """Center and radius: ``|xy - c d| <= |c| s + r |d| + r s``."""
-    equation, *factors = args
-    factors = list(factors[0]) if len(factors) == 1 and isinstance(factors[0], list | tuple) else factors
+    equation, factors = _factors(args)
     center = call(equation, *[f.center if isinstance(f, Interval) else f for f in factors])
     most = call(equation, *[(f.center.abs() + f.radius) if isinstance(f, Interval) else f.abs() for f in factors])
     least = call(equation, *[f.center.abs() if isinstance(f, Interval) else f.abs() for f in factors])

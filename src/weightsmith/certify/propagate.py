@@ -13,7 +13,7 @@ from weightsmith.certify.batch_ops import batch_norm, dropout, in_training, is_f
 from weightsmith.certify.interval import Interval, intervals, sample
 from weightsmith.certify.passes import Call, Options, Pass
 from weightsmith.certify.rules import RULES
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, reason
 from weightsmith.core.graph import SHAPE_ONLY, Graph, Node, UnsupportedOperation
 
 
@@ -86,6 +86,10 @@ def _bound(done: Pass, node: Node, users: Mapping[Node, list[Node]], need_clean:
         raise UnsupportedOperation(f"node {node.name!r}: {error}") from error
     except UsageError as error:
         raise UsageError(f"node {node.name!r}: {error}") from error
+    except (TypeError, ValueError, IndexError) as error:  # arguments that the rule does not know
+        raise UnsupportedOperation(
+            f"node {node.name!r} ({node.op}) has arguments without a rule: {reason(error)}"
+        ) from error
     done.values[node] = _widened(node, call, args, kwargs, out) if done.options.outward else out
 
 

@@ -1,7 +1,6 @@
 """Backward bounds of intermediate operations: what the method ``"crown"`` puts in the place of intervals."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,28 +33,24 @@ def refiner(graph: Graph, axes: Axes, batch: int, relu: ReluMode, intersect: boo
         if not curved or not _ends_a_linear_part(done, node) or _is_exact(done, node):
             return
         old = done.values[node]
-        axis, _ = axes[node]
-        rows = None
+        ends = torch.stack([old.lower, old.upper])
+        low, high = axes[node].split(ends, batch)
+        chosen = torch.arange(low.shape[1], device=low.device)
         if all(user.op in _KINKED for user in curved):
-            crossing = ((old.lower < 0) & (old.upper > 0)).movedim(axis, 0).reshape(batch, -1).any(0)
-            rows = crossing.nonzero()[:, 0]
-            if not len(rows):
+            chosen = ((low < 0) & (high > 0)).any(0).nonzero()[:, 0]
+            if not len(chosen):
                 return
         backward = Backward(done, axes, batch, relu)
-        low, high = (end.movedim(axis, 0) for end in (old.lower, old.upper))
-        shape = low.shape
-        low, high = low.reshape(batch, -1), high.reshape(batch, -1)
-        chosen = torch.arange(low.shape[1], device=low.device) if rows is None else rows
-        found_low, found_high = _of_elements(backward, node, chosen, shape, axis)
+        found_low, found_high = _of_elements(backward, node, chosen, old.shape)
         if intersect or not all(user.op in _AS_PEERS for user in curved) or node.op in ("matmul", "scores", "mul"):
             found_low, found_high = torch.maximum(found_low, low[:, chosen]), torch.minimum(found_high, high[:, chosen])
         low, high = low.index_copy(1, chosen, found_low), high.index_copy(1, chosen, found_high)
-        done.values[node] = Interval(*(end.reshape(shape).movedim(0, axis) for end in (low, high)))
+        done.values[node] = Interval(*axes[node].join(torch.stack([low, high]), old.shape))
 
     return refine
 
 
-def _of_elements(backward: Backward, node: Node, chosen: Tensor, shape: Any, axis: int) -> tuple[Tensor, Tensor]:
+def _of_elements(backward: Backward, node: Node, chosen: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Bounds ``(B, len(chosen))`` of elements of a node's output, a part of them at a time."""
     width = shape.numel() // backward.batch
     largest = max(v.sample.numel() for v in backward.done.values.values() if isinstance(v, Interval))
@@ -64,9 +59,8 @@ def _of_elements(backward: Backward, node: Node, chosen: Tensor, shape: Any, axi
     for part in chosen.split(step):
         dtype, device = backward.done.options.dtype, part.device
         one = F.one_hot(part, width).to(dtype).to(device)
-        both = torch.cat([one, -one])
-        both = both[:, None].expand(-1, backward.batch, -1).reshape(len(both), *shape).movedim(1, axis + 1)
-        found = backward.lower(node, both)
+        both = torch.cat([one, -one])[:, None].expand(-1, backward.batch, -1)
+        found = backward.lower(node, backward.axes[node].join(both, shape))
         low.append(found[:, : len(part)])
         high.append(-found[:, len(part) :])
     return torch.cat(low, 1), torch.cat(high, 1)

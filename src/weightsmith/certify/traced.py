@@ -12,7 +12,7 @@ from weightsmith.certify.passes import Options, working_dtype
 from weightsmith.certify.propagate import propagate, unsupported
 from weightsmith.certify.rules import RULES, own_operations
 from weightsmith.core.errors import UsageError
-from weightsmith.core.graph import Graph, UnsupportedOperation
+from weightsmith.core.graph import Graph, Node, UnsupportedOperation, leaves
 from weightsmith.core.tracing import trace as trace_graph
 
 
@@ -32,12 +32,17 @@ class Traced:
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = model
+        given = as_inputs(inputs)
+        size = len(given[0]) if given[0].dim() else 0
+        if not size:
+            raise UsageError(f"x must hold at least one example, got shape {tuple(given[0].shape)}")
+        self._counted = tuple(isinstance(item, Tensor) and item.dim() > 0 and len(item) == size for item in given)
         self._inputs = tuple(
-            item[:2].detach() if isinstance(item, Tensor) and item.dim() else item for item in as_inputs(inputs)
+            item[:1].detach() if counted else item for item, counted in zip(given, self._counted, strict=True)
         )
         self._graphs: dict[tuple[bool, ...], dict[int | None, Graph]] = {}
         self._axes: dict[Graph, Axes] = {}
-        self.graph(len(as_inputs(inputs)[0]))
+        self.graph(size)
 
     def graph(self, batch: int) -> Graph:
         """The operations of the model in its present modes, for a batch size."""
@@ -53,9 +58,13 @@ class Traced:
         if graph not in self._axes:
             options = Options(dtype=working_dtype(self.model, self._inputs, None), update=False)
 
-            def run(batch: int) -> list[Any]:
-                of_size = self.graph(batch)
-                done = propagate(of_size, self._example(batch, options.dtype), options=options)
+            def run(batch: int, spoilt: Tensor | None = None) -> list[Any]:
+                of_size, clean = self.graph(batch), self._example(batch, options.dtype)
+                given = clean
+                if spoilt is not None:
+                    mask = spoilt.view(-1, *[1] * (clean[0].dim() - 1)).to(clean[0].device)
+                    given = (clean[0].masked_fill(mask, torch.nan), *clean[1:])
+                done = propagate(of_size, given, clean, options=options)
                 return [done.values.get(node) for node in of_size.nodes]
 
             with torch.no_grad():
@@ -63,7 +72,10 @@ class Traced:
         return self._axes[graph]
 
     def _example(self, batch: int, dtype: torch.dtype | None) -> tuple[Any, ...]:
-        return tuple(_repeated(item, batch, dtype) for item in self._inputs)
+        return tuple(
+            _repeated(item, batch, dtype) if counted else item
+            for item, counted in zip(self._inputs, self._counted, strict=True)
+        )
 
 
 def _check(graph: Graph) -> None:
@@ -74,6 +86,10 @@ def _check(graph: Graph) -> None:
             "module that returns its logits"
         )
     for node in graph.nodes:
+        if node.op in _CASTS and node.varies:
+            _cast(node)
+        if node.op in _RANDOM and not graph.model.training:
+            raise UnsupportedOperation(f"node {node.name!r} ({node.op}) draws random numbers")
         if node.varies and node.op not in _ALWAYS and node.op not in RULES:
             raise unsupported(node)
         if node.op in ("masked_fill", "where", "add") and sum(parent.varies for parent in node.parents) < 2:
@@ -82,19 +98,38 @@ def _check(graph: Graph) -> None:
 
 def _without_infinity(call: Any) -> Any:
     def masked(*args: Any, **kwargs: Any) -> Any:
-        dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
-        return call(*(finite(arg, dtype) for arg in args), **kwargs)
+        dtype = next((arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()), None)
+        return call(*(args if dtype is None else (finite(arg, dtype) for arg in args)), **kwargs)
 
     return masked
 
 
+def _cast(node: Node) -> None:
+    """Make a node of a cast to another type of numbers; bounds themselves stay in the type that they have.
+
+    Raises:
+        UnsupportedOperation: It goes to whole numbers.
+    """
+    given = [leaf for leaf in leaves((node.args[1:], node.kwargs)) if isinstance(leaf, torch.dtype)]
+    kind = _CASTS[node.op] or next(iter(given), None)
+    if kind is None:
+        return
+    if not kind.is_floating_point:
+        raise UnsupportedOperation(f"node {node.name!r} ({node.op}) rounds to {kind}, which has no bounds")
+    change, args, kwargs = node.call, node.args[1:], node.kwargs
+    node.op, node.call = "cast", lambda x, kind: change(x, *args, **kwargs).to(x.dtype)
+    node.args, node.kwargs = (node.args[0], kind), {}
+
+
+_CASTS = {"to": None, "float": torch.float32, "double": torch.float64, "half": torch.half, "bfloat16": torch.bfloat16}
+_RANDOM = frozenset([
+    "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "uniform", "exponential", "poisson",
+])  # fmt: skip
 _ALWAYS = ("input", "batch_norm", "dropout", "channel_dropout")
 
 
 def _repeated(item: Any, batch: int, dtype: torch.dtype | None) -> Any:
-    if not isinstance(item, Tensor) or not item.dim():
-        return item
-    item = item[:1].expand(batch, *item.shape[1:]).contiguous()
+    item = item.expand(batch, *item.shape[1:]).contiguous()
     if dtype is not None and item.is_floating_point():  # equal examples would leave batch norm nothing to divide by
         item = (
             item.to(dtype) + torch.arange(batch, dtype=dtype, device=item.device).view(-1, *[1] * (item.dim() - 1)) / 8

@@ -167,6 +167,7 @@ class CertifiedTraining:
         box = self._box(x, eps if eps > 0 else (_SMALLEST if warm else 0.0))
         x = x.to(box.sample.dtype)
         check_labels(labels, self._classes)
+        labels = labels.long()
         kappa = recipe.kappa_start + (recipe.kappa_end - recipe.kappa_start) * progress
         step = Step(self._traced, x, labels, box, progress, self._options, want_clean=kappa > 0 or eps == 0)
         if eps > 0:

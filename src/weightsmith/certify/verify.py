@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.certify.attack import pgd
+from weightsmith.certify.batch_ops import in_training
 from weightsmith.certify.bounding import BoundOptions, Method, Rounding, bound_box
 from weightsmith.certify.box import Eps, check_labels, input_box
 from weightsmith.certify.passes import Options, working_dtype
@@ -17,6 +18,7 @@ from weightsmith.certify.propagate import propagate
 from weightsmith.certify.traced import Traced
 from weightsmith.certify.training import scaled_eps
 from weightsmith.core.errors import UsageError
+from weightsmith.core.graph import UnsupportedOperation
 from weightsmith.core.modes import evaluating
 
 
@@ -143,8 +145,13 @@ def _certify(
     traced: Traced, inputs: list[Any], labels: Tensor, box: Any, method: Method, options: BoundOptions, steps: int,
     restarts: int, generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    if (norm := next(filter(in_training, traced.graph(len(inputs[0])).nodes), None)) is not None:
+        raise UnsupportedOperation(
+            f"node {norm.name!r} normalizes by the batch in evaluation mode too, so that nothing holds for one "
+            "example: give it running statistics"
+        )
     found = bound_box(traced, (box, *inputs[1:]), inputs, method=method, C=labels, options=options, both=False)
-    margins = found.lower.min(1).values if found.lower.shape[1] else found.lower.new_full((len(labels),), torch.inf)
+    margins = found.lower.min(1).values
     logits = _logits(traced, inputs)
     check_labels(labels, logits.shape[1])
     verified, predictions = margins > found.tolerance, logits.argmax(1)

@@ -156,7 +156,7 @@ class Builder:
         self.graph = Graph(model)
         self._expansions = expansions
         self._current: dict[Node, Node] = {}  # a node that was changed in place -> what its memory holds now
-        self._spoiled: dict[Node, str] = {}
+        self._spoiled: dict[Node | Live, str] = {}
 
     def input(self, name: str) -> Node:
         """Add an input; only the first one varies."""
@@ -192,15 +192,15 @@ class Builder:
             last = self._expansions[op](simpler, *args, **named)
         else:
             last = self._append(name, op, call, args, named)
-        if in_place and isinstance(args[0], Node):
+        if in_place and isinstance(args[0], Node | Live):
             self._overwritten(args[0], last)
         return last
 
     def _append(self, name: str, op: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Node:
         node = Node(name, op, call, tuple(args), kwargs)
         node.varies = op not in SHAPE_ONLY and any(parent.varies for parent in node.parents)
-        shares = op in VIEWS and node.parents
-        node.memory = node.parents[0].memory if shares else object()
+        shared = next((leaf for leaf in leaves(args) if isinstance(leaf, Node | Live)), None) if op in VIEWS else None
+        node.memory = shared.memory if isinstance(shared, Node) else shared or object()
         self.graph.nodes.append(node)
         return node
 
@@ -210,6 +210,11 @@ class Builder:
         return found
 
     def _now(self, leaf: Any) -> Any:
+        if isinstance(leaf, Live) and leaf in self._spoiled:
+            raise UnsupportedOperation(
+                f"node {self._spoiled[leaf]!r} changes {leaf.name!r} of a {type(leaf.owner).__name__}, which the model "
+                "reads afterwards: do that outside of forward"
+            )
         if not isinstance(leaf, Node):
             return leaf
         while leaf in self._current:
@@ -221,12 +226,16 @@ class Builder:
             )
         return leaf
 
-    def _overwritten(self, old: Node, new: Node) -> None:
+    def _overwritten(self, old: Node | Live, new: Node) -> None:
+        memory = old.memory if isinstance(old, Node) else old
         for node in self.graph.nodes:
-            if node is not old and node is not new and node.memory is old.memory:
+            if node is not old and node is not new and node.memory == memory:
                 self._spoiled[node] = new.name
-        self._current[old] = new
-        new.memory = old.memory
+        if isinstance(memory, Live):
+            self._spoiled[memory] = new.name
+        if isinstance(old, Node):
+            self._current[old] = new
+        new.memory = memory
 
 
 VIEWS = frozenset(
@@ -235,6 +244,8 @@ VIEWS = frozenset(
         *(
             "expand",
             "expand_as",
+            "broadcast_to",
+            "einsum",
             "reshape_as",
             "as_strided",
             "diagonal",
@@ -247,7 +258,7 @@ VIEWS = frozenset(
             "unbind",
             "pick",
         ),
-        *("identity", "to", "type_as", "float", "double", "detach", "dropout"),
+        *("identity", "to", "type_as", "float", "double", "detach", "dropout", "channel_dropout"),
     }
 )
 """Operations whose output may share the memory of their first argument."""
@@ -261,7 +272,8 @@ SHAPE_ONLY = frozenset(
 """Operations whose result does not depend on the values of a tensor."""
 
 ALIASES: Mapping[str, str] = {
-    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "true_divide": "div",
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow",
+    "ifloordiv": "floordiv", "imod": "mod", "truediv": "div", "true_divide": "div",
     "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg", "absolute": "abs", "clip": "clamp",
     "concat": "cat", "concatenate": "cat", "view": "reshape", "view_as": "reshape_as", "_unsafe_view": "reshape",
     "swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim", "sym_size": "size",

@@ -102,7 +102,8 @@ MODULES: Mapping[type[nn.Module], Callable[[Any], Operation]] = {
     nn.Identity: lambda m: Operation("identity", lambda x: x),
     nn.Flatten: lambda m: Operation("flatten", lambda x, *dims: x.flatten(*dims), (m.start_dim, m.end_dim)),
     nn.Unflatten: lambda m: Operation("unflatten", lambda x, *to: x.unflatten(*to), (m.dim, m.unflattened_size)),
-    nn.Upsample: lambda m: Operation("interpolate", F.interpolate, (m.size, m.scale_factor, m.mode, m.align_corners)),
+    nn.Upsample: lambda m: Operation(
+        "interpolate", F.interpolate, (m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor)),
     nn.UpsamplingNearest2d: lambda m: Operation("interpolate", F.interpolate, (m.size, m.scale_factor, m.mode)),
     nn.PixelShuffle: _function("pixel_shuffle", "upscale_factor"),
     nn.PixelUnshuffle: _function("pixel_unshuffle", "downscale_factor"),
@@ -137,7 +138,7 @@ def add_module(builder: Builder, name: str, module: nn.Module, args: tuple[Any, 
     kind = module_class(module)
     if kind in own:
         return builder.add(name, kind, lambda own, *args, **kwargs: own(*args, **kwargs), (module, *args), kwargs)
-    if kind not in MODULES or len(args) + len(kwargs) != 1:
+    if kind not in MODULES or len(args) + len(kwargs) != 1 or getattr(module, "return_indices", False):
         return builder.add(name, kind, module, args, kwargs)
     x = args[0] if args else next(iter(kwargs.values()))
     mode = getattr(module, "padding_mode", "zeros")

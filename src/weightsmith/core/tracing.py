@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from weightsmith.core.errors import reason
 from weightsmith.core.graph import (
@@ -20,6 +21,7 @@ from weightsmith.core.graph import (
     leaves,
     replaced,
 )
+from weightsmith.core.modes import untouched
 from weightsmith.core.module_ops import MODULES, add_module, module_class
 
 _SHAPES = frozenset(["shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout", "itemsize", "names"])
@@ -48,7 +50,10 @@ def trace(
     if model._forward_hooks or model._forward_pre_hooks:  # torch.fx calls forward alone
         raise UnsupportedOperation(f"{type(model).__name__} has forward hooks: remove them first")
     try:
-        return _with_fx(model, len(inputs), own, expansions or {})
+        with untouched(model) as changed:
+            graph = _with_fx(model, len(inputs), own, expansions or {})
+            _check_effects(graph, changed())
+        return graph
     except UnsupportedOperation:
         raise
     except Exception as error:  # whatever a model's own code raises when it meets a proxy
@@ -56,7 +61,8 @@ def trace(
     from weightsmith.core.exported import with_export
 
     try:
-        return with_export(model, tuple(inputs), expansions or {})
+        with untouched(model):
+            return with_export(model, tuple(inputs), expansions or {})
     except UnsupportedOperation:
         raise
     except Exception as error:
@@ -66,10 +72,38 @@ def trace(
         ) from error
 
 
+def _check_effects(graph: Graph, changed: Sequence[Live | None]) -> None:
+    """Refuse a model whose own code has already changed what its operations read: the next call would read another."""
+    if None in changed:
+        raise UnsupportedOperation(f"{type(graph.model).__name__} draws random numbers in forward")
+    for node in graph.nodes:
+        for leaf in leaves((node.args, node.kwargs)):
+            if isinstance(leaf, Live) and leaf in changed:
+                raise UnsupportedOperation(
+                    f"node {node.name!r} reads {leaf.name!r} of a {type(leaf.owner).__name__}, which forward changes: "
+                    "do that outside of forward"
+                )
+
+
+class _Proxy(fx.Proxy):
+    """Notes ``x += y``, which torch.fx takes for ``x = x + y`` although other names of ``x`` see the change."""
+
+
+def _augmented(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod"):
+    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, own: Collection[Any]) -> None:
         super().__init__(autowrap_functions=tuple(f for f in own if inspect.isfunction(f)))
         self._own = own
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         kind = module_class(m)
@@ -95,6 +129,7 @@ def _with_fx(model: nn.Module, count: int, own: Collection[Any], expansions: Map
     traced = tracer.trace(model, concrete_args=rest)
     builder = Builder(model, expansions)
     made: dict[fx.Node, Any] = {}
+    constants = nn.Module()
 
     def known(tree: Any) -> Any:
         return replaced(tree, lambda leaf: made[leaf] if isinstance(leaf, fx.Node) else leaf)
@@ -106,14 +141,14 @@ def _with_fx(model: nn.Module, count: int, own: Collection[Any], expansions: Map
             # tracing with concrete arguments leaves placeholders for them as well
             made[node] = builder.input(node.name) if len(builder.graph.inputs) < count else rest.get(str(node.target))
         elif node.op == "get_attr":
-            made[node] = _attribute(model, str(node.target))
+            made[node] = _attribute(model, str(node.target), constants)
         elif node.op == "call_module":
             made[node] = add_module(builder, str(node.target), model.get_submodule(str(node.target)), args, kwargs, own)
         elif node.op == "call_method":
             made[node] = add_call(builder, node.name, str(node.target), _method(str(node.target)), args, kwargs)
         elif node.op == "call_function":
             function: Any = node.target
-            key = function if function in own else getattr(function, "__name__", str(function))
+            key = function if function in own or _is_foreign(function) else getattr(function, "__name__", str(function))
             made[node] = add_call(builder, node.name, key, function, args, kwargs)
         else:
             output = args[0]
@@ -134,9 +169,17 @@ def finished(builder: Builder, output: Any) -> Graph:
     return builder.graph
 
 
-def _attribute(model: nn.Module, path: str) -> Live:
+def _attribute(model: nn.Module, path: str, constants: nn.Module) -> Live:
     owner, _, name = path.rpartition(".")
+    if name.startswith("_tensor_constant"):  # made by torch.fx, and gone from the model afterwards
+        setattr(constants, name, getattr(model, path))
+        return Live(constants, name)
     return Live(model.get_submodule(owner), name)
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether a function is not torch's or Python's, so that its name says nothing."""
+    return inspect.isfunction(function) and function.__module__.partition(".")[0] != "torch"
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -151,6 +194,9 @@ _OUT_OF_PLACE: Mapping[Any, Callable[..., Any]] = {
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
 }
 
 
@@ -167,14 +213,20 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
     """
     op, in_place = canonical(key) if isinstance(key, str) else (key, False)
     if op == "getattr":
-        if isinstance(args[0], Live):
+        if isinstance(args[0], Live) and args[1] == "data":
+            return args[0]
+        if isinstance(args[0], Live) and not isinstance(getattr(args[0].get(), args[1]), Tensor):
             return getattr(args[0].get(), args[1])
         return _attribute_of(builder, name, *args[:2])
     for first in ("input", "self"):
         if first in kwargs and not args:
             args = (kwargs.pop(first),)
+    for second in ("other", "mat2"):
+        if second in kwargs and len(args) == 1:
+            args = (args[0], kwargs.pop(second))
     if in_place or call in _OUT_OF_PLACE:
-        in_place = isinstance(args[0], Node)
+        number = call in _OUT_OF_PLACE and isinstance(args[0], Node) and not args[0].varies  # a size: no memory
+        in_place = isinstance(args[0], Node | Live) and not number
         call = _OUT_OF_PLACE.get(call) or _plain_function(op, call)
     args, kwargs, asked = _without_inplace(call, args, kwargs)
     in_place = in_place or asked
@@ -183,7 +235,10 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
             raise UnsupportedOperation(f"node {name!r} reads a tensor as another type")
         call = torch.Tensor.reshape  # what is bounded may lie in memory in another order
     if op == "identity":
-        return builder.add(name, op, lambda x, *_, **__: x, args[:1])
+        same = builder.add(name, op, lambda x, *_, **__: x, args[:1])
+        if key in ("clone", "lift_fresh_copy"):
+            same.memory = object()
+        return same
     if op in ("transpose", "permute", "t") and not args:
         raise UnsupportedOperation(f"node {name!r} has no arguments")
     if op == "dropout" and isinstance(key, str) and key.rstrip("_") != "dropout":
@@ -202,6 +257,15 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
         return builder.add(name, "pick", pick, parent.args, parent.kwargs)
     if op == "getitem" and isinstance(args[0], Node) and args[0].op in _WITH_INDICES and args[1] == 0:
         return _extreme(builder, name, args[0])
+    if (
+        op == "getitem"
+        and isinstance(args[0], Node)
+        and isinstance(args[0].call, OpOverload)
+        and (
+            str(args[0].op).startswith("adaptive_max_pool")  # aten gives the indices as well
+        )
+    ):
+        return _extreme(builder, name, args[0]) if args[1] == 0 else builder.add(name, "indices", call, args)
     if op == "mul" and len(args) == 2 and args[0] is args[1] and isinstance(args[0], Node):
         return builder.add(name, "square", torch.square, args[:1])
     return builder.add(name, op, call, args, kwargs, in_place=in_place)
@@ -227,12 +291,13 @@ def _attribute_of(builder: Builder, name: str, x: Any, attribute: str) -> Node:
 
 
 def _extreme(builder: Builder, name: str, parent: Node) -> Node:
-    """The values of ``max`` or ``min`` along an axis, without the indices."""
+    """The values of ``max`` or ``min`` along an axis, or of a pool, without the indices."""
 
     def values(*args: Any, **kwargs: Any) -> Any:
         return parent.call(*args, **kwargs)[0]
 
-    return builder.add(name, f"a{parent.op}", values, parent.args, parent.kwargs)
+    op = f"a{parent.op}" if parent.op in _WITH_INDICES else parent.op
+    return builder.add(name, op, values, parent.args, parent.kwargs)
 
 
 def _plain_function(op: str, call: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.modes import evaluating
+from weightsmith.core.modes import evaluating, untouched
 from weightsmith.core.parameters import WhereParameter, select_parameters
 from weightsmith.core.weights import why_empty
 
@@ -87,6 +87,19 @@ class Function:
         combine = None if self.combine is None else self.combine[first:last]
         return dataclasses.replace(self, inputs=tree_unflatten(leaves, self.spec), combine=combine)
 
+    def _everywhere(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters by all places that hold them; a module that is used under two names is one place.
+
+        Torch's own ``tie_weights`` counts it twice, and leaves the module with what it was called with.
+        """
+        known = {id(parameter): name for name, parameter in self.params.items() if name in params}
+        places = {
+            f"{prefix}.{name}" if prefix else name: known.get(id(parameter))
+            for prefix, module in self.model.named_modules()
+            for name, parameter in module._parameters.items()
+        }
+        return {place: params[name] for place, name in places.items() if name is not None}
+
     def _call(
         self, leaves: list[Any], params: Mapping[str, Tensor] | None, combine: Tensor | None, samples: int
     ) -> Tensor:
@@ -94,7 +107,7 @@ class Function:
         returned = (
             self.model(*args, **kwargs)
             if params is None
-            else functional_call(self.model, dict(params), args, kwargs, tie_weights=True)
+            else functional_call(self.model, self._everywhere(params), args, kwargs, tie_weights=False)
         )
         found = rows(returned, self.outputs, self.batch_dim, samples)
         return found if combine is None else (found * combine.to(found)).sum(1, keepdim=True)
@@ -215,17 +228,12 @@ def chosen(model: nn.Module, where: WhereParameter) -> dict[str, nn.Parameter]:
 def quietly(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients for all parameters, random generators and buffers as they were afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it passes by the layers inside
         with (
+            untouched(model),
             evaluating(model),
             torch.random.fork_rng(devices),
             torch.enable_grad(),
@@ -242,11 +250,3 @@ def quietly(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        with torch.no_grad():
-            for module, name, before in buffers:
-                now = module._buffers[name]
-                if now is None or now.shape != before.shape or not torch.equal(now, before):
-                    if now is not None and now.shape == before.shape:
-                        now.copy_(before)
-                    else:
-                        module._buffers[name] = before

@@ -42,14 +42,14 @@ def factors(function: Function, probes: int, seed: int, dtype: torch.dtype, budg
 
 def _direction(function: Function, seed: int) -> Direction:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(parameter.shape, generator=generator, dtype=_drawn(parameter)).to(parameter)
-        for name, parameter in function.params.items()
-    }
+    return {name: _normal(parameter, generator).to(parameter) for name, parameter in function.params.items()}
 
 
-def _drawn(parameter: Tensor) -> torch.dtype:
-    return torch.complex128 if parameter.is_complex() else torch.float64
+def _normal(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers; torch's complex ones have that variance in both parts together, not in each."""
+    if not parameter.is_complex():
+        return torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return torch.randn(parameter.shape, generator=generator, dtype=torch.complex128) * math.sqrt(2)
 
 
 def _several(function: Function, directions: list[Direction]) -> list[Tensor]:

@@ -41,8 +41,9 @@ def effective_rank(w: Tensor, kind: str = "eig", *, batch_dims: int = 0, tol: fl
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    if not isinstance(w, Tensor) or not (w.is_floating_point() or w.is_complex()):
-        raise TypeError(f"w must be a floating-point or complex tensor, got {getattr(w, 'dtype', type(w).__name__)}")
+    if not isinstance(w, Tensor) or not (w.is_floating_point() or w.is_complex()) or w.layout is not torch.strided:
+        got = f"{w.dtype}, {w.layout}" if isinstance(w, Tensor) else type(w).__name__
+        raise TypeError(f"w must be a dense floating-point or complex tensor, got {got}")
     if not 0 <= batch_dims <= w.dim() - 2 or not w.numel() or w.is_meta:
         raise UsageError(
             f"w must have two dimensions beyond batch_dims={batch_dims}, elements and values, "
