@@ -8,6 +8,7 @@ from PIL import Image
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments import eagan, gan_pairs
 from weightsmith.experiments.gan_pairs import Outcome
+from weightsmith.experiments.gan_searches import rows_of
 from weightsmith.lab import report
 from weightsmith.lab.gallery import png
 from weightsmith.lab.job import Job
@@ -30,10 +31,10 @@ def test_failed_individuals_are_counted_and_in_no_mean():
         ),
         ("distance",),
     )
-    rounds = [row for row in eagan.rows_of(found) if row["phase"] == "rounds"]
+    rounds = [row for row in rows_of(found) if row["phase"] == "rounds"]
     assert rounds[0] == {"phase": "rounds", "round": 1, "failed": 1, "mean": 15.0, "best": 10.0, "worst": 20.0}
     assert rounds[1] == {"phase": "rounds", "round": 2, "failed": 2}
-    assert all(row.get("distance", 0.0) < 1e9 for row in eagan.rows_of(found))
+    assert all(row.get("distance", 0.0) < 1e9 for row in rows_of(found))
 
 
 def test_a_random_network_that_fails_is_left_out_and_the_comparison_says_so(tmp_path, monkeypatch):

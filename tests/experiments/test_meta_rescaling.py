@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from weightsmith.core.errors import UsageError
-from weightsmith.experiments.label_noise import Some, auc, corrupt, labels_of
-from weightsmith.experiments.meta_rescaling import EXPERIMENT, add_dropout_
+from weightsmith.experiments.label_noise import auc, corrupt, labels_of, redrawn
+from weightsmith.experiments.meta_rescaling import EXPERIMENT
+from weightsmith.experiments.noisy_training import add_dropout_
 from weightsmith.lab import progress
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import JobResult, Recorder, read_jobs
@@ -91,13 +92,13 @@ def test_it_runs_on_sentences_with_every_arm(tmp_path):
     assert {job.arm for job in jobs} == {arm.name for arm in EXPERIMENT.arms(settings)}
 
 
-def test_some_rows_are_numbered_anew():
-    task = shared_task(config())
-    part = Some(task.train, torch.tensor([5, 9, 20]))
-    batch = part.__getitems__([2, 0])
-    assert batch.indices.tolist() == [2, 0]
-    assert torch.equal(batch.targets, task.train.__getitems__([20, 5]).targets)
-    assert len(part) == 3
+def test_redrawn_labels_are_uniform_and_some_stay_right():
+    labels = torch.arange(10).repeat(2000)
+    found = redrawn(labels, 0.5, torch.Generator().manual_seed(0))
+    changed = found != labels
+    assert changed.float().mean() == pytest.approx(0.45, abs=0.01)  # a tenth of those drawn anew stay as they were
+    assert torch.allclose(found[changed].bincount() / changed.sum(), torch.full((10,), 0.1), atol=0.01)
+    assert torch.equal(found, redrawn(labels, 0.5, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(

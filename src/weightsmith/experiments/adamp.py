@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
+from weightsmith.experiments import plane
 from weightsmith.experiments.matrices import MatricesAndRest
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
@@ -23,8 +24,6 @@ from weightsmith.lab.sweep import tune
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Fitted, Hook
 from weightsmith.optim import SGDP, AdamP
-
-_PLANE_STEPS, _PLANE_LR, _PLANE_STARTS, _ALIGNED = 200, 0.1, 8, 0.999
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ def metrics(config: Config) -> list[Metric]:
         Metric("norm_growth", "norm growth", "lower", ".3f", help="How much that norm grew at the reference rate."),
         Metric("projected", "projected %", None, ".0f", help="Share of tensors projected at the last step."),
         Metric("plane_norm", "plane: norm", "lower", ".2f", help="Final norm in two dimensions; it starts at 1."),
-        Metric("plane_steps", "plane: steps", "lower", ".0f", help=f"Steps until the cosine exceeds {_ALIGNED}."),
+        Metric("plane_steps", "plane: steps", "lower", ".0f", help=f"Steps until the cosine exceeds {plane.ALIGNED}."),
     ]
 
 
@@ -179,7 +178,12 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         return fitted
 
     tuned = tune(config, task, job, config.rates(job.arm), train, more=config.more_lrs)
-    return {"score": tuned.score, "best_lr": tuned.value, **measured, **_plane(config, job)}
+    return {
+        "score": tuned.score,
+        "best_lr": tuned.value,
+        **measured,
+        **plane.solve(partial(_optimizer, config, job.arm), job),
+    }
 
 
 def _optimizer(config: Config, arm: str, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -197,27 +201,6 @@ def _optimizer(config: Config, arm: str, params: list[Tensor], lr: float) -> tor
     if name == "muon":
         return MatricesAndRest(params, lr=lr, weight_decay=decay)
     return AdamP(params, lr=lr, weight_decay=decay, **projection)
-
-
-def _plane(config: Config, job: Job) -> dict[str, float]:
-    """Minimize ``-cos(w, (1, 0))`` from several points of the unit circle, far from the optimum; means over them."""
-    generator = torch.Generator().manual_seed(job.seed)
-    angles = 2.0 + torch.rand(_PLANE_STARTS, generator=generator, dtype=torch.float64)
-    points = [torch.stack([angle.cos(), angle.sin()])[None].requires_grad_() for angle in angles]
-    optimizer = _optimizer(config, job.arm, list(points), _PLANE_LR)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0  # the problem is about the norm that momentum adds
-    steps = torch.full((_PLANE_STARTS,), float(_PLANE_STEPS))
-    for step in range(_PLANE_STEPS + 1):
-        w = torch.cat(points)
-        cosine = w[:, 0] / w.norm(dim=1)
-        norm = w.norm(dim=1).mean().item()
-        job.record({"step": step, "norm": norm, "cosine": cosine.mean().item()}, phase="plane")
-        steps = torch.where((cosine > _ALIGNED) & (steps == _PLANE_STEPS), float(step), steps)
-        optimizer.zero_grad()
-        (-cosine).sum().backward()
-        optimizer.step()
-    return {"plane_norm": norm, "plane_steps": steps.mean().item()}
 
 
 def _kernels(model: nn.Module) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from weightsmith.adapt import BoneConfig, apply_bone_, trainable_parameters
 from weightsmith.core.errors import UsageError, require
+from weightsmith.experiments.adapters import layers_before_head, with_lora
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.machine import saved_activations
@@ -85,19 +86,15 @@ def claims(config: Config) -> list[Claim]:
             metric="score", winner="col", loser="lora", worth=config.least, paper="rates were not tuned",
         ),
     ]  # fmt: skip
-    for arm, rival, paper, gain in (
-        ("miss", "lora", miss, 7.41),
-        ("col", "lora", col, 10.39),
-        ("col", "pissa", col, 5.84),
-    ):
-        found.append(
-            Claim(
-                text=f"At one shared learning rate {_TITLES[arm]} ends better than {_TITLES[rival]}",
-                metric="shared_score", winner=arm, loser=rival, worth=config.least,
-                paper=paper, paper_gain=config.paper_gain(gain),
-            )
-        )  # fmt: skip
-    return found
+    shared = (("miss", "lora", miss, 7.41), ("col", "lora", col, 10.39), ("col", "pissa", col, 5.84))
+    return found + [
+        Claim(
+            text=f"At one shared learning rate {_TITLES[arm]} ends better than {_TITLES[rival]}",
+            metric="shared_score", winner=arm, loser=rival, worth=config.least,
+            paper=paper, paper_gain=config.paper_gain(gain),
+        )
+        for arm, rival, paper, gain in shared
+    ]  # fmt: skip
 
 
 def metrics(config: Config) -> list[Metric]:
@@ -211,7 +208,7 @@ class _Turned(nn.Module):
 
 
 def _adapted(config: Config, arm: str, model: nn.Module) -> nn.Module:
-    layers = _targets(model)
+    layers = layers_before_head(model)
     if arm in ("miss", "col", "row"):
         variant = cast(Literal["miss", "col", "row"], arm)
         return apply_bone_(model, BoneConfig(r=config.r, variant=variant, where=list(layers)))
@@ -220,28 +217,12 @@ def _adapted(config: Config, arm: str, model: nn.Module) -> nn.Module:
         for layer in layers.values():
             layer.weight.requires_grad_(True)
         return model
-    peft: Any = require("peft", extra="hf", purpose="the arms LoRA and PiSSA")
-    out, both = (
-        sum(sizes)
-        for sizes in zip(*((m.out_features, m.in_features + m.out_features) for m in layers.values()), strict=True)
-    )
-    rank = max(1, round(config.r * out / both))
+    out, into = (sum(getattr(layer, side) for layer in layers.values()) for side in ("out_features", "in_features"))
+    rank = max(1, round(config.r * out / (into + out)))  # trains as many numbers as miss
+    if arm == "lora":
+        return with_lora(model, rank)
     begin = f"pissa_niter_{config.pissa_iterations}" if config.pissa_iterations else "pissa"
-    adapter = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank if arm == "pissa" else 2 * rank,
-        target_modules=list(layers),
-        init_lora_weights=begin if arm == "pissa" else True,
-    )
-    return cast(nn.Module, peft.get_peft_model(model, adapter))
-
-
-def _targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer but the last, which is the head."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if len(layers) < 2:
-        raise UsageError("an adapter needs a model with linear layers beside its head: try --model mlp or vit_tiny")
-    return dict(list(layers.items())[:-1])
+    return with_lora(model, rank, alpha=rank, start=begin)
 
 
 def _cost(task: Task, model: nn.Module) -> dict[str, float]:

@@ -7,22 +7,19 @@ winner and its weights; the pair that each selects is trained from scratch as we
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import kendalltau
 
-from weightsmith.core.device import default_device
 from weightsmith.experiments.gan_pairs import Config, Outcome, data_of, from_scratch, step_seconds
+from weightsmith.experiments.gan_searches import first_stage, rows_of, second_stage, shown_by, stored_supernet
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.record import Recorder
 from weightsmith.lab.tasks import shared_task
-from weightsmith.search import EvolveOptions, Individual, Resources, SearchResult, SearchSpace, evolve, gan
-from weightsmith.search.progress import Progress, Watch
+from weightsmith.search import Individual, gan
 
 _FREE, _TRANSFERS = "random", ("transfer", "transfer-published")
 
@@ -124,7 +121,7 @@ def start(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     """Stage 1, once per seed: every arm but two builds on it."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = shown_by(Recorder(live=folder / "rows.jsonl"))
-    found, supernet = _first_stage(config, seed, folder / "stage-1", "nsga2", shown)
+    found, supernet = first_stage(config, seed, folder / "stage-1", "nsga2", shown)
     return {
         "genotype": [list(cell) for cell in found.best.genotype],
         "shared": found.best.values["distance"],
@@ -162,7 +159,7 @@ def _final(config: Config, job: Job, genotype: Any, discriminator: Any = None) -
 
 
 def _random_search(config: Config, job: Job) -> Mapping[str, Value]:
-    found, _ = _first_stage(config, job.seed, job.folder / "search", "random", shown_by(job.record))
+    found, _ = first_stage(config, job.seed, job.folder / "search", "random", shown_by(job.record))
     for row in rows_of(found):
         job.record(row)
     tried = [one for generation in found.generations for one in generation.scored if not one.failed]
@@ -170,36 +167,8 @@ def _random_search(config: Config, job: Job) -> Mapping[str, Value]:
     return {"shared": best.values["distance"]} | _final(config, job, best.genotype)
 
 
-def _first_stage(
-    config: Config, seed: int, folder: Path, selector: Any, watch: Watch
-) -> tuple[SearchResult, gan.Generator]:
-    data, device = data_of(config), default_device()
-    torch.manual_seed(seed)
-    supernet = gan.Generator(cell_gain=config.cell_gain, **config.generator_sizes(data.images)).to(device)
-    discriminator = gan.Discriminator(config.discriminator, **config.discriminator_sizes(data.images)).to(device)
-    found = evolve(
-        gan.GENERATOR_SPACE, gan.ScoreGenerator(data.reference, config.samples), gan.OBJECTIVES, model=supernet,
-        trainer=gan.StageOne(discriminator, data.images, config.stage(1)),
-        options=EvolveOptions(config.population, config.rounds, selector=selector),
-        resources=_resources(config), folder=folder, seed=seed, watch=watch,
-    )  # fmt: skip
-    return found, supernet
-
-
 def _second_stage(config: Config, job: Job, winner: Any) -> Mapping[str, Value]:
-    data, device = data_of(config), default_device()
-    torch.manual_seed(job.seed)
-    supernet, sizes = _stored_supernet(config, job), config.discriminator_sizes(data.images)
-    models = gan.partners(supernet.subnet(winner), 1 if job.arm == "many-to-one" else config.population2).to(device)
-    judge = gan.ScoreGenerator(data.reference, config.samples, size=_DiscriminatorSize(tuple(sizes.items())))
-    found = evolve(
-        _fitting_discriminators(config.side), judge, gan.OBJECTIVES, model=models,
-        trainer=gan.StageTwo(
-            gan.Discriminator(**sizes).to(device), data.images, config.stage(2), reset=job.arm != "no-reset"
-        ),
-        options=EvolveOptions(config.population2, config.rounds2), resources=_resources(config),
-        folder=job.folder / "stage-2", seed=job.seed, watch=shown_by(job.record),
-    )  # fmt: skip
+    found = second_stage(config, job, winner)
     for row in rows_of(found):
         job.record(row)
     last = found.generations[-1].scored
@@ -214,7 +183,7 @@ def _second_stage(config: Config, job: Job, winner: Any) -> Mapping[str, Value]:
 
 def _random(config: Config, job: Job) -> Mapping[str, Value]:
     """Random genotypes from scratch, and how well shared weights would have ranked them."""
-    rng, supernet = np.random.default_rng([job.seed, 1]), _stored_supernet(config, job)
+    rng, supernet = np.random.default_rng([job.seed, 1]), stored_supernet(config, job)
     judge = gan.ScoreGenerator(data_of(config).reference, config.samples)
     good: list[Outcome] = []
     both: list[tuple[float, float]] = []
@@ -240,69 +209,6 @@ def _random(config: Config, job: Job) -> Mapping[str, Value]:
         "parameters": float(np.mean([one.parameters for one in good])), "median": float(np.median(distances)),
         "luckiest": min(distances), "tau": tau if math.isfinite(tau) else None, "left_out": failed,
     }  # fmt: skip
-
-
-def rows_of(found: SearchResult) -> list[dict[str, float | str]]:
-    """What charts are drawn from; failed individuals are counted and in none of the numbers."""
-    rows: list[dict[str, float | str]] = []
-    last = len(found.generations) - 1
-    for generation in found.generations:
-        good = [one for one in generation.scored if not one.failed]
-        distances = [one.values["distance"] for one in good]
-        row: dict[str, float | str] = {"phase": "rounds", "round": generation.number + 1}
-        row["failed"] = len(generation.scored) - len(good)
-        if good:
-            row |= {"mean": float(np.mean(distances)), "best": min(distances), "worst": max(distances)}
-        rows.append(row)
-        places = {"front-first": 0, "front-middle": last // 2, "front-last": last}
-        for phase in (phase for phase, number in places.items() if number == generation.number):
-            rows += [
-                {"phase": phase, "parameters": one.values["parameters"], "distance": one.values["distance"]}
-                for one in good
-                if one.rank == 0
-            ]
-    return rows
-
-
-def shown_by(record: Recorder) -> Watch:
-    """Tell those who watch where a search is."""
-
-    def show(at: Progress) -> None:
-        row: dict[str, float | str] = {"generation": f"{at.generation} of {at.generations}"}
-        row["individual"] = f"{at.individual} of {at.population}" if at.individual else f"after {at.phase}"
-        if at.best is not None:
-            row["best"] = at.best
-        if at.seconds_left is not None:
-            row["left"] = f"{at.seconds_left / 60:.1f} min"
-        record.show(row)
-
-    return show
-
-
-def _stored_supernet(config: Config, job: Job) -> gan.Generator:
-    supernet = gan.Generator(**config.generator_sizes(data_of(config).images))
-    supernet.load_state_dict(job.start["supernet"])
-    return supernet
-
-
-def _resources(config: Config) -> Resources:
-    # jobs on a cluster fill it already: workers of their own would wait for room that other jobs hold
-    return Resources("local" if config.search_engine == "auto" else config.search_engine, config.search_workers)
-
-
-@dataclass(frozen=True, slots=True)
-class _DiscriminatorSize:
-    sizes: tuple[tuple[str, int], ...]
-
-    def __call__(self, genotype: Any) -> int:
-        return gan.discriminator_parameters(genotype, **dict(self.sizes))
-
-
-def _fitting_discriminators(side: int) -> SearchSpace:
-    if side % 16 == 0:  # the stem and three cells may halve it
-        return gan.DISCRIMINATOR_SPACE
-    genes = tuple(replace(gene, high=-1) if gene.low == -1 else gene for gene in gan.DISCRIMINATOR_SPACE.genes)
-    return replace(gan.DISCRIMINATOR_SPACE, genes=genes)
 
 
 def steps(config: Config, arm: str) -> int:

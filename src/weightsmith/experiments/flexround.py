@@ -17,27 +17,23 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import UsageError, require
-from weightsmith.core.outputs import logits_of
 from weightsmith.experiments.auto_round import PURPOSE, auto_round_, installed, report_left_out
+from weightsmith.experiments.output_error import batches_of, relative_error
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.sweep import sweep
-from weightsmith.lab.task import Batch, Task, forward
+from weightsmith.lab.task import Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.tasks.tokenized import is_causal_transformer, tokenizer_of
-from weightsmith.quantize import (
-    Grid,
-    LearningOptions,
-    adaquant_,
-    adaround_,
-    flexround_,
-    round_to_nearest_,
-)
+from weightsmith.quantize import Grid, LearningOptions, adaquant_, adaround_, flexround_, round_to_nearest_
 from weightsmith.quantize.report import Report
 
 _ALL_BITS = (4, 3, 2)
-_EVALUATION_BATCH = 32
-Rounding = Callable[[nn.Module, Any, Grid, int], Report]
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "flexround-fixed-step": {"learn_s1": False},
+    "flexround-elements": {"use_s3": False, "use_s4": False},
+}
+Rounding = Callable[..., Report]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +116,7 @@ def arms(config: Config) -> list[Arm]:
 def claims(config: Config) -> list[Claim]:
     """FlexRound keeps outputs closer than AdaRound; than round-to-nearest; at the fewest bits also by its parts."""
     fewest = min(config.bits)
+    at_fewest = partial(Claim, metric=f"sqnr_w{fewest}", winner="flexround", worth=0.5)
     found = [
         Claim(
             text=f"FlexRound keeps the output closer than AdaRound at {bits} bits and equal steps",
@@ -129,32 +126,26 @@ def claims(config: Config) -> list[Claim]:
         for bits in config.bits[:2]
     ]  # fmt: skip
     found += [
-        Claim(
-            text=f"AdaRound keeps the output closer than round-to-nearest at {fewest} bits",
-            metric=f"sqnr_w{fewest}", winner="adaround", loser="rtn", worth=0.5,
+        at_fewest(
+            text=f"AdaRound keeps the output closer than round-to-nearest at {fewest} bits", winner="adaround",
+            loser="rtn",
         ),
-        Claim(
+        at_fewest(
             text=f"FlexRound keeps the output closer at {fewest} bits than AdaRound with {config.long} times the steps",
-            metric=f"sqnr_w{fewest}", winner="flexround", loser="adaround-long", worth=0.5, paper="not in the paper",
+            loser="adaround-long", paper="not in the paper",
         ),
     ]  # fmt: skip
     if config.has_auto_round:
-        found.append(
-            Claim(
-                text=f"FlexRound keeps the output closer than auto-round at {fewest} bits and equal steps",
-                metric=f"sqnr_w{fewest}", winner="flexround", loser="auto-round", worth=0.5, paper="not in the paper",
-            )
-        )  # fmt: skip
+        text = f"FlexRound keeps the output closer than auto-round at {fewest} bits and equal steps"
+        found.append(at_fewest(text=text, loser="auto-round", paper="not in the paper"))
     if config.ablations:
         found += [
-            Claim(
-                text=f"Learning the step helps FlexRound at {fewest} bits",
-                metric=f"sqnr_w{fewest}", winner="flexround", loser="flexround-fixed-step", worth=0.5,
+            at_fewest(
+                text=f"Learning the step helps FlexRound at {fewest} bits", loser="flexround-fixed-step",
                 paper="fixing s1 hurts",
             ),
-            Claim(
-                text=f"Factors per channel help FlexRound at {fewest} bits",
-                metric=f"sqnr_w{fewest}", winner="flexround", loser="flexround-elements", worth=0.5,
+            at_fewest(
+                text=f"Factors per channel help FlexRound at {fewest} bits", loser="flexround-elements",
                 paper="dropping s3 and s4 hurts",
             ),
         ]  # fmt: skip
@@ -235,19 +226,19 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     for bits in config.bits:
         grid = Grid(bits, granularity=config.granularity, search=config.search)
         tries = _settings(config, job.arm)
-        held_out = _batches(task, "validation", config.held_out)
+        held_out = batches_of(task.held_out["validation"], config.held_out)
 
         def attempt(setting: float, _: int) -> tuple[float, tuple[nn.Module, Report]]:
             model = _fresh(config, job, task)
-            report = tries[int(setting)](model, calibration, grid, job.seed)  # noqa: B023
-            error = _error(model, trained, held_out)  # noqa: B023
+            report = tries[int(setting)](model, calibration, grid, seed=job.seed)  # noqa: B023
+            error = relative_error(model, trained, held_out)  # noqa: B023
             job.record({"setting": setting, "held_out_error": error, "bits": bits}, phase="settings")  # noqa: B023
             return error, (model, report)
 
         model, report = sweep([float(index) for index in range(len(tries))], attempt, better="lower").best.result
         for index, block in enumerate(report.blocks):
             job.record({"block": index, "block_error": block.error or math.nan}, phase=f"W{bits}")
-        error = _error(model, trained, _batches(task, "test", None))
+        error = relative_error(model, trained, batches_of(task.held_out["test"]))
         weights = sum(layer.numel for layer in report.layers)
         moved = sum(layer.moved * layer.numel for layer in report.layers)
         found |= {
@@ -266,52 +257,25 @@ def _fresh(config: Config, job: Job, task: Task) -> nn.Module:
 
 
 def _settings(config: Config, arm: str) -> list[Rounding]:
-    """Every setting that an arm is tried with, as ``(model, calibration, grid, seed) -> report``."""
-    shared: dict[str, Any] = {"blocks": config.blocks, "batch_size": config.round_batch}
-    everything = LearningOptions(measured_batches=None)
-
-    def with_options(verb: Callable[..., Report], **options: Any) -> Rounding:
-        return lambda model, calibration, grid, seed: verb(
-            model, calibration, grid, seed=seed, **shared, **options, options=everything
-        )
-
+    """Every setting that an arm is tried with, as ``(model, calibration, grid, seed=) -> report``."""
     if arm == "rtn":
-        return [
-            lambda model, calibration, grid, _: round_to_nearest_(
-                model, calibration, grid, **shared, measured_batches=None
-            )
-        ]
-    if arm.startswith("adaround"):
-        iterations = config.iterations * (config.long if arm == "adaround-long" else 1)
-        return [
-            with_options(adaround_, iterations=iterations, lr=lr, penalty=penalty)
-            for lr in config.adaround_lrs
-            for penalty in config.penalties
-        ]
+        nearest = partial(round_to_nearest_, blocks=config.blocks, batch_size=config.round_batch, measured_batches=None)
+        return [lambda model, calibration, grid, **_: nearest(model, calibration, grid)]
     if arm == "auto-round":
-        tokenizer = tokenizer_of(config)
-
-        def by_auto_round(model: nn.Module, calibration: Any, grid: Grid, seed: int, *, rate: float) -> Report:
-            return auto_round_(
-                model, calibration, grid, tokenizer=tokenizer, iterations=config.iterations,
-                batch_size=config.round_batch, seed=seed, rate=rate,
-            )  # fmt: skip
-
+        by_auto_round = partial(
+            auto_round_, tokenizer=tokenizer_of(config), iterations=config.iterations, batch_size=config.round_batch
+        )
         return [partial(by_auto_round, rate=rate) for rate in config.auto_round_lrs]
-    if arm == "adaquant":
-        return [with_options(adaquant_, iterations=config.iterations, lr=lr) for lr in config.adaquant_lrs]
-    parts: dict[str, Any] = {
-        "flexround-fixed-step": {"learn_s1": False},
-        "flexround-elements": {"use_s3": False, "use_s4": False},
-    }.get(arm, {})
-    return [with_options(flexround_, iterations=config.iterations, lr=lr, **parts) for lr in config.flexround_lrs]
-
-
-def _batches(task: Task, split: str, most: int | None) -> list[Batch]:
-    """Examples of a held-out split, at most ``most``."""
-    batches = task.held_out[split]
-    rows = torch.arange(len(batches))[:most]
-    return [batches.__getitems__(part) for part in rows.split(_EVALUATION_BATCH)]
+    verb, tries = {
+        "adaround": (adaround_, [{"lr": lr, "penalty": p} for lr in config.adaround_lrs for p in config.penalties]),
+        "adaquant": (adaquant_, [{"lr": lr} for lr in config.adaquant_lrs]),
+        "flexround": (flexround_, [{"lr": lr} for lr in config.flexround_lrs]),
+    }[arm.partition("-")[0]]
+    learned: Rounding = partial(
+        verb, blocks=config.blocks, batch_size=config.round_batch, options=LearningOptions(measured_batches=None),
+        iterations=config.iterations * (config.long if arm == "adaround-long" else 1), **_PARTS.get(arm, {}),
+    )  # fmt: skip
+    return [partial(learned, **setting) for setting in tries]
 
 
 def small_cnn(*, channels: int, size: int, classes: int) -> nn.Sequential:
@@ -329,18 +293,6 @@ def small_cnn(*, channels: int, size: int, classes: int) -> nn.Sequential:
         nn.Sequential(nn.Flatten(), nn.Linear(32 * side**2, 64), nn.ReLU()),
         nn.Sequential(nn.Linear(64, classes), nn.Identity()),
     )
-
-
-@torch.no_grad()
-def _error(model: nn.Module, trained: nn.Module, batches: list[Batch]) -> float:
-    device = next(trained.parameters()).device
-    off, full = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        there = batch.to(device)
-        q, fp = (logits_of(forward(network, there)).double() for network in (model, trained))
-        off += (q - fp).square().sum().cpu()
-        full += fp.square().sum().cpu()
-    return float(off / full)
 
 
 def steps(config: Config, _: str) -> int:

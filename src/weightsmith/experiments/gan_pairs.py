@@ -93,9 +93,9 @@ class Config(TrainConfig):
     search_workers: int | None = None
     """Parallel evaluations; by default one process, or as many as the cluster has room for."""
 
-    def check(self) -> None:
+    def check(self, *positive: str) -> None:
         """Refuse values out of range, and a second data set that is not there."""
-        TrainConfig.check(self)
+        TrainConfig.check(self, *positive)
         if self.task != "images":
             raise UsageError(f"task must be images, got {self.task!r}: the search is about image generators")
         for name in ("side", "transfer_side"):

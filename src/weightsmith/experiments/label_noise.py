@@ -1,4 +1,4 @@
-"""Labels made wrong on purpose, how well something tells them apart, and views of a split that this takes."""
+"""Labels made wrong on purpose, how well something tells them apart, and how to read rows with them."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.outputs import logits_of
+from weightsmith.lab.data import views
+from weightsmith.lab.data.views import View, has_classes
 from weightsmith.lab.task import Batch, Batches, Task, forward
 from weightsmith.lab.train import evaluate
 
@@ -49,6 +51,12 @@ def corrupt(
     return torch.where(wrong, (labels + shift) % classes, labels)
 
 
+def redrawn(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Labels, ``(N,)``, of which a share is drawn anew, uniformly from all classes: some of these stay right."""
+    draws = torch.rand(len(labels), 2, generator=generator)
+    return torch.where(draws[:, 0] < share, (draws[:, 1] * (int(labels.max()) + 1)).long(), labels)
+
+
 def auc(trust: Tensor, right: Tensor) -> float:
     """Probability that a right label is trusted more than a wrong one; ties count half. NaN in ``trust`` is left out.
 
@@ -72,10 +80,9 @@ def labels_of(task: Task) -> Tensor:
     Raises:
         UsageError: A row has anything but one class.
     """
-    found = task.train.__getitems__(torch.arange(len(task.train))).targets
-    if found is None or found.dim() != 1 or found.is_floating_point():
+    if not has_classes(task):
         raise UsageError(f"task {task.name!r} must have one class per row: its labels can then be made wrong")
-    return found
+    return views.labels_of(task.train)
 
 
 def probabilities_of(model: nn.Module, batches: Batches, classes: int) -> Tensor:
@@ -95,59 +102,17 @@ def probabilities_of(model: nn.Module, batches: Batches, classes: int) -> Tensor
     return torch.stack([found[name] for name in sorted(found)], dim=1)
 
 
-class _Wrapped:
-    """Batches that change those of another split on the way."""
+class Relabeled(View):
+    """The same rows with other labels, ``(N,)``."""
 
-    def __init__(self, inner: Batches) -> None:
-        self.inner = inner
-
-    @property
-    def seed(self) -> int:
-        """What augmentation draws from."""
-        return self.inner.seed
-
-    @seed.setter
-    def seed(self, value: int) -> None:
-        self.inner.seed = value
-
-    @property
-    def slow(self) -> bool:
-        """Whether reading decodes files."""
-        return self.inner.slow
-
-
-class Relabeled(_Wrapped):
-    """The same rows with other labels."""
-
-    def __init__(self, inner: Batches, labels: Tensor) -> None:
-        super().__init__(inner)
+    def __init__(self, base: Batches, labels: Tensor) -> None:
+        super().__init__(base, torch.arange(len(base)))
         self.labels = labels
 
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.inner)
-
     def __getitems__(self, indices: Any) -> Batch:
         """Read a batch."""
-        batch = self.inner.__getitems__(indices)
+        batch = super().__getitems__(indices)
         return replace(batch, targets=self.labels[batch.indices])
-
-
-class Some(_Wrapped):
-    """Some of the rows, numbered anew."""
-
-    def __init__(self, inner: Batches, rows: Tensor) -> None:
-        super().__init__(inner)
-        self.rows = rows
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.rows)
-
-    def __getitems__(self, indices: Any) -> Batch:
-        """Read a batch."""
-        at = torch.as_tensor(indices, dtype=torch.int64)
-        return replace(self.inner.__getitems__(self.rows[at]), indices=at)
 
 
 class Draw:

@@ -88,42 +88,41 @@ def arms(_: Config) -> list[Arm]:
 
 def claims(config: Config) -> list[Claim]:
     """Better than the fixed average the paper compares with, and than sequential tuning; where it comes from."""
-    points = config.paper_gain
-    found = [
-        Claim(
-            text="The dynamic average ends better than a fixed average of 0.99", metric="score", winner="dynamic",
-            loser="ema-0.99", primary=True, worth=config.least, paper=_PAPER, paper_gain=points(7.24),
+    points, dynamic = config.paper_gain, partial(Claim, metric="score", winner="dynamic")
+    return [
+        dynamic(
+            text="The dynamic average ends better than a fixed average of 0.99", loser="ema-0.99", primary=True,
+            worth=config.least, paper=_PAPER, paper_gain=points(7.24),
         ),
         Claim(
             text="LCIA ends better than tuning in sequence", metric="score", winner="lcia", loser="plain",
             primary=True, worth=config.least, paper=_PAPER, paper_gain=points(35.90),
         ),
-        Claim(
-            text="The dynamic average forgets less than tuning in sequence", metric="forgetting", winner="dynamic",
-            loser="plain", paper="7.04 against 37.29 points",
+        dynamic(
+            text="The dynamic average forgets less than tuning in sequence", metric="forgetting", loser="plain",
+            paper="7.04 against 37.29 points",
         ),
         Claim(text="Groups help the dynamic average", metric="score", winner="lcia", loser="dynamic"),
         Claim(text="The average helps within groups", metric="score", winner="lcia", loser="groups"),
         Claim(text="LCIA ends better than replay of as many bytes", metric="score", winner="lcia", loser="replay"),
+        *(
+            dynamic(text=f"The dynamic average ends better than a fixed average of {beta}", loser=f"ema-{beta}")
+            for beta in _BETAS[1:]
+        ),
+        dynamic(text="The dynamic average ends better than EWC", loser="ewc"),
+        dynamic(text="The dynamic average ends better than LwF", loser="lwf"),
     ]  # fmt: skip
-    for beta in _BETAS[1:]:
-        text = f"The dynamic average ends better than a fixed average of {beta}"
-        found.append(Claim(text=text, metric="score", winner="dynamic", loser=f"ema-{beta}"))
-    for rival, name in (("ewc", "EWC"), ("lwf", "LwF")):
-        text = f"The dynamic average ends better than {name}"
-        found.append(Claim(text=text, metric="score", winner="dynamic", loser=rival))
-    return found
 
 
 def metrics(config: Config) -> list[Metric]:
     """The measures of the field, what is kept, and what the average did."""
     score = config.score_metric()
     unit = " %" if config.in_points else ""
-    points: Any = {"better": score.better, "format": ".2f"}
+    points = partial(Metric, better=score.better, format=".2f")
     return [
         replace(score, label=f"final{unit}", help="On the test rows of all tasks, after the last (MFN)."),
-        Metric("over_steps", f"mean over steps{unit}", **points, help="On the tasks seen, mean over all steps (MAA)."),
-        Metric("new", f"right after{unit}", **points, help="On each task right after it was trained (MFT)."),
+        points("over_steps", f"mean over steps{unit}", help="On the tasks seen, mean over all steps (MAA)."),
+        points("new", f"right after{unit}", help="On each task right after it was trained (MFT)."),
         Metric("forgetting", "forgetting", "lower", ".2f", help="Lost since the best, mean over tasks."),
         Metric("backward", "backward transfer", "higher", "+.2f", help="Gained since it was trained (BWT)."),
         Metric("forward", f"before{unit}", None, ".2f", help="On each task right before it is trained (FWT)."),
@@ -147,10 +146,7 @@ CHARTS = (
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    config.check()
-    for name in ("lr", "kappa", "ewc", "lwf", "fisher"):
-        if not getattr(config, name) > 0:
-            raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
+    config.check("lr", "kappa", "ewc", "lwf", "fisher")
     if config.rank < 0:
         raise UsageError(f"rank must be at least 0, got {config.rank}")
     if config.loss or config.metric:

@@ -5,39 +5,23 @@ trains the same network for the same number of steps; the test rows stay clean, 
 clean data there is nothing to stop early by.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightsmith.core.errors import UsageError, require
-from weightsmith.core.outputs import logits_of
-from weightsmith.experiments.label_noise import (
-    NOISES,
-    Draw,
-    Relabeled,
-    Some,
-    auc,
-    corrupt,
-    labels_of,
-    probabilities_of,
-)
+from weightsmith.experiments.label_noise import NOISES, Relabeled, auc, corrupt, labels_of, probabilities_of
+from weightsmith.experiments.noisy_training import FOLDS, NoisyTraining, Q, Trained, generalized, only_right, small_loss
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.schedule import Schedule
-from weightsmith.lab.task import Batch, Task, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
-from weightsmith.lab.tasks.scoring import cross_entropy
-from weightsmith.lab.train import Hook
-from weightsmith.reweight import LossRescaler, MetaRescaler, RescalingSettings
-
-_FOLDS = 3
-_GCE = 0.7
+from weightsmith.reweight import RescalingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +61,7 @@ def arms(config: Config) -> list[Arm]:
     """Plain training, robust ones, ours with a control, and the bound that knows every wrong label."""
     found = [
         Arm("ce", "cross-entropy", "plain"),
-        Arm("gce", f"generalized cross-entropy, q = {_GCE}", "GCE"),
+        Arm("gce", f"generalized cross-entropy, q = {Q}", "GCE"),
         Arm("small-loss", "drops the largest losses of a batch; is told the share of wrong labels", "small loss"),
         Arm("mwn", f"weights from the loss, taught by {config.trusted} clean rows", "MWN style"),
         Arm("rescaling", "19 features, taught by the noisy data; gradient by finite differences", "rescaling"),
@@ -85,9 +69,7 @@ def arms(config: Config) -> list[Arm]:
         Arm("oracle", "is told every wrong label and leaves it out", "oracle"),
     ]
     if config.cleanlab:
-        found.insert(
-            3, Arm("cleanlab", f"confident learning over {_FOLDS} folds, pruned and trained again", "cleanlab")
-        )
+        found.insert(3, Arm("cleanlab", f"confident learning over {FOLDS} folds, pruned and trained again", "cleanlab"))
     return found
 
 
@@ -116,15 +98,11 @@ def claims(config: Config) -> list[Claim]:
         found.append(against(text="It ends more accurate than pruning with cleanlab", loser="cleanlab"))
     for noise in config.noises[1:]:
         text = f"With {_WORDS[noise]} meta-rescaling ends more accurate than plain training"
-        margin = 0.0
+        changes: dict[str, Any] = {}
         if noise == "none":
-            text, margin = "Clean data are not harmed", -2 * config.least
-        found.append(
-            Claim(
-                text=text, metric=f"score_{noise}", winner="rescaling", loser="ce", margin=margin, worth=config.least,
-                paper="clean, average: 83.9 → 83.2" if noise == "none" else "",
-            )
-        )  # fmt: skip
+            text = "Clean data are not harmed"
+            changes = {"margin": -2 * config.least, "paper": "clean, average: 83.9 → 83.2"}
+        found.append(against(text=text, metric=f"score_{noise}", loser="ce", **changes))
     return found
 
 
@@ -211,173 +189,39 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         labels = job.start[noise]
         noisy = replace(task, train=Relabeled(task.train, labels), name=f"{task.name} {noise}")
         phase = "first" if noise == config.noises[0] else noise
-        run = _Run(config, job, noisy, labels == clean, phase, job.folder / noise)
-        found[f"score_{noise}"], trust, best, last = run.trained()
-        found[f"lost_{noise}"] = best - last
+        training = NoisyTraining(
+            config=config, job=job, task=noisy, right=labels == clean, phase=phase, folder=job.folder / noise,
+            lr=config.lr, dropout=config.dropout,
+        )  # fmt: skip
+        trained = _trained(config, training, job.arm)
+        found[f"score_{noise}"], found[f"lost_{noise}"] = trained.score, trained.best - trained.last
         if noise != "none":
-            found[f"auc_{noise}"] = None if trust is None else auc(trust, run.right)
+            found[f"auc_{noise}"] = None if job.arm == "oracle" else auc(trained.trust, training.right)
     return found
 
 
-@dataclass(slots=True)
-class _Run:
-    """One arm on one kind of noise."""
-
-    config: Config
-    job: Job
-    task: Task
-    right: Tensor  # (N,), where the label is what it was
-    phase: str
-    folder: Path
-
-    def trained(self) -> tuple[Value, Tensor | None, float, float]:
-        """Test score at the end, trust in every training label, best and last validation score."""
-        arm = self.job.arm
-        if arm == "cleanlab":
-            return self._pruned()
-        if arm in ("mwn", "rescaling", "outer-only"):
-            return self._rescaled()
-        model, score, best, last = self._fit(self.task, self._loss(arm), "main")
-        if arm == "oracle":
-            return score, None, best, last
-        p = probabilities_of(model, self.task.train, 0)
-        return score, p.gather(1, labels_of(self.task)[:, None]).squeeze(1), best, last
-
-    def _model(self) -> nn.Module:
-        return add_dropout_(self.config.network(self.task, self.job.seed), self.config.dropout)
-
-    def _fit(
-        self, task: Task, loss: Callable[[nn.Module, Batch], Tensor] | None, name: str, *, steps: int | None = None,
-        model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, hooks: Sequence[Hook] = (),
-    ) -> tuple[nn.Module, Value, float, float]:  # fmt: skip
-        model = self._model() if model is None else model
-        optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=self.config.lr)
-        more: dict[str, Any] = {} if steps is None else {"steps": steps}
-        record = partial(self.job.record, phase=self.phase if name == "main" else f"{self.phase} {name}")
-        fitted = self.config.fit(
-            model, optimizer, task, self.job.seed, loss=loss, hooks=hooks, folder=self.folder / name, record=record,
-            **more,
-        )  # fmt: skip
-        if fitted.diverged:
-            self.job.diverged = True
-            return model, math.nan, math.nan, math.nan
-        scale = 100.0 if self.config.in_points else 1.0
-        key = f"validation_{task.metric.name}"
-        scores = [scale * row[key] for row in fitted.rows if key in row]
-        return model, self.config.score(task, model), max(scores), scores[-1]
-
-    def _loss(self, arm: str) -> Callable[[nn.Module, Batch], Tensor] | None:
-        rate = 1 - float(self.right.float().mean())
-        if arm == "small-loss":
-            return partial(_small_loss, self.task, rate)
-        if arm == "oracle":
-            return partial(_kept, self.task, self.right)
-        return _generalized if arm == "gce" else None
-
-    def _rescaled(self) -> tuple[Value, Tensor, float, float]:
-        config, device = self.config, self.job.device
-        model = self._model().to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-        classes = int(labels_of(self.task).max()) + 1
-        ours = self.job.arm != "mwn"
+def _trained(config: Config, training: NoisyTraining, arm: str) -> Trained:
+    if arm == "cleanlab":
+        return training.pruned()
+    if arm in ("mwn", "rescaling", "outer-only"):
+        ours = arm != "mwn"
         settings = RescalingSettings(
             passes=config.passes if ours else 1,
-            meta_grad="none" if self.job.arm == "outer-only" else "finite_difference",
+            meta_grad="none" if arm == "outer-only" else "finite_difference",
             virtual_lr=config.virtual_lr,
             outer=ours,
             features="all" if ours else "loss",
         )
-        rescaler = LossRescaler(classes, settings.n_features, config.class_separation and ours, seed=self.job.seed)
-        source = self.task.train if ours else self.task.held_out["validation"]
-        draw = Draw(source, config.batch_size, self.job.seed, None if ours else config.trusted, device)
-        meta = MetaRescaler(model, optimizer, rescaler, _forward, val_sampler=draw, settings=settings)
-        epoch = max(1, len(self.task.train) // config.batch_size)
-
-        def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-            if meta.steps % epoch == 0:
-                meta.start_epoch()
-            try:
-                return meta.loss(batch, ids=batch.indices, model=wrapped)
-            except FloatingPointError:  # fit takes it from there
-                return self.task.losses(wrapped, batch).mean() * math.nan
-
-        def look(_: nn.Module) -> dict[str, float]:
-            w = self._trust(meta)
-            means = {"weight_right": w[self.right].nanmean(), "weight_wrong": w[~self.right].nanmean()}
-            found = {"auc": auc(w, self.right)} | {name: float(mean) for name, mean in means.items()}
-            return {name: value for name, value in found.items() if math.isfinite(value)}
-
-        def teach() -> None:
-            meta.update()
-
-        hook = Hook(before_step=teach, after_row=look, state=meta)
-        _, score, best, last = self._fit(self.task, loss, "main", model=model, optimizer=optimizer, hooks=[hook])
-        return score, self._trust(meta), best, last
-
-    def _trust(self, meta: MetaRescaler) -> Tensor:
-        known = meta.weights_by_id
-        trust = torch.full((len(self.right),), math.nan)
-        trust[torch.tensor(list(known), dtype=torch.int64)] = torch.tensor(list(known.values()))
-        return trust
-
-    def _pruned(self) -> tuple[Value, Tensor, float, float]:
-        filters: Any = require("cleanlab.filter", extra="noise", purpose="the arm cleanlab")
-        ranks: Any = require("cleanlab.rank", extra="noise", purpose="the arm cleanlab")
-        labels, rows = labels_of(self.task), len(self.right)
-        classes = int(labels.max()) + 1
-        fold = torch.randperm(rows, generator=torch.Generator().manual_seed(self.job.seed)) % _FOLDS
-        p = torch.zeros(rows, classes)
-        for number in range(_FOLDS):
-            inside, outside = (fold != number).nonzero().flatten(), (fold == number).nonzero().flatten()
-            part = replace(self.task, train=Some(self.task.train, inside), name=f"{self.task.name} fold {number}")
-            model, *_ = self._fit(part, None, f"fold {number}")
-            p[outside] = probabilities_of(model, Some(self.task.train, outside), classes)
-        if not bool(p.isfinite().all()):
-            return math.nan, p[:, 0], math.nan, math.nan
-        y, pred = labels.numpy(), p.double().numpy()
-        issues = torch.from_numpy(filters.find_label_issues(y, pred, n_jobs=1))
-        trust = torch.from_numpy(ranks.get_label_quality_scores(y, pred))
-        kept = (~issues).nonzero().flatten()
-        part = replace(self.task, train=Some(self.task.train, kept), name=f"{self.task.name} pruned")
-        _, score, best, last = self._fit(part, None, "main", steps=self.config.total_steps(self.task))
-        return score, trust.float(), best, last
-
-
-def add_dropout_(model: nn.Module, p: float) -> nn.Module:
-    """Dropout on the inputs of linear layers, but not on the data; models that have some stay as they are."""
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        return model
-    first = next((module for module in model.modules() if list(module.parameters(recurse=False))), None)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not first:
-            module.register_forward_pre_hook(partial(_drop, p))
-    return model
-
-
-def _drop(p: float, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (nn.functional.dropout(inputs[0], p, layer.training), *inputs[1:])
-
-
-def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    assert batch.targets is not None
-    return logits_of(forward(model, batch)), batch.targets
-
-
-def _small_loss(task: Task, rate: float, model: nn.Module, batch: Batch) -> Tensor:
-    losses = task.losses(model, batch)
-    kept = max(1, round((1 - rate) * len(losses)))
-    return losses.topk(kept, largest=False).values.mean()
-
-
-def _generalized(model: nn.Module, batch: Batch) -> Tensor:
-    assert batch.targets is not None
-    p = (-cross_entropy(forward(model, batch), batch.targets)).exp()
-    return (1 - p**_GCE) / _GCE  # arXiv 1805.07836, equation 5
-
-
-def _kept(task: Task, right: Tensor, model: nn.Module, batch: Batch) -> Tensor:
-    w = right[batch.indices.cpu()].to(batch.targets.device if batch.targets is not None else "cpu").float()
-    return (w * task.losses(model, batch)).sum() / w.sum().clamp(min=1)
+        return training.rescaled(
+            settings, class_separation=config.class_separation and ours, trusted=None if ours else config.trusted
+        )
+    told = 1 - float(training.right.float().mean())
+    losses: dict[str, Callable[..., Tensor]] = {
+        "gce": generalized,
+        "small-loss": partial(small_loss, training.task, told),
+        "oracle": partial(only_right, training.task, training.right),
+    }
+    return training.with_loss(losses.get(arm))
 
 
 def steps(config: Config, arm: str) -> int:

@@ -14,13 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from weightsmith.core.errors import UsageError
+from weightsmith.experiments.restored_pictures import keep_pictures
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
-from weightsmith.lab.gallery import Picture, keep_gallery
 from weightsmith.lab.job import Job
 from weightsmith.lab.task import Task
 from weightsmith.lab.tasks import TrainConfig, make_task, shared_task
-from weightsmith.lab.tasks.restoration import examples, psnr
 from weightsmith.lab.train import Fitted, Hook
 from weightsmith.prune import MagnitudePruner, save_sparse
 from weightsmith.prune.lottery import rounds_for
@@ -71,24 +69,20 @@ def arms(config: Config) -> list[Arm]:
 
 def claims(config: Config) -> list[Claim]:
     """As good as dense, and better than each control."""
-    least = config.least
+    least, ticket = config.least, partial(Claim, metric="score", winner="imp")
     found = [
-        Claim(
-            text="The ticket is as good as the dense network", metric="score", winner="imp", loser="dense",
-            primary=True, margin=-least, worth=least,
+        ticket(
+            text="The ticket is as good as the dense network", loser="dense", primary=True, margin=-least, worth=least,
             paper="10 % of the parameters keep the quality of deraining, dehazing and denoising",
         ),
-        Claim(
-            text="The ticket is better than its mask with fresh weights", metric="score", winner="imp", loser="fresh",
-            primary=True, worth=least,
-        ),
-        Claim(text="The ticket is better than pruning in one shot", metric="score", winner="imp", loser="oneshot"),
-        Claim(text="The ticket is better than a random mask", metric="score", winner="imp", loser="random"),
-        Claim(text="Rewinding is better than training on", metric="score", winner="imp", loser="finetuned"),
+        ticket(text="The ticket is better than its mask with fresh weights", loser="fresh", primary=True, worth=least),
+        ticket(text="The ticket is better than pruning in one shot", loser="oneshot"),
+        ticket(text="The ticket is better than a random mask", loser="random"),
+        ticket(text="Rewinding is better than training on", loser="finetuned"),
     ]  # fmt: skip
     if config.degradations:
         found += [
-            Claim(text="The ticket is better than a small dense network", metric="score", winner="imp", loser="small"),
+            ticket(text="The ticket is better than a small dense network", loser="small"),
             Claim(
                 text=f"The dense network improves its worst degradation by more than {_CLEAR:g} dB",
                 metric="worst_gain", winner="dense", loser="input", gate=True, margin=_CLEAR,
@@ -114,18 +108,18 @@ def metrics(config: Config) -> list[Metric]:
 
 
 CHARTS = (
-    Chart(title="Score of the ticket, round by round", x="density", y="round_score", phase="rounds",
-          x_label="density %", y_label="validation score", log_x=True),
+    Chart(
+        title="Score of the ticket, round by round", x="density", y="round_score", phase="rounds", x_label="density %",
+        y_label="validation score", log_x=True,
+    ),
     Chart(title="Training loss", x="step", y="train_loss", phase="final", y_label="training loss"),
 )  # fmt: skip
 
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    config.check()
+    config.check("lr")
     rounds_for(config.density, check_amount(config.amount))
-    if not config.lr > 0:
-        raise UsageError(f"lr must be above 0, got {config.lr}")
 
 
 def _pruner(config: Config, model: nn.Module, seed: int) -> MagnitudePruner:
@@ -135,10 +129,10 @@ def _pruner(config: Config, model: nn.Module, seed: int) -> MagnitudePruner:
 
 
 def _fit(
-    config: Config, task: Task, model: nn.Module, pruner: MagnitudePruner, seed: int, folder: Path, **more: Any
+    config: Config, task: Task, model: nn.Module, pruner: MagnitudePruner | None, seed: int, folder: Path, **more: Any
 ) -> Fitted:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    hooks = [Hook(after_step=partial(_mask, pruner))]
+    hooks = [Hook(after_step=partial(_mask, pruner))] if pruner is not None else []
     return config.fit(model, optimizer, task, seed, hooks=hooks, folder=folder, warmup=config.warmup, **more)
 
 
@@ -189,7 +183,7 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     dense = config.network(task, job.seed).to(job.device)
     total = sum(parameter.numel() for parameter in dense.parameters())
     if job.arm == "input":
-        _show(config, job, task, nn.Identity(), "degraded", restored=False)
+        keep_pictures(job, task, nn.Identity(), "degraded", order=0, clean=True)
         return _measured(config, task, nn.Identity(), None, total)
     if job.arm == "small":
         return _small(config, job, task, dense, total)
@@ -198,7 +192,7 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     last = len(rounds_for(config.density, config.amount))
     if job.arm == "dense":
         model.load_state_dict(begin["dense"])
-        _show(config, job, task, model, "restored, dense")
+        _keep(config, job, task, model, "restored, dense", order=1)
         return _measured(config, task, model, pruner, total)
     if job.arm == "oneshot":
         model.load_state_dict(begin["dense"])
@@ -221,32 +215,21 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
         else:
             model.load_state_dict(begin["trained"])
             pruner.apply_()
-    fitted = _fit(
-        config, task, model, pruner, job.seed + last, job.folder, validate="last",
-        record=partial(job.record, phase="final"),
-    )  # fmt: skip
+    record = partial(job.record, phase="final")
+    fitted = _fit(config, task, model, pruner, job.seed + last, job.folder, validate="last", record=record)
     job.diverged = job.diverged or fitted.diverged
     if job.arm == "imp":
-        _show(config, job, task, model, "restored, ticket", masks=pruner.masks)
+        _keep(config, job, task, model, "restored, ticket", order=2, masks=pruner.masks)
     return _measured(config, task, model, pruner, total)
 
 
-def _show(
-    config: Config, job: Job, task: Task, model: nn.Module, caption: str, *, restored: bool = True,
+def _keep(
+    config: Config, job: Job, task: Task, model: nn.Module, caption: str, *, order: int,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Keep what the arm makes of a test image of each kind, and its weights, which ``weightsmith restore`` reads."""
-    if not config.degradations:
-        return
-    pictures = []
-    for kind, (_, after, clean) in examples(task, model).items():
-        ratio = psnr(after[None], clean[None]).item()
-        order = {"input": 0, "dense": 1}.get(job.arm, 2)
-        pictures.append(Picture.of(after[None], kind.capitalize(), f"{caption}, {ratio:.1f} dB", order))
-        if not restored:
-            pictures.append(Picture.of(clean[None], kind.capitalize(), "clean", 9))
-    keep_gallery(job.keep, pictures)
-    if restored:
+    """Keep pictures and weights of a network that restores; ``weightsmith restore`` reads them."""
+    if config.degradations:
+        keep_pictures(job, task, model, caption, order=order)
         save_sparse(model, job.keep / "model.safetensors", masks=masks)
 
 
@@ -260,11 +243,8 @@ def _small(config: Config, job: Job, task: Task, dense: nn.Module, total: int) -
 
     width = min(widths, key=lambda width: abs(numel(width) - kept))
     model = config.network(make_task(replace(config, model=f"promptir-{width}")), job.seed).to(job.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    fitted = config.fit(
-        model, optimizer, task, job.seed, folder=job.folder, warmup=config.warmup, validate="last",
-        record=partial(job.record, phase="final"),
-    )  # fmt: skip
+    record = partial(job.record, phase="final")
+    fitted = _fit(config, task, model, None, job.seed, job.folder, validate="last", record=record)
     job.diverged = job.diverged or fitted.diverged
     return _measured(config, task, model, None, total)
 

@@ -5,29 +5,25 @@ All arms of a seed see the same run, so that they differ in nothing but the merg
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from weightsmith.average import average_state_dicts, ema, greedy_members, metric_weights, swa
-from weightsmith.average.low_rank import best_of_rank, covariance_gap, stacked
+from weightsmith.average import ema, greedy_members, metric_weights, swa
 from weightsmith.core.errors import UsageError
-from weightsmith.core.outputs import logits_of
-from weightsmith.core.weights import output_head
+from weightsmith.experiments.label_noise import Relabeled, redrawn
+from weightsmith.experiments.lora_checkpoints import Snapshots, State, adapt_, mean_gap, merged
+from weightsmith.lab.data.views import classes_of, has_classes, labels_of
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Hook
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,31 +86,32 @@ def arms(config: Config) -> list[Arm]:
 def claims(config: Config) -> list[Claim]:
     """Weighting beats uniform; averaging helps, also after decay; so does averaging updates."""
     gain, ours = "up to 5 % higher task accuracy than the uniform merge", "not in the paper"
+    lower = partial(Claim, metric="loss", relative=True, worth=0.01)
     return [
         Claim(
             text="The loss-weighted merge beats the last checkpoint",
             metric="score", winner="loss", loser="last", primary=True, worth=config.least,
             paper="math score +5.05 % relative, best of all merges",
         ),
-        Claim(
+        lower(
             text="Loss weights have a lower loss than uniform ones",
-            metric="loss", winner="loss", loser="uniform", primary=True, relative=True, worth=0.01, paper=gain,
+            winner="loss", loser="uniform", primary=True, paper=gain,
         ),
-        Claim(
+        lower(
             text="A uniform merge has a lower loss than the last checkpoint",
-            metric="loss", winner="uniform", loser="last", relative=True, worth=0.01, paper="baseline",
+            winner="uniform", loser="last", paper="baseline",
         ),
-        Claim(
+        lower(
             text="Step weights have a lower loss than uniform ones",
-            metric="loss", winner="steps", loser="uniform", relative=True, worth=0.01, paper="better than uniform",
+            winner="steps", loser="uniform", paper="better than uniform",
         ),
-        Claim(
+        lower(
             text="Averaging updates has a lower loss than averaging factors",
-            metric="loss", winner="uniform-exact", loser="uniform", relative=True, worth=0.01, paper=ours,
+            winner="uniform-exact", loser="uniform", paper=ours,
         ),
-        Claim(
+        lower(
             text="After decay of the learning rate to 0, a uniform merge has a lower loss than the last checkpoint",
-            metric="cosine_loss", winner="uniform", loser="last", relative=True, worth=0.01, paper=ours,
+            metric="cosine_loss", winner="uniform", loser="last", paper=ours,
         ),
         Claim(
             text="A uniform merge at constant rate scores no worse than a real decay of the learning rate",
@@ -158,42 +155,6 @@ CHARTS = (
 )  # fmt: skip
 
 
-class LowRank(nn.Module):
-    """``W + (alpha / r) B A``, ``A (r, in)``, ``B (out, r)``; ``B`` begins at 0 (arXiv 2106.09685, section 4.1)."""
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
-        super().__init__()
-        out, into = weight.shape
-        self.scale = alpha / rank
-        self.a = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, into), a=math.sqrt(5)))
-        self.b = nn.Parameter(weight.new_zeros(out, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Add the update to ``weight (out, in)``."""
-        return weight + self.scale * self.b @ self.a
-
-
-class Snapshots:
-    """The adapters at each checkpoint, kept with a run in flight."""
-
-    def __init__(self, adapters: nn.Module) -> None:
-        self.adapters = adapters
-        self.states: list[State] = []
-
-    def take(self, _: nn.Module) -> dict[str, float]:
-        """Keep the present state."""
-        self.states.append({name: tensor.detach().clone() for name, tensor in self.adapters.state_dict().items()})
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has been kept."""
-        return {"states": self.states}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self.states = list(state["states"])
-
-
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
     config.check()
@@ -211,22 +172,22 @@ def start(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     model = config.network(task, seed)
     if not (config.pretrained or config.checkpoint) and config.pretrain_steps:
         config.fit(
-            model, torch.optim.AdamW(model.parameters(), lr=1e-3), task, seed, loss=partial(_half_the_classes, task),
-            steps=config.pretrain_steps, schedule="constant", validate="never", folder=folder / "pretraining",
+            model, torch.optim.AdamW(model.parameters(), lr=1e-3), task, seed,
+            loss=partial(_half_the_classes, task, classes_of(task)), steps=config.pretrain_steps, schedule="constant",
+            validate="never", folder=folder / "pretraining",
         )  # fmt: skip
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    runs = {schedule: _fine_tuned(config, task, weights, seed, schedule, folder) for schedule in ("constant", "cosine")}
+    noisy = _noisy(task, config.label_noise, seed)
+    runs = {
+        schedule: _fine_tuned(config, noisy, weights, seed, schedule, folder) for schedule in ("constant", "cosine")
+    }
     return {"weights": weights, **runs}
 
 
 def _fine_tuned(config: Config, task: Task, weights: State, seed: int, schedule: Any, folder: Path) -> dict[str, Any]:
     model = config.network(task, seed)
     model.load_state_dict(weights)
-    model.requires_grad_(False)
-    targets = _targets(model)
-    adapters = nn.ModuleList(LowRank(layer.weight, config.rank, config.alpha) for layer in targets)
-    for layer, adapter in zip(targets, adapters, strict=True):
-        parametrize.register_parametrization(layer, "weight", adapter)
+    adapters = adapt_(model, config.rank, config.alpha)
     averages = {"ema": ema(adapters, config.ema_decay), "swa": swa(adapters)}
     shots = Snapshots(adapters)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=config.lr, weight_decay=0.0)
@@ -241,8 +202,8 @@ def _fine_tuned(config: Config, task: Task, weights: State, seed: int, schedule:
 
     hooks = [Hook(after_row=shots.take, state=shots), Hook(after_step=average, state=averages["ema"])]
     fitted = config.fit(
-        model, optimizer, task, seed, loss=partial(_noisy, task, config.label_noise, seed), schedule=schedule,
-        rows_at=config.save_every, hooks=[*hooks, Hook(state=averages["swa"])], folder=folder / schedule,
+        model, optimizer, task, seed, schedule=schedule, rows_at=config.save_every,
+        hooks=[*hooks, Hook(state=averages["swa"])], folder=folder / schedule,
     )  # fmt: skip
     return {
         "states": shots.states,
@@ -266,11 +227,11 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
             return {metric.name: math.nan for metric in metrics(config)}
         members, weights, mode = _recipe(run, config, job.arm, task, model)
         states = [run[job.arm]] if job.arm in run else [run["states"][index] for index in members]
-        with _merged(model, config, states, weights, mode):
+        with merged(model, states, weights, mode, rank=config.rank, alpha=config.alpha):
             outcome = task.evaluate(model, "test")
             found |= {f"{prefix}score": config.score(task, model), f"{prefix}loss": outcome.value("loss")}
         if schedule == "constant":
-            found |= {"gap": _gap(states, weights), "spread": max(weights) * len(weights)}
+            found |= {"gap": mean_gap(states, weights), "spread": max(weights) * len(weights)}
             for index, weight in zip(members, weights, strict=True):
                 job.record({"step": (index + 1) * config.save_every, "weight": weight}, phase="weights")
         if job.arm == "last":
@@ -293,7 +254,8 @@ def _recipe(
 
         def score(chosen: Sequence[int]) -> float:
             states = [run["states"][members[index]] for index in chosen]
-            with _merged(model, config, states, [1 / len(states)] * len(states), "factors"):
+            uniform = [1 / len(states)] * len(states)
+            with merged(model, states, uniform, "factors", rank=config.rank, alpha=config.alpha):
                 return -task.evaluate(model, "validation").metrics["loss"]
 
         members = [members[index] for index in greedy_members(len(members), score)]
@@ -312,72 +274,21 @@ def _recipe(
     return members, weights.tolist(), mode
 
 
-@contextmanager
-def _merged(
-    model: nn.Module, config: Config, states: Sequence[State], weights: Sequence[float], mode: str
-) -> Iterator[None]:
-    """The model with merged adapters in its weights, within the block."""
-    scale, targets = config.alpha / config.rank, _targets(model)
-    if mode == "factors":
-        states, weights = [average_state_dicts(states, weights)], [1.0]
-    before = [layer.weight.detach().clone() for layer in targets]
-    with torch.no_grad():
-        for index, layer in enumerate(targets):
-            a, b = stacked(*_factors(states, index), [scale * weight for weight in weights])
-            if mode == "svd":
-                a, b, _ = best_of_rank(a, b, config.rank)
-            layer.weight.addmm_(b.to(layer.weight), a.to(layer.weight))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, weight in zip(targets, before, strict=True):
-                layer.weight.copy_(weight)
-
-
-def _targets(model: nn.Module) -> list[nn.Linear]:
-    head = output_head(model)
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    if not layers:
-        raise UsageError("adapters need a model with linear layers: try --model mlp or vit_tiny")
-    return layers
-
-
-def _factors(states: Sequence[State], index: int) -> tuple[list[Tensor], list[Tensor]]:
-    return [state[f"{index}.a"] for state in states], [state[f"{index}.b"] for state in states]
-
-
-def _gap(states: Sequence[State], weights: Sequence[float]) -> float:
-    layers = {int(name.partition(".")[0]) for name in states[0]}
-    return sum(covariance_gap(*_factors(states, index), weights) for index in layers) / len(layers)
-
-
-def _half_the_classes(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+def _half_the_classes(task: Task, classes: int, model: nn.Module, batch: Batch) -> Tensor:
     """The loss of a classifier over the lower half of the classes; that of other models over everything."""
     losses = task.losses(model, batch)
-    if batch.targets is None or batch.targets.dim() != 1 or batch.targets.is_floating_point():
+    if not classes:
         return losses
-    known = (batch.targets < _classes(model, batch) / 2).float()
+    known = (cast(Tensor, batch.targets) < classes / 2).float()
     return (losses * known).sum() / known.sum().clamp_min(1)
 
 
-def _noisy(task: Task, share: float, seed: int, model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of a classifier some of whose labels are drawn at random, always the same for the same example."""
-    if not share or batch.targets is None or batch.targets.dim() != 1 or batch.targets.is_floating_point():
-        return task.losses(model, batch)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(len(task.train), 2, generator=generator)[batch.indices.cpu()].to(batch.targets.device)
-    random = (draws[:, 1] * _classes(model, batch)).long()
-    return task.losses(model, replace(batch, targets=torch.where(draws[:, 0] < share, random, batch.targets)))
-
-
-@torch.no_grad()
-def _classes(model: nn.Module, batch: Batch) -> int:
-    inputs = batch.inputs[:1] if isinstance(batch.inputs, Tensor) else None
-    if inputs is not None:
-        return int(logits_of(model(inputs)).shape[-1])
-    some = {name: value[:1] for name, value in batch.inputs.items()}
-    return int(logits_of(model(**some)).shape[-1])
+def _noisy(task: Task, share: float, seed: int) -> Task:
+    """A classifier's task with some labels drawn at random; other tasks as they are."""
+    if not share or not has_classes(task):
+        return task
+    labels = redrawn(labels_of(task.train), share, torch.Generator().manual_seed(seed))
+    return replace(task, train=Relabeled(task.train, labels))
 
 
 def steps(config: Config, arm: str) -> int:

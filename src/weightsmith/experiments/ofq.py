@@ -7,27 +7,25 @@ cosine schedule, then a last phase at a constant rate, in which one arm anneals.
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning
-from weightsmith.core.outputs import logits_of
+from weightsmith.experiments.teaching import taught
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.models.vit import ViT
-from weightsmith.lab.task import Batch, Task, forward
+from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Hook
 from weightsmith.optim import param_groups
 from weightsmith.quantize.in_training.annealing import ConfidenceGuidedAnnealing
 from weightsmith.quantize.in_training.cures import Dampening, IterativeFreezing
-from weightsmith.quantize.in_training.distillation import teacher_loss
 from weightsmith.quantize.in_training.oscillation import OscillationTracker, boundary_occupancy
 from weightsmith.quantize.in_training.prepare import calibrate_, prepare_ofq_
 
@@ -149,11 +147,9 @@ CHARTS = (
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    config.check()
+    config.check("anneal_epochs", "pretrain_epochs")
     if config.mixed_precision == "fp16":
         raise UsageError("mixed_precision must be None, 'no' or 'bf16': the penalty's gradients are not scaled")
-    if not min(config.anneal_epochs, config.pretrain_epochs) > 0:
-        raise UsageError("anneal_epochs and pretrain_epochs must be above 0")
 
 
 def small_vit(*, channels: int, size: int, classes: int) -> ViT:
@@ -219,7 +215,7 @@ def _train(config: Config, job: Job, task: Task, model: nn.Module, teacher: nn.M
     if job.arm == "lsq-dampening":
         damp = Dampening(model, steps, weight=config.dampening)
         hooks += [Hook(before_step=lambda: damp().backward()), Hook(before_step=damp.step, state=damp)]
-    with _taught(model, teacher, task) as loss:
+    with taught(model, teacher, task) as loss:
         fit = partial(config.fit, model, optimizer, task, loss=loss if tracker is not None else None, hooks=hooks)
         fitted = fit(
             seed=job.seed, warmup=config.warmup_epochs, record=partial(job.record, phase="training"),
@@ -263,24 +259,6 @@ def _looking(tracker: OscillationTracker, optimizer: torch.optim.Optimizer, half
         return {"oscillating": seen["oscillating"], "occupancy": boundary_occupancy(model)}
 
     return look
-
-
-@contextmanager
-def _taught(student: nn.Module, teacher: nn.Module, task: Task) -> Any:
-    """The task's loss plus the cross-entropy with the teacher's probabilities, from one forward pass of the student."""
-    seen: dict[str, Tensor] = {}
-    handle = student.register_forward_hook(lambda _, __, output: seen.update(logits=logits_of(output)))
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        own = task.losses(model, batch)
-        with torch.no_grad():
-            goal = logits_of(forward(teacher, batch))
-        return own.mean() + teacher_loss(seen["logits"].flatten(0, -2), goal.flatten(0, -2))
-
-    try:
-        yield loss
-    finally:
-        handle.remove()
 
 
 def steps(config: Config, arm: str) -> int:

@@ -7,6 +7,7 @@ linear network in which the alignment of the kernel is known in closed form.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,44 +101,35 @@ def arms(config: Config) -> list[Arm]:
 def claims(config: Config) -> list[Claim]:
     """Lazier with a higher rank, at either norm and at both, in kernel, activity and weights; and in theory."""
     low, high = config.ranks[0], config.ranks[-1]
-    at_frobenius: dict[str, Any] = {"winner": "full", "loser": f"r{low}-frobenius"}
     less = f"less from full rank than from rank {low}"
+    lazier = partial(Claim, winner="full", loser=f"r{low}-frobenius", worth=0.05)
     own = [
-        Claim(
-            text=f"At equal Frobenius norm the kernel moves {less} on {_name(one)}",
-            metric=f"kernel {_name(one)}", worth=0.05, paper=_PAPER, **at_frobenius,
+        lazier(
+            text=f"At equal Frobenius norm the kernel moves {less} on {_name(one)}", metric=f"kernel {_name(one)}",
+            paper=_PAPER,
         )
         for one in (config.tasks if config.more_tasks else ())
     ]  # fmt: skip
     return [
-        Claim(
-            text=f"At equal Frobenius norm the kernel moves {less}", metric="kernel", primary=True, worth=0.05,
-            paper=_PAPER, **at_frobenius,
-        ),
-        Claim(
-            text=f"At equal spectral norm the kernel moves {less}", metric="kernel", winner="full",
-            loser=f"r{low}-spectral", primary=True, worth=0.05, paper="control not in the paper",
+        lazier(text=f"At equal Frobenius norm the kernel moves {less}", metric="kernel", primary=True, paper=_PAPER),
+        lazier(
+            text=f"At equal spectral norm the kernel moves {less}", metric="kernel", loser=f"r{low}-spectral",
+            primary=True, paper="control not in the paper",
         ),
         *own,
-        Claim(
+        lazier(
             text=f"With both norms equal the kernel moves less from full rank than from rank {high}", metric="kernel",
-            winner="full", loser=f"r{high}-both", worth=0.05, paper="control not in the paper",
+            loser=f"r{high}-both", paper="control not in the paper",
         ),
-        Claim(
-            text=f"At equal Frobenius norm activity moves {less}", metric="representation", worth=0.05, paper=_PAPER,
-            **at_frobenius,
+        lazier(text=f"At equal Frobenius norm activity moves {less}", metric="representation", paper=_PAPER),
+        lazier(text=f"At equal Frobenius norm weights move {less}", metric="change", relative=True, paper=_PAPER),
+        lazier(
+            text=f"In a linear network the kernel moves {less}", metric="linear",
+            paper="rises with the rank, on average over tasks",
         ),
-        Claim(
-            text=f"At equal Frobenius norm weights move {less}", metric="change", relative=True, worth=0.05,
-            paper=_PAPER, **at_frobenius,
-        ),
-        Claim(
-            text=f"In a linear network the kernel moves {less}", metric="linear", worth=0.05,
-            paper="rises with the rank, on average over tasks", **at_frobenius,
-        ),
-        Claim(
+        lazier(
             text="In a linear network the kernel moves less from an aligned start of rank 1 than from full rank",
-            metric="linear", winner="aligned", loser="full", worth=0.05, paper="an aligned start stays lazy",
+            metric="linear", winner="aligned", loser="full", paper="an aligned start stays lazy",
         ),
         Claim(
             text="Full rank decides as well as orthogonal weights, to 1 %", metric="score", winner="full",
@@ -195,14 +187,11 @@ CHARTS = (
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    config.check()
+    config.check("units", "gain", "alpha", "lr", "probe", "kernel_probe", "looks")
     if not config.ranks or list(config.ranks) != sorted(set(config.ranks)) or config.ranks[0] < 1:
         raise UsageError(f"ranks must rise from at least 1, got {config.ranks}")
     if config.batch_sizes and len(config.batch_sizes) != 1 + len(config.more_tasks):
         raise UsageError(f"batch_sizes must have one number per task, got {config.batch_sizes}")
-    for name in ("units", "gain", "alpha", "lr", "probe", "kernel_probe", "looks"):
-        if not getattr(config, name) > 0:
-            raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
     if ":" in config.task and config.ranks[-1] >= config.units:
         raise UsageError(f"ranks must be below units={config.units}, got {config.ranks}")
 

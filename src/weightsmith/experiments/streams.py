@@ -13,7 +13,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.outputs import call
 from weightsmith.lab.data.instructions import SETS
 from weightsmith.lab.data.tokens import Bytes, Words, pad_of
-from weightsmith.lab.data.views import View, labels_of
+from weightsmith.lab.data.views import View, classes_of
 from weightsmith.lab.task import Batch, Batches, Outcome, Split, Task
 from weightsmith.lab.tasks import TaskConfig, make_task, shared_task
 from weightsmith.lab.tasks.tokenized import IGNORED, Rows, tokenizer_of
@@ -104,16 +104,10 @@ def data_sets(config: TaskConfig, sets: tuple[str, ...], prompts: tuple[str, ...
     given = dict(zip(foreign, prompts, strict=True))
     wordings = [(given[name],) if name in given else SETS[name].wordings for name in sets]
     tasks = [make_task(replace(config, data=name)) for name in sets]
-    classes = [_classes(task) for task in tasks]
+    classes = [classes_of(task) for task in tasks]
     if len(set(classes)) > 1:
         raise UsageError(f"sets must have equally many classes, got {', '.join(map(str, classes))}")
     return [Stage(*parts) for parts in zip(sets, wordings, tasks, strict=True)]
-
-
-def _classes(task: Task) -> int:
-    """How many classes a task tells apart; 0 where it predicts tokens."""
-    targets = task.example().targets
-    return int(labels_of(task.train).max()) + 1 if targets is not None and targets.dim() == 1 else 0
 
 
 def together(config: TaskConfig, parts: Sequence[tuple[Task, Tensor]]) -> Task:

@@ -5,35 +5,24 @@ the same number of exemplars, unless its name says otherwise, and is trained for
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from weightsmith.continual import (
-    AligningOptions,
-    ClassOrder,
-    ExemplarMemory,
-    WeightAligning,
-    correct_bias,
-    fit_bias_correction,
-    incremental_loss,
-)
+from weightsmith.continual import AligningOptions, ClassOrder, ExemplarMemory, WeightAligning
 from weightsmith.continual.head import find_head
 from weightsmith.core.errors import UsageError
-from weightsmith.core.outputs import logits_of
-from weightsmith.lab.data.views import View, labels_of
+from weightsmith.experiments.class_steps import ClassSteps
+from weightsmith.lab.data.views import labels_of
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.reading import read
-from weightsmith.lab.task import Batch, Batches, Task, forward
+from weightsmith.lab.task import Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
-from weightsmith.lab.train import Hook, evaluate
 
 _PAPER = "CIFAR-100, 5 steps: 42.9 → 59.2 after the last step"
-_HELD_OUT = 10  # BiC: every tenth exemplar teaches the two numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +104,13 @@ def claims(config: Config) -> list[Claim]:
 
 def metrics(config: Config) -> list[Metric]:
     """Accuracy after the last step and on the way, where the errors are, and what is kept."""
-    points = {"better": "higher", "format": ".2f"}
+    points = partial(Metric, better="higher", format=".2f")
     return [
         replace(config.score_metric(), help="On the test rows of all classes, after the last step."),
-        Metric("avg_inc_acc", "mean over steps %", **points, help="Accuracy on the classes seen, mean over all steps."),  # type: ignore[arg-type]
-        Metric("avg_inc_acc_wo_first", "mean without first %", **points, help="The same without the first step."),  # type: ignore[arg-type]
-        Metric("old_acc", "old classes %", **points, help="After the last step, on the classes before it."),  # type: ignore[arg-type]
-        Metric("new_acc", "newest classes %", **points, help="After the last step, on its own classes."),  # type: ignore[arg-type]
+        points("avg_inc_acc", "mean over steps %", help="Accuracy on the classes seen, mean over all steps."),
+        points("avg_inc_acc_wo_first", "mean without first %", help="The same without the first step."),
+        points("old_acc", "old classes %", help="After the last step, on the classes before it."),
+        points("new_acc", "newest classes %", help="After the last step, on its own classes."),
         Metric("newest_share", "newest share %", None, ".1f", help="Test predictions that are the newest classes."),
         Metric("share_gap", "share off by", "lower", ".1f", help="Distance of that share from the true one, points."),
         Metric("gamma", "last factor", None, ".3f", help="What the newest rows were multiplied by."),
@@ -141,10 +130,7 @@ CHARTS = (
 
 def check(config: Config) -> None:
     """Refuse what cannot run, before any job starts."""
-    config.check()
-    for name in ("lr", "increments", "memory"):
-        if not getattr(config, name) > 0:
-            raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
+    config.check("lr", "increments", "memory")
     if config.loss or config.metric or not config.in_points:
         raise UsageError("task must be a classification with its own loss and metric: classes arrive in steps")
 
@@ -182,83 +168,6 @@ def _head(config: Config, model: nn.Module, classes: int) -> str:
     return fitting[-1]
 
 
-@dataclass
-class _Run:
-    """What one job carries from step to step."""
-
-    config: Config
-    job: Job
-    task: Task
-    order: ClassOrder
-    labels: Tensor
-    wa: WeightAligning
-    lines: list[tuple[int, int, float, float]] = field(default_factory=list)
-
-    def read_logits(self, logits: Tensor) -> Tensor:
-        """Logits as they are to be read."""
-        for n_old, n_seen, alpha, beta in self.lines:
-            if n_seen <= logits.shape[1]:
-                logits = correct_bias(logits, n_old, alpha, beta, n_seen=n_seen)
-        return logits
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy, and distillation from the model before where that is asked."""
-        assert batch.targets is not None
-        teacher = self.wa.teacher_logits(batch.inputs)
-        logits = self.read_logits(logits_of(forward(model, batch)))
-        return incremental_loss(
-            logits, batch.targets, None if teacher is None else self.read_logits(teacher), self.wa.n_old
-        )
-
-    def train(self, step: int, rows: Tensor) -> bool:
-        """Train one step on some rows of the training split; whether it diverged."""
-        config, wa = self.config, self.wa
-        optimizer = torch.optim.SGD(
-            wa.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay / (step + 1)
-        )
-        task = replace(self.task, train=View(self.task.train, rows, self.order.to_rows))
-        record = partial(self.job.record, phase=f"step {step + 1}")
-        fitted = config.fit(
-            wa.model, optimizer, task, self.job.seed + step, loss=self.loss, validate="never", record=record,
-            hooks=[Hook(after_step=wa.after_optimizer_step)], folder=self.job.folder / f"step-{step + 1}",
-            milestones=[share * config.epochs for share in config.milestones],
-        )  # fmt: skip
-        return fitted.diverged
-
-    def predictions(self, step: int) -> tuple[Tensor, Tensor]:
-        """Predicted and true head rows of the test examples whose classes have been seen."""
-        split = self.task.held_out["test"]
-        labels = self.order.to_rows(labels_of(split))
-        rows = (labels < self.order.n_seen(step)).nonzero().flatten()
-
-        def predict(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-            return {"row": self.read_logits(logits_of(forward(model, batch))).argmax(1).float()}
-
-        return evaluate(self.wa.model, View(split, rows), predict).scores["row"].long(), labels[rows]
-
-    def remember(self, new: Tensor) -> None:
-        """Align, and keep exemplars of the new classes."""
-        wa, labels = self.wa, self.order.to_rows(self.labels[new])
-        device = wa.head.weight.device
-        parts = [(0, list(torch.split(torch.arange(len(new)), 256)))]
-        features = [wa.features(batch.inputs).cpu() for batch in read(View(self.task.train, new), parts, 0, 1, device)]
-        wa.end_step(new, labels, features=torch.cat(features))
-
-    def correct(self, step: int, held_out: Tensor) -> None:
-        """BiC: learn the line of the newest classes on examples that were not trained on."""
-        view: Batches = View(self.task.train, held_out, self.order.to_rows)
-        parts = [(0, list(torch.split(torch.arange(len(held_out)), 256)))]
-        device = self.wa.head.weight.device
-        self.wa.model.eval()
-        with torch.no_grad():
-            logits = [
-                self.read_logits(logits_of(forward(self.wa.model, batch))) for batch in read(view, parts, 0, 1, device)
-            ]
-        n_old, n_seen = self.order.n_old(step), self.order.n_seen(step)
-        rows = self.order.to_rows(self.labels[held_out]).to(device)
-        self.lines.append((n_old, n_seen, *fit_bias_correction(torch.cat(logits), rows, n_old)))
-
-
 def job(config: Config, job: Job) -> Mapping[str, Value]:
     """Let the classes arrive, train each step, and count what is right."""
     task = shared_task(config)
@@ -275,18 +184,15 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     budget = config.memory + (kept // exemplar if job.arm == "replay-bytes" else 0)
     memory = ExemplarMemory(budget, selection=config.selection, seed=job.seed)
     wa = WeightAligning(model, head, options, memory=memory)
-    run = _Run(config, job, task, order, labels, wa)
+    run = ClassSteps(
+        config=config, job=job, task=task, order=order, labels=labels, wa=wa, memory=memory,
+        optimizer=partial(_optimizer, config, wa), milestones=config.milestones, bic=job.arm == "bic",
+    )  # fmt: skip
     accuracies: list[float] = []
     for step in range(order.steps):
-        new = torch.isin(labels, torch.tensor(order.arriving(step))).nonzero().flatten()
-        wa.begin_step(len(order.arriving(step)))
-        trained, held_out = _divided(job, memory, order, labels, new, step)
-        job.diverged = run.train(step, trained) or job.diverged
-        if job.diverged:
+        if not run.take(step):
+            job.diverged = True
             return dict.fromkeys((metric.name for metric in metrics(config)), float("nan"))
-        run.remember(new)
-        if held_out is not None:
-            run.correct(step, held_out)
         predicted, true = run.predictions(step)
         accuracies.append(100 * (predicted == true).double().mean().item())
         job.record({"classes": order.n_seen(step), "accuracy": accuracies[-1], **_norms(wa)})
@@ -310,21 +216,9 @@ def job(config: Config, job: Job) -> Mapping[str, Value]:
     }
 
 
-def _divided(
-    job: Job, memory: ExemplarMemory, order: ClassOrder, labels: Tensor, new: Tensor, step: int
-) -> tuple[Tensor, Tensor | None]:
-    """Rows to train a step on, and for BiC equally many rows of every class to learn the line on."""
-    if not len(memory):
-        return new, None
-    old, classes = memory.tensors()
-    if job.arm != "bic":
-        return torch.cat([new, old]), None
-    each = max(1, min(memory.counts.values()) // _HELD_OUT)
-    held = torch.cat([old[classes == label][-each:] for label in memory.counts])
-    for label in order.arriving(step):
-        held = torch.cat([held, new[labels[new] == label][:each]])
-    rows = torch.cat([new, old])
-    return rows[~torch.isin(rows, held)], held
+def _optimizer(config: Config, wa: WeightAligning, step: int) -> torch.optim.Optimizer:
+    decay = config.weight_decay / (step + 1)
+    return torch.optim.SGD(wa.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=decay)
 
 
 def _norms(wa: WeightAligning) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from weightsmith.lab.task import Batch, Batches
+from weightsmith.lab.task import Batch, Batches, Task
 
 
 class View:
@@ -50,3 +50,14 @@ def labels_of(batches: Batches, *, chunk: int = 1024) -> Tensor:
     """The labels of all examples, ``(N,)``, in order; images that are decoded when they are read are decoded once."""
     found = [batches.__getitems__(part).targets for part in torch.split(torch.arange(len(batches)), chunk)]
     return torch.cat([targets for targets in found if targets is not None])
+
+
+def has_classes(task: Task) -> bool:
+    """Whether a task tells one class per example."""
+    targets = task.example().targets
+    return targets is not None and targets.dim() == 1 and not targets.is_floating_point()
+
+
+def classes_of(task: Task) -> int:
+    """How many classes a task tells apart; 0 where it predicts something else, for example tokens."""
+    return int(labels_of(task.train).max()) + 1 if has_classes(task) else 0

@@ -169,13 +169,16 @@ class TrainConfig(TaskConfig):
     mixed_precision: str | None = None
     """no, fp16 or bf16."""
 
-    def check(self) -> None:
+    def check(self, *positive: str) -> None:
         """Refuse values out of range.
+
+        Args:
+            *positive: Further fields that must be above 0.
 
         Raises:
             UsageError: Names the field.
         """
-        for name in ("epochs", "steps", "batch_size"):
+        for name in ("epochs", "steps", "batch_size", *positive):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UsageError(f"{name} must be above 0, got {value}")
