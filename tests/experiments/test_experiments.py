@@ -43,7 +43,7 @@ CONFIGS = {
     "dynamic-reward-weighting": {"steps": 2, "warmup_steps": 3},
     "meta-rescaling": {"epochs": 2, "batch_size": 8, "trusted": 4, "noises": ("symmetric",), **SMALL},
     "fast-ibp": {"epochs": 1, "kappas": (0.0,), "shares": (0.4,), "alphas": (0.5,), "attack_steps": 1, **SMALL},
-    "eagan": {"train_examples": 200, "test_examples": 12},
+    "eagan": {"train_examples": 200, "test_examples": 12, "rounds": 1, "rounds2": 1},
     "rich-lazy": {"steps": 4, "units": 12, "probe": 12, "kernel_probe": 4, "looks": 1, **SMALL},
 }
 TEXT = {"task": "questions", "length": 48, "train_examples": 16, "test_examples": 4, "batch_size": 4}
