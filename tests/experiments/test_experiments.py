@@ -281,3 +281,12 @@ def test_the_cost_of_certified_training_is_told_for_fewer_rows_than_a_batch_too(
     experiment, config = small("fast-ibp")
     few = dataclasses.replace(config, train_examples=20, batch_size=64)
     assert estimate(experiment, few, seeds=1, workers=1).seconds[1] > 0
+
+
+def test_the_cost_of_quantized_training_counts_the_shared_start_once_and_times_the_quantized_step():
+    experiment, config = small("ofq", pretrain_epochs=7)
+    arms = [arm.name for arm in experiment.arms(config)]
+    each = [experiment.steps(config, arm) for arm in arms]
+    assert each[0] - each[2] == 7 * config.total_steps(make_task(config))
+    assert each[arms.index("ptq")] == 0
+    assert experiment.step_seconds(config) > 0

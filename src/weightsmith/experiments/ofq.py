@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from weightsmith.core.device import default_device
 from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.experiments.teaching import taught
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.models.vit import ViT
+from weightsmith.lab.probe import fastest_loss, first_batch
 from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Hook
@@ -263,8 +265,21 @@ def _looking(tracker: OscillationTracker, optimizer: torch.optim.Optimizer, half
 
 def steps(config: Config, arm: str) -> int:
     """Training steps of a job; the start that arms share is counted once, with the first."""
-    quantized = config.total_steps(shared_task(config)) if arm != "ptq" else 0
-    return math.ceil(quantized * (1 + config.anneal_epochs / config.epochs))
+    each = config.total_steps(shared_task(config)) / config.epochs
+    epochs = 0.0 if arm == "ptq" else config.epochs + config.anneal_epochs
+    if arm == arms(config)[0].name and not (config.pretrained or config.checkpoint):
+        epochs += config.pretrain_epochs
+    return math.ceil(each * epochs)
+
+
+def step_seconds(config: Config) -> float:
+    """Time a step of a quantized network that learns from its teacher."""
+    task, device = shared_task(config), torch.device(default_device())
+    model, teacher = (config.network(task, 0).to(device) for _ in range(2))
+    _prepare_(model, config, "statsq-qkr", task.example().to(device))
+    batch = first_batch(task, config.batch_size, model)
+    with taught(model, teacher.eval().requires_grad_(False), task) as loss:
+        return fastest_loss(lambda: loss(model, batch))
 
 
 EXPERIMENT = Experiment(
@@ -290,6 +305,7 @@ EXPERIMENT = Experiment(
     job=job,
     task=shared_task,
     steps=steps,
+    step_seconds=step_seconds,
     check=check,
     reading=(
         "All arms of a seed start from the same network and see the same batches. An event is a change of a code "
