@@ -248,8 +248,8 @@ EXPERIMENT = Experiment(
         "laptop": Config(),
         "long": Config(
             model="HuggingFaceTB/SmolLM2-135M-Instruct", rank=16, data="sums", train_examples=2000, answers="number",
-            warmup_steps=12, warmup_batch=16, warmup_lr=1e-3, max_tokens=6, steps=20, prompts=4, mini_batches=2,
-            micro_batch=16, lr=3e-4, test_prompts=60, measure_every=10, measure_prompts=24, all_rivals=False,
+            warmup_steps=12, warmup_batch=16, warmup_lr=1e-3, max_tokens=6, steps=40, prompts=8, mini_batches=1,
+            micro_batch=16, lr=1e-4, test_prompts=60, measure_every=10, measure_prompts=24, all_rivals=False,
         ),
         "paper": Config(
             model="Qwen/Qwen2.5-Math-1.5B", warmup_steps=0, max_tokens=3072, steps=200, prompts=512, mini_batches=16,
