@@ -160,6 +160,17 @@ def test_hooks_see_clipped_gradients_and_may_change_them(task):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_the_gradient_of_a_penalty_is_added_after_clipping(task):
+    model, optimizer = small(task)
+    first, added = next(iter(model.parameters())), []
+    without = []
+    look = Hook(before_step=lambda: without.append(first.grad.clone()))
+    penalty = Hook(penalty=lambda: 3 * first.sum(), before_step=lambda: added.append(first.grad - without[-1]))
+    fit(model, optimizer, task, epochs=1, batch_size=50, seed=0, clip_norm=0.1, hooks=[look, penalty])
+    assert len(added) == STEPS
+    torch.testing.assert_close(added[0], torch.full_like(first, 3.0), rtol=1e-5, atol=1e-5)
+
+
 def test_divergence_is_a_result_and_no_error(task):
     fitted = trained(task, lr=1e30)
     assert fitted.diverged

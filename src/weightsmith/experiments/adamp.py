@@ -20,7 +20,7 @@ from weightsmith.experiments import plane
 from weightsmith.experiments.matrices import MatricesAndRest
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
-from weightsmith.lab.sweep import tune
+from weightsmith.lab.sweep import chosen_rate, tune
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Fitted, Hook
 from weightsmith.optim import SGDP, AdamP
@@ -106,14 +106,7 @@ def metrics(config: Config) -> list[Metric]:
     """The score, and what the mechanism is about."""
     return [
         config.score_metric(),
-        Metric(
-            "best_lr",
-            "chosen learning rate",
-            None,
-            ".3g",
-            help="The rate with the best validation score.",
-            chosen_by=tuple(arm.name for arm in arms(config)),
-        ),
+        chosen_rate(arms(config)),
         Metric("norm_start", "norm at start", None, ".2f", help="Mean L2 norm of the kernels before training."),
         Metric("norm_growth", "norm growth", "lower", ".3f", help="How much that norm grew at the reference rate."),
         Metric("projected", "projected %", None, ".0f", help="Share of tensors projected at the last step."),

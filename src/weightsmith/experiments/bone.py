@@ -23,7 +23,7 @@ from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Va
 from weightsmith.lab.job import Job
 from weightsmith.lab.machine import saved_activations
 from weightsmith.lab.progress import seed_everything
-from weightsmith.lab.sweep import tune
+from weightsmith.lab.sweep import chosen_rate, tune
 from weightsmith.lab.task import Batch, Task
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Fitted
@@ -104,14 +104,7 @@ def metrics(config: Config) -> list[Metric]:
         Metric("early_loss", "A: early loss", "lower", ".3f", help="Validation loss early on, shared rate."),
         replace(score, name="shared_score", label=f"A: {score.label}", help="At the end, shared rate."),
         replace(score, label=f"B: {score.label}", help="At the end, at the rate chosen on validation data."),
-        Metric(
-            "best_lr",
-            "B: chosen learning rate",
-            None,
-            ".3g",
-            help="The rate with the best validation score.",
-            chosen_by=tuple(arm.name for arm in arms(config)),
-        ),
+        chosen_rate(arms(config), "B: chosen learning rate"),
         Metric("first_gradient", "first gradient", None, ".3f", help="L2 norm of the first batch's gradient."),
         Metric("parameters", "trainable parameters", None, ".0f", help="How many numbers train."),
         Metric("setup_ms", "setup ms", "lower", ".1f", help="Time to put the adapter on the model.", cost=True),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightsmith.core.device import default_device
 from weightsmith.core.errors import UsageError, require
 from weightsmith.experiments.adapters import with_lora
 from weightsmith.experiments.policies import PolicyConfig, small_start, small_step_seconds
@@ -99,7 +100,7 @@ def _step_seconds(task: PolicyTask, config: PolicyConfig) -> float:
     if not config.model:
         return small_step_seconds(task, config)
     seed_everything(0)
-    model = language_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = language_model(config).to(default_device())
     new = min(config.max_tokens, _TIMED_TOKENS)
     ids = torch.randint(model.config.vocab_size, (config.samples, _TIMED_TOKENS), device=model.device)
 

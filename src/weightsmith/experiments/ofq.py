@@ -216,7 +216,7 @@ def _train(config: Config, job: Job, task: Task, model: nn.Module, teacher: nn.M
         hooks.append(Hook(before_step=freezing.step, state=freezing))
     if job.arm == "lsq-dampening":
         damp = Dampening(model, steps, weight=config.dampening)
-        hooks += [Hook(before_step=lambda: damp().backward()), Hook(before_step=damp.step, state=damp)]
+        hooks.append(Hook(penalty=damp, before_step=damp.step, state=damp))
     with taught(model, teacher, task) as loss:
         fit = partial(config.fit, model, optimizer, task, loss=loss if tracker is not None else None, hooks=hooks)
         fitted = fit(

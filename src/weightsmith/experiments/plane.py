@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.lab.job import Job
+from weightsmith.lab.minimize import minimize
 
 ALIGNED = 0.999  # cosine from which on the optimum counts as reached
 _STEPS, _LR, _STARTS = 200, 0.1, 8
@@ -24,14 +25,16 @@ def solve(optimizer_of: Callable[[list[Tensor], float], torch.optim.Optimizer], 
     optimizer = optimizer_of(list(points), _LR)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0  # the problem is about the norm that momentum adds
-    steps = torch.full((_STARTS,), float(_STEPS))
-    for step in range(_STEPS + 1):
+    rows: list[tuple[float, Tensor]] = []
+
+    def loss(step: int) -> Tensor:
         w = torch.cat(points)
         cosine = w[:, 0] / w.norm(dim=1)
-        norm = w.norm(dim=1).mean().item()
-        job.record({"step": step, "norm": norm, "cosine": cosine.mean().item()}, phase="plane")
-        steps = torch.where((cosine > ALIGNED) & (steps == _STEPS), float(step), steps)
-        optimizer.zero_grad()
-        (-cosine).sum().backward()
-        optimizer.step()
-    return {"plane_norm": norm, "plane_steps": steps.mean().item()}
+        rows.append((w.norm(dim=1).mean().item(), cosine.detach()))
+        job.record({"step": step, "norm": rows[-1][0], "cosine": cosine.mean().item()}, phase="plane")
+        total: Tensor = -cosine.sum()
+        return total
+
+    minimize(optimizer, loss, steps=_STEPS + 1)
+    aligned = torch.stack([cosine > ALIGNED for _, cosine in rows[:-1]] + [torch.ones(_STARTS, dtype=torch.bool)])
+    return {"plane_norm": rows[-1][0], "plane_steps": aligned.int().argmax(0).float().mean().item()}

@@ -21,7 +21,7 @@ from weightsmith.experiments.matrices import MatricesAndRest
 from weightsmith.lab.experiment import Arm, Chart, Claim, Experiment, Metric, Value
 from weightsmith.lab.job import Job
 from weightsmith.lab.schedule import Schedule
-from weightsmith.lab.sweep import tune
+from weightsmith.lab.sweep import chosen_rate, tune
 from weightsmith.lab.task import Batch, forward
 from weightsmith.lab.tasks import TrainConfig, shared_task
 from weightsmith.lab.train import Fitted, Hook
@@ -125,14 +125,7 @@ def metrics(config: Config) -> list[Metric]:
     return [
         score,
         Metric("own_score", f"{score.label}, own rate", score.better, score.format, help="At the arm's own rate."),
-        Metric(
-            "best_lr",
-            "chosen learning rate",
-            None,
-            ".3g",
-            help="Of the weights, with the best validation score.",
-            chosen_by=tuple(arm.name for arm in arms(config)),
-        ),
+        chosen_rate(arms(config), help="Of the weights, with the best validation score."),
         Metric("max_weight", "largest weight", "lower", ".2f", help="Largest absolute weight after training."),
         Metric("sd_weight", "sd of weights", None, ".3f", help="Standard deviation of all weights after training."),
         Metric("near_zero", "near zero %", "lower", ".1f", help=f"Share of weights within {_NEAR_ZERO} of zero."),

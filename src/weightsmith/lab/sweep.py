@@ -9,13 +9,20 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.lab.experiment import Better
+from weightsmith.lab.experiment import Arm, Better, Metric
 from weightsmith.lab.job import Job
 from weightsmith.lab.task import Task
 from weightsmith.lab.tasks import TaskConfig
 from weightsmith.lab.train import Fitted
 
 Result = TypeVar("Result")
+
+
+def chosen_rate(
+    arms: Sequence[Arm], label: str = "chosen learning rate", help: str = "The rate with the best validation score."
+) -> Metric:
+    """What tells which learning rate each arm has chosen, as ``best_lr``: a choice between near equals."""
+    return Metric("best_lr", label, None, ".3g", help=help, chosen_by=tuple(arm.name for arm in arms))
 
 
 @dataclass(frozen=True, slots=True)

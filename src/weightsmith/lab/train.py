@@ -47,6 +47,7 @@ class Hook:
     """What happens around the steps of a training run.
 
     Attributes:
+        penalty: Gives a scalar whose gradient is added to those of the loss, after they are clipped.
         before_step: Called when gradients are complete, unscaled and clipped, before the optimizer's step.
         after_step: Called after it.
         after_row: Gives further numbers to record with every row, from the model without any wrapper; called on every
@@ -54,6 +55,7 @@ class Hook:
         state: What is saved with the run in flight and restored when it resumes.
     """
 
+    penalty: Callable[[], Tensor] | None = None
     before_step: Callable[[], None] | None = None
     after_step: Callable[[], None] | None = None
     after_row: Callable[[nn.Module], Row] | None = None
@@ -216,6 +218,8 @@ def fit(
                 elif hooks:
                     accelerator.unscale_gradients()
                 for hook in hooks:
+                    if hook.penalty is not None:
+                        hook.penalty().backward()
                     if hook.before_step is not None:
                         hook.before_step()
                 take_step()

@@ -8,6 +8,7 @@ Tijmen Blankevoort, ICML 2022, arXiv 2203.11086.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -63,6 +64,29 @@ class Freezing(Oscillation):
         return codes
 
 
+@dataclass(frozen=True, slots=True)
+class _Cosine:
+    """A value that moves along half a cosine from ``first`` to ``last`` once a part of the steps has passed."""
+
+    first: float
+    last: float
+    steps: int
+    start: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"steps must be at least 1, got {self.steps}")
+        if not 0 <= self.start < 1:
+            raise UsageError(f"start must be at least 0 and below 1, got {self.start}")
+
+    def at(self, taken: int) -> float:
+        """The value after as many steps; 0 before it begins."""
+        progress = (taken / self.steps - self.start) / (1 - self.start)
+        if progress < 0:
+            return 0.0
+        return self.last + 0.5 * (self.first - self.last) * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
 class IterativeFreezing:
     """Freezes low-bit weights that oscillate, at a threshold that falls along a cosine.
 
@@ -89,14 +113,14 @@ class IterativeFreezing:
         start: float = 0.25,
         momentum: float = 0.01,
     ) -> None:
-        _check_schedule(steps, start)
+        self._schedule = _Cosine(*threshold, steps, start)
         if not 0 < threshold[1] <= threshold[0] <= 1:
             raise UsageError(f"threshold must fall from at most 1 to above 0, got {threshold}")
         if momentum >= threshold[1]:
             raise UsageError(
                 f"momentum must be below the last threshold {threshold[1]}, or one oscillation freezes: got {momentum}"
             )
-        self._model, self.steps, self.start, self._range, self.taken = model, steps, start, threshold, 0
+        self._model, self.taken = model, 0
         self._sites = {site.name: site for site in low_bit_sites(model)}
         self._states = {
             name: Freezing(site.quantizer.codes(site.latent()), momentum) for name, site in self._sites.items()
@@ -105,8 +129,7 @@ class IterativeFreezing:
     @property
     def threshold(self) -> float:
         """The present threshold; 0 before freezing begins."""
-        progress = _progress(self.taken, self.steps, self.start)
-        return 0.0 if progress is None else _cosine(*self._range, progress)
+        return self._schedule.at(self.taken)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -165,20 +188,18 @@ class Dampening:
         start: float = 0.25,
         aggregate: Literal["row", "sum"] = "row",
     ) -> None:
-        _check_schedule(steps, start)
+        self._schedule = _Cosine(0.0, weight, steps, start)
         if aggregate not in ("row", "sum"):
             raise unknown("aggregate", aggregate, ("row", "sum"))
         if weight < 0:
             raise UsageError(f"weight must not be negative, got {weight}")
-        self.steps, self.start, self.aggregate, self.taken = steps, start, aggregate, 0
-        self._largest = weight
+        self.aggregate, self.taken = aggregate, 0
         self._sites = low_bit_sites(model)
 
     @property
     def weight(self) -> float:
         """The present weight of the penalty."""
-        progress = _progress(self.taken, self.steps, self.start)
-        return 0.0 if progress is None else _cosine(0.0, self._largest, progress)
+        return self._schedule.at(self.taken)
 
     def __call__(self) -> Tensor:
         """Return the penalty to add to the loss, a scalar that only latent weights get gradients from."""
@@ -217,20 +238,3 @@ def dampening(quantizer: WeightQuantizer, rows: Tensor, aggregate: Literal["row"
 
 def _distance(site: Site, aggregate: Literal["row", "sum"]) -> Tensor:
     return dampening(site.quantizer, site.rows(), aggregate)
-
-
-def _check_schedule(steps: int, start: float) -> None:
-    if steps < 1:
-        raise UsageError(f"steps must be at least 1, got {steps}")
-    if not 0 <= start < 1:
-        raise UsageError(f"start must be at least 0 and below 1, got {start}")
-
-
-def _progress(taken: int, steps: int, start: float) -> float | None:
-    """Share of the time since ``start`` that has passed, ``None`` before."""
-    progress = (taken / steps - start) / (1 - start)
-    return None if progress < 0 else min(progress, 1.0)
-
-
-def _cosine(first: float, last: float, progress: float) -> float:
-    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * progress))
