@@ -134,3 +134,12 @@ def test_what_does_not_fit_is_refused(call, message):
 def test_integers_have_no_effective_rank():
     with pytest.raises(TypeError, match="floating-point"):
         effective_rank(torch.ones(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("units", [3, 9])
+def test_complex_activity_has_one_alignment_whichever_way_it_is_computed(units):
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(5, units, generator=generator, dtype=torch.complex128) for _ in range(2))
+    r0, r1 = before @ before.mH, after @ after.mH
+    expected = (torch.vdot(r0.flatten(), r1.flatten()).real / (r0.norm() * r1.norm())).item()
+    assert representation_alignment(before, after) == pytest.approx(expected)

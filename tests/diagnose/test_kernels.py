@@ -364,3 +364,45 @@ def test_frozen_parameters_count_when_asked_for():
     everything = tangent_kernel(model, x, params="*")
     assert everything.plan.parameters - left_out.plan.parameters == 12
     assert not model[0].weight.requires_grad
+
+
+class LastStep(nn.Module):
+    """Positions first, and only the last one is read, as a recurrent model on sequences does."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.into(x.transpose(0, 1)))[-1])
+
+
+@pytest.mark.parametrize("samples", [1, 4, 5])
+def test_as_many_positions_as_samples_are_not_taken_for_samples(samples):
+    torch.manual_seed(0)
+    model, x = LastStep().double(), torch.randn(samples, 5, 3, dtype=torch.float64)
+    kernel = tangent_kernel(model, x, options=KernelOptions(method="contract"))
+    assert kernel.plan.contracted == 1
+    torch.testing.assert_close(kernel.matrix, one_by_one(model, x))
+
+
+class Routed(nn.Module):
+    """An expert that gets as many tokens as there are samples: one of the first and of the last, two of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.expert, self.out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.into(x)
+        tokens, chosen = h.flatten(0, 1), (x[..., 0] > 0).flatten()
+        expert = torch.zeros_like(tokens).index_add(0, chosen.nonzero()[:, 0], torch.tanh(self.expert(tokens[chosen])))
+        return self.out(expert.view_as(h).mean(1))
+
+
+def test_as_many_tokens_as_samples_are_not_taken_for_samples():
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.randn(4, 3, 3, dtype=torch.float64)
+    x[..., 0] = torch.tensor([[1, -1, -1], [1, 1, -1], [-1, -1, -1], [-1, -1, 1]])
+    kernel = tangent_kernel(model, x, options=KernelOptions(method="contract"))
+    torch.testing.assert_close(kernel.matrix, one_by_one(model, x))

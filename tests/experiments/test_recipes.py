@@ -170,3 +170,20 @@ def test_every_available_technique_has_a_rule_and_says_why_not():
     assert found["flexround"].applies
     assert {item.slug: item.applies for item in suggest(Net())}["ofq"]
     assert not any(item.applies for item in suggest(nn.ReLU()))
+
+
+def test_adamp_decays_groups_that_say_nothing_as_adamw_does():
+    layer = nn.Linear(3, 3)
+    groups = [{"params": [layer.weight]}, {"params": [layer.bias], "weight_decay": 0.0}]
+    trial = Trial(0, recipes=recipes("adamp"))
+    trial.model(layer)
+    optimizer = trial.optimizer(torch.optim.AdamW, groups, lr=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-2, 0.0]
+
+
+def test_adamp_refuses_the_coupled_decay_of_a_group_of_adam():
+    trial = Trial(0, recipes=recipes("adamp"))
+    layer = trial.model(nn.Linear(3, 3))
+    groups = [{"params": layer.parameters(), "weight_decay": 0.1}]
+    with pytest.raises(UsageError, match="adamp decays as AdamW does"):
+        trial.optimizer(torch.optim.Adam, groups, lr=0.1)

@@ -111,3 +111,11 @@ def test_where_nothing_can_be_done_it_says_so(where, message):
 def test_a_where_of_another_type_is_refused():
     with pytest.raises(TypeError, match="where must be"):
         apply_(nn.Linear(2, 2), cut, 3)
+
+
+def test_a_function_that_changes_nothing_in_place_is_refused():
+    model = nn.RNN(3, 4)
+    before = model.weight_hh_l0.clone()
+    with pytest.raises(UsageError, match="must change weight_hh_l0 in place"):
+        apply_(model, lambda w: 2 * w)
+    assert torch.equal(model.weight_hh_l0, before)

@@ -163,6 +163,24 @@ def test_complex_weights_equal_their_real_view(optimizer_class, options):
         torch.testing.assert_close(torch.view_as_real(got), want)
 
 
+@FORMS
+@BOTH
+def test_a_gradient_that_autograd_leaves_conjugated_is_taken(optimizer_class, options):
+    w, g = randn(4, 6, dtype=torch.complex64), randn(4, 6, seed=1, dtype=torch.complex64)
+    assert g.conj().is_conj()
+    got, _ = step(optimizer_class, w.clone(), g.conj(), **options)
+    want, _ = step(optimizer_class, w.clone(), g.conj().resolve_conj(), **options)
+    torch.testing.assert_close(got, want)
+
+
+@FORMS
+def test_without_eps_a_zero_gradient_is_not_projected_and_raises_nothing(options):
+    w = randn(4, 3)
+    got, optimizer = step(SGDP, w.clone(), torch.zeros(4, 3), eps=0.0, weight_decay=0.0, **options)
+    assert viewed(optimizer) == "none"
+    assert torch.equal(got, w)
+
+
 @pytest.mark.filterwarnings("ignore::weightsmith.core.errors.WeightsmithWarning")
 @BOTH
 def test_a_complex_vector_is_a_vector(optimizer_class):
@@ -222,6 +240,8 @@ def test_a_parameter_that_changes_dtype_and_values_between_steps_goes_on(optimiz
         (AdamP, "wd_ratio", 1.5),
         (AdamP, "betas", (0.9, 1.0)),
         (AdamP, "betas", (-0.1, 0.9)),
+        (AdamP, "betas", (0.9,)),
+        (AdamP, "betas", 0.9),
         (SGDP, "momentum", 1.0),
         (SGDP, "momentum", -0.1),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import adamp
-from weightsmith.core.errors import WeightsmithWarning
+from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.optim import SGDP, AdamP
 
 SHAPES = [(6, 5), (4, 3, 3, 3), (6,), ()]
@@ -127,6 +127,38 @@ def test_adamw_state_goes_on_as_adamw_while_nothing_is_projected():
     assert (ours.param_groups[0]["lr"], ours.param_groups[0]["wd_ratio"]) == (0.01, 0.1)
     for a, b in zip(run(ours, 3, 6), run(theirs, 3, 6), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_adam_state_loads_and_its_coupled_decay_is_told_to_be_missing():
+    theirs = torch.optim.Adam(make_params(), weight_decay=0.1)
+    run(theirs, 0, 1)
+    with pytest.warns(WeightsmithWarning, match="decoupled_weight_decay=False"):
+        AdamP(make_params()).load_state_dict(theirs.state_dict())
+
+
+def test_a_momentum_that_sgdp_does_not_have_is_refused_and_nothing_is_loaded():
+    theirs, ours = torch.optim.SGD(make_params(), momentum=1.0), SGDP(make_params(), momentum=0.9)
+    run(theirs, 0, 1)
+    with pytest.raises(UsageError, match="momentum must be"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["momentum"] == 0.9
+    assert not ours.state
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
+def test_steps_are_counted_exactly_whatever_the_default_dtype_is(default):
+    w = nn.Parameter(torch.ones(2, 2))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        optimizer = AdamP([w], lr=0.0)
+        for _ in range(258):
+            w.grad = torch.ones_like(w)
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    finally:
+        torch.set_default_dtype(before)
+    assert optimizer.state[w]["step"] == 258
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -96,3 +96,23 @@ def test_learned_pairs_load_without_a_warning() -> None:
     source, model = compand_(small(), 0.5, 1.0, learnable=True), compand_(small(), learnable=True)
     model.load_state_dict(source.state_dict())
     assert torch.equal(model[3].weight, source[3].weight)
+
+
+def test_plain_state_dict_folds_other_parametrizations_too_and_does_not_advance_them() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 2), nn.Linear(2, 2))
+    compand_(model, where=["0", "1"], allow_existing=True, learnable=True, positive=True)
+    before = copy.deepcopy(model.state_dict())
+    plain = plain_state_dict(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    folded = fold_(model).state_dict()
+    assert plain.keys() == folded.keys()
+    assert all(torch.equal(plain[key], value) for key, value in folded.items())
+
+
+def test_a_checkpoint_of_another_curve_is_refused(tmp_path) -> None:
+    torch.save(compand_(small(), fn="erf", a=2.0).state_dict(), tmp_path / "checkpoint.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    with pytest.raises(RuntimeError, match="trained with fn='erf' and is 'arctan' here"):
+        compand_(small(), a=2.0).load_state_dict(state)
+    compand_(small(), fn="erf", a=2.0).load_state_dict(state)
+    compand_(small(), a=2.0).load_state_dict(dict(state))  # where the curve has not been kept, nothing is compared

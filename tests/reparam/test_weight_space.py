@@ -356,3 +356,17 @@ def test_optimizers_that_cannot_work_are_refused() -> None:
     plain = small()
     with pytest.raises(ValueError, match="holds no companded weight"):
         InWeightSpace(SGD(plain.parameters(), 0.1), plain)
+
+
+@pytest.mark.parametrize(("a", "b"), [(-0.5, 1.0), (0.5, -1.0), (-0.5, -1.0)])
+def test_a_learned_pair_that_has_crossed_zero_is_stepped_by_its_negative_slope(a, b) -> None:
+    layer = compand_(nn.Linear(3, 2, bias=False).double(), 0.5, 1.0, learnable=True)
+    compander = layer.parametrizations.weight[0]
+    with torch.no_grad():
+        compander.a.fill_(a)
+        compander.b.fill_(b)
+    v, w = original(layer).detach().clone(), layer.weight.detach().clone()
+    optimizer = InWeightSpace(SGD([original(layer)], lr=0.1), layer)
+    (layer.weight.square().sum() / 2).backward()
+    optimizer.step()
+    assert_close(original(layer).detach(), v - 0.1 * compander.derivative(v) * w)

@@ -1,6 +1,7 @@
 """``weightsmith diagnose`` on checkpoints of several kinds."""
 
 import json
+from collections import UserDict
 
 import pytest
 import torch
@@ -119,3 +120,12 @@ def test_what_cannot_be_done_is_said_in_one_line(folder, capsys, words, message)
     said = capsys.readouterr().err
     assert message in said
     assert not (folder / "diagnose.html").exists()
+
+
+def test_the_first_samples_leave_what_counts_no_samples_whole():
+    from weightsmith.tools.diagnose import _first
+
+    inputs = UserDict({"x": torch.zeros(6, 8), "mask": torch.zeros(8, 8), "flag": True})
+    cut = _first(inputs, 0, 4)
+    assert (cut["x"].shape, cut["mask"].shape, cut["flag"]) == ((4, 8), (8, 8), True)
+    assert [tensor.shape for tensor in _first([torch.zeros(8, 6), torch.zeros(8)], 1, 4)] == [(8, 4), (8,)]

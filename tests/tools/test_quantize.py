@@ -424,3 +424,11 @@ def test_perplexity_counts_every_predicted_token_equally(folder, bos):
         losses += [F.cross_entropy(logits[i], ids[i + 1]).item() for i in range(len(ids) - 1)]
     assert found.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (found.tokens, found.bos, found.window) == (len(losses), bos, 6)
+
+
+@pytest.mark.parametrize(("bos", "window"), [(False, 64), (True, 63)])
+def test_a_window_with_its_bos_is_no_longer_than_what_the_model_takes(folder, bos, window):
+    from weightsmith.tools.quantize.command import _Judge
+    from weightsmith.tools.quantize.source import Source
+
+    assert _Judge(Source(folder / "llama"), folder / "text.jsonl", 2048, bos, None).window == window

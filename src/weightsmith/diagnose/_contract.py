@@ -127,49 +127,62 @@ def record(function: Function) -> Recorded:
 
 
 def _confirmed(function: Function, out: Tensor, found: dict[str, list[Use]]) -> dict[str, list[Use]]:
-    """Those whose gradient, for one sample, is what autograd says; their batch axes are found on the way."""
+    """Those whose gradient is what autograd says; their batch axes are found on the way."""
     if not found or not out.requires_grad:
         return {}
     uses = list({id(use): use for parts in found.values() for use in parts}.values())
-    sample = function.samples - 1
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(out.shape[1], generator=generator).to(out)
+    weights, factors = (torch.randn(size, generator=generator).to(out) for size in reversed(out.shape))
     wanted = [*(use.result for use in uses), *(function.params[name] for name in found)]
-    grads = torch.autograd.grad((out[sample] * weights).sum(), wanted, retain_graph=True, allow_unused=True)
-    deltas = {
-        id(use): torch.zeros_like(use.result) if grad is None else grad for use, grad in zip(uses, grads, strict=False)
+    total = out @ weights
+    plain, scaled = (
+        torch.autograd.grad(loss.sum(), wanted, retain_graph=True, allow_unused=True)
+        for loss in (total, total * factors)
+    )
+    deltas: dict[int, Tensor] = {}
+    for use, before, after in zip(uses, plain, scaled, strict=False):
+        delta = torch.zeros_like(use.result) if after is None else after
+        possible = _axes(use, torch.zeros_like(delta) if before is None else before, delta, factors)
+        if len(possible) == 1 or (possible and function.samples == 1):  # of one sample and one position, either will do
+            use.axis = possible[0]
+            deltas[id(use)] = delta
+    return {
+        name: parts
+        for (name, parts), expected in zip(found.items(), scaled[len(uses) :], strict=True)
+        if all(id(use) in deltas for use in parts) and _agrees(function.params[name], name, parts, deltas, expected)
     }
-    usable = {}
-    for use in uses:
-        axis = _axis(use, deltas[id(use)], function.samples, sample)
-        if axis is not None:
-            use.axis = axis
-            usable[id(use)] = use
-    kept = {}
-    for (name, parts), expected in zip(found.items(), grads[len(uses) :], strict=True):
-        if not all(id(use) in usable for use in parts):
-            continue
-        total = torch.zeros_like(function.params[name])
-        for use in parts:
-            d, h = use.after(deltas[id(use)][None])[sample, 0], use.before()[sample]
-            total = total + ((d.mT @ h).reshape(total.shape) if use.weight == name else d.sum(0))
-        expected = torch.zeros_like(total) if expected is None else expected
-        scale = max(float(expected.abs().max()), float(total.abs().max()), 1e-30)
-        if float((total - expected).abs().max()) <= 1000 * torch.finfo(total.dtype).eps * scale:
-            kept[name] = parts
-    return kept
 
 
-def _axis(use: Use, delta: Tensor, samples: int, sample: int) -> int | None:
-    """The dimension of a result that counts samples: off the one sample, its derivatives are zero."""
-    last = 1 if use.conv is not None else max(1, delta.dim() - 1)
-    for axis in range(last):
-        if delta.shape[axis] == samples and use.inputs.shape[axis] == samples:
-            others = delta.abs().movedim(axis, 0).flatten(1).sum(1) if delta.dim() > 1 else delta.abs()
-            others[sample] = 0
-            if not others.any():
-                return axis
-    return None
+def _agrees(parameter: Tensor, name: str, parts: list[Use], deltas: dict[int, Tensor], expected: Tensor | None) -> bool:
+    total = torch.zeros_like(parameter)
+    for use in parts:
+        d = use.after(deltas[id(use)][None])[:, 0]
+        product = torch.einsum("nto,nti->oi", d, use.before()) if use.weight == name else d.sum((0, 1))
+        total = total + product.reshape(total.shape)
+    return _close(total, torch.zeros_like(total) if expected is None else expected)
+
+
+def _axes(use: Use, plain: Tensor, scaled: Tensor, factors: Tensor) -> list[int]:
+    """The dimensions of a result that may count samples: with the outputs of each, its derivatives there are scaled.
+
+    That a size is the number of samples proves nothing: there may be as many positions, or an expert may get as many
+    tokens.
+    """
+    samples = len(factors)
+    found = []
+    for axis in range(1 if use.conv is not None else plain.dim() - 1):
+        if plain.shape[axis] == samples and use.inputs.shape[axis] == samples:
+            shape = [-1 if i == axis else 1 for i in range(plain.dim())]
+            if _close(plain * factors.to(plain).view(shape), scaled):
+                found.append(axis)
+    return found
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if not one.numel():
+        return True
+    scale = max(float(one.abs().max()), float(other.abs().max()), 1e-30)
+    return float((one - other).abs().max()) <= min(1000 * torch.finfo(one.dtype).eps, 0.05) * scale
 
 
 def accumulate(recorded: Recorded, names: list[str], dtype: torch.dtype, budget: int, trace: bool, add: Add) -> None:

@@ -173,7 +173,8 @@ def _same_shape(name: str, one: Tensor, other: Tensor) -> None:
 
 
 def _product(one: Tensor, other: Tensor) -> float:
-    return torch.vdot(*(t.detach().to(one.device, torch.float64).flatten() for t in (one, other))).item()
+    dtype = _double(one) if one.is_complex() else _double(other)
+    return torch.vdot(*(t.detach().to(one.device, dtype).flatten() for t in (one, other))).real.item()
 
 
 def _squares(t: Tensor) -> float:

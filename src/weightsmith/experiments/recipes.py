@@ -36,12 +36,13 @@ class _Projected(Recipe):
         extra = {name for name, value in plan.options.items() if name not in self.allowed and value}
         if extra:
             raise UsageError(f"{self.name} has no option {', '.join(sorted(extra))}")
-        if plan.make is torch.optim.Adam and plan.options.get("weight_decay"):
+        decays = any(options.get("weight_decay") for options in (plan.options, *plan.groups))
+        if plan.make is torch.optim.Adam and decays:
             raise UsageError(
                 "adamp decays as AdamW does, this training uses Adam with weight_decay: use torch.optim.AdamW"
             )
         options = {name: value for name, value in plan.options.items() if name in self.allowed}
-        if plan.make is torch.optim.AdamW and not any("weight_decay" in group for group in plan.groups):
+        if plan.make is torch.optim.AdamW:  # for groups that say nothing
             options.setdefault("weight_decay", 1e-2)  # AdamW's own default
         return replace(plan, make=self.makes, options=options)
 

@@ -73,7 +73,9 @@ def apply_(model: nn.Module, fn: Callable[[Tensor], object], where: WhereParamet
         copy = parameter.detach().clone()
         matrices = list(_matrices(copy, _holder(slots)))
         for put, matrix in matrices:
-            fn(matrix)
+            made = fn(matrix)
+            if isinstance(made, Tensor) and made.data_ptr() != matrix.data_ptr():
+                raise UsageError(f"fn must change {name} in place, and it returned another tensor: nothing has changed")
             put(matrix)
         written[name] = (parameter, copy, len(matrices))
     if not written and all(parameter.dim() < 2 for parameter, _ in chosen.values()):

@@ -116,11 +116,12 @@ class ProjectedOptimizer(Optimizer):
             state = self.state[p]
             if not state:
                 if self.counts_steps:
-                    state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
+                    device = p.device if group["capturable"] else "cpu"
+                    state["step"] = torch.zeros((), dtype=count_dtype(), device=device)
                 for key in self.moments:
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
             params.append(p)
-            grads.append(p.grad)
+            grads.append(p.grad.resolve_conj())  # autograd leaves complex gradients conjugated, which has no real view
             if self.counts_steps:
                 steps.append(state["step"])
             for key, values in zip(self.moments, moments, strict=True):
@@ -215,15 +216,21 @@ class ProjectedOptimizer(Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:
+            self._check(defaults | group)  # torch.optim.SGD takes a momentum of 1, by which SGDP would divide
         super().__setstate__(state)
         self._views = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            foreign = [name for name in ("amsgrad", "caution") if group.get(name)]
+            foreign = [f"{name}=True" for name in ("amsgrad", "caution") if group.get(name)]
+            if group["weight_decay"]:  # Adam's, which adds to the gradient
+                coupled = ("decoupled_weight_decay", "weight_decouple")
+                foreign += [f"{name}=False" for name in coupled if group.get(name) is False]
             if foreign:
                 warnings.warn(
-                    f"the loaded state was made with {foreign[0]}=True, which {type(self).__name__} does not have; "
+                    f"the loaded state was made with {foreign[0]}, which {type(self).__name__} does not have; "
                     "training goes on without it",
                     WeightsmithWarning,
                     stacklevel=3,
@@ -238,6 +245,11 @@ class ProjectedOptimizer(Optimizer):
         """
         views = [self._views.get(index, []) for index in range(len(self.param_groups))]
         return [statistics(group["params"], seen) for group, seen in zip(self.param_groups, views, strict=True)]
+
+
+def count_dtype() -> torch.dtype:
+    """Of step counts: half precision, which may be the default dtype, stops counting at 256."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def _native(p: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from weightsmith.core.errors import UsageError
-from weightsmith.optim._base import Group, ProjectedOptimizer
+from weightsmith.optim._base import Group, ProjectedOptimizer, count_dtype
 from weightsmith.optim.projection import invariant_view, materialized, project
 
 
@@ -111,8 +111,9 @@ class AdamP(ProjectedOptimizer):
 
     def _check(self, group: Group) -> None:
         super()._check(group)
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise UsageError(f"betas must both be in [0, 1), got {group['betas']}")
+        betas = group["betas"]
+        if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise UsageError(f"betas must be two numbers in [0, 1), got {betas}")
 
     def _decay(self, group: Group) -> Any:
         return group["lr"] * group["weight_decay"]
@@ -179,4 +180,4 @@ class AdamP(ProjectedOptimizer):
                 if not held:
                     continue
                 device = p.device if group["capturable"] else "cpu"
-                held["step"] = torch.as_tensor(held.get("step", common), dtype=torch.get_default_dtype(), device=device)
+                held["step"] = torch.as_tensor(held.get("step", common), dtype=count_dtype(), device=device)

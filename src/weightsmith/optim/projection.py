@@ -235,4 +235,5 @@ def _dense_row_dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _flat_cosine(x: Tensor, y: Tensor, eps: float) -> float:
     xy, xx, yy = torch.dot(x, y).item(), torch.dot(x, x).item(), torch.dot(y, y).item()
-    return abs(xy) / (max(math.sqrt(xx), eps) * max(math.sqrt(yy), eps))
+    norms = max(math.sqrt(xx), eps) * max(math.sqrt(yy), eps)
+    return abs(xy) / norms if norms else math.nan  # eps = 0, or both so small that the product vanishes

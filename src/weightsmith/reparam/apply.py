@@ -50,8 +50,8 @@ def compand_(
 
     Args:
         model: Changed in place, after everything has been checked.
-        a: Height of the curve; the paper's best lie in 0.5 to 1.0, for ``learnable=True`` it starts from 0.5.
-        b: Width of the curve; the paper's best lie in 0.5 to 1.0, for ``learnable=True`` it starts from 1.0.
+        a: Height of the curve; the paper's best lie in 0.5 to 1.0. The paper starts learned ones from 0.5.
+        b: Width of the curve; the paper's best lie in 0.5 to 1.0. The paper starts learned ones from 1.0.
         fn: ``"arctan"`` (the Weight Compander), ``"arcsinh"``, ``"erf"`` or your own `Curve`.
         learnable: Train ``a`` and ``b`` along with the weights.
         share: One learned pair per ``"layer"`` (the paper's *fine*) or one for the whole ``"model"`` (*coarse*).

@@ -170,7 +170,18 @@ class WeightCompander(nn.Module):
         dtype = _precision(like)
         return self.a.to(like.device, dtype), self.b.to(like.device, dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # torch keeps it with the state dict; a safetensors file does not
+            destination._metadata[prefix[:-1]]["curve"] = self.curve.name
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        metadata, *_, errors = args
+        if (curve := metadata.get("curve", self.curve.name)) != self.curve.name:
+            errors.append(
+                f"{prefix[:-1]} was trained with fn={curve!r} and is {self.curve.name!r} here, which would make other "
+                f"weights of the same numbers: compand_(model, fn={curve!r}) before loading."
+            )
         for name in () if self.learnable else ("a", "b"):
             mine, stored = _number(getattr(self, name)), _number(state_dict.get(prefix + name, torch.tensor(math.nan)))
             if not (math.isnan(mine) or math.isnan(stored) or math.isclose(mine, stored, rel_tol=1e-6)):

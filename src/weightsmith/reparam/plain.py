@@ -1,12 +1,14 @@
 """Plain checkpoints into a companded model and out of it: both sides keep the keys the user brought."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.modes import evaluating
 from weightsmith.reparam.apply import Site, sites
 
 
@@ -15,12 +17,18 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return what ``fold_(model).state_dict()`` would hold, and leave ``model`` as it is.
 
     Args:
-        model: A companded model.
+        model: A companded model; what else is parametrized becomes plain as well.
     """
     state = dict(model.state_dict())
-    for site in sites(model, every_owner=True):
-        state = {key: value for key, value in state.items() if not key.startswith(_prefix(site))}
-        state[site.name] = getattr(site.module, site.attribute).detach()
+    with evaluating(model):  # a parametrization with training-time state (spectral norm) must not advance it
+        for name, module in model.named_modules():
+            if not parametrize.is_parametrized(module) or ".parametrizations." in f".{name}.":
+                continue  # what is inside of a parametrization goes with it
+            path = f"{name}." if name else ""
+            for attribute in cast(nn.ModuleDict, module.parametrizations):
+                prefix = f"{path}parametrizations.{attribute}."
+                state = {key: value for key, value in state.items() if not key.startswith(prefix)}
+                state[path + attribute] = getattr(module, attribute).detach()
     return state
 
 

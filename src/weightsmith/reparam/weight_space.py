@@ -147,8 +147,9 @@ class InWeightSpace(torch.optim.Optimizer):
                 continue
             slope, w = compander.derivative(v), compander(v)
             swapped.append((v, v.clone(), w, slope, v.grad))
-            # where the slope has underflowed so has the gradient: 0, not 0 / 0
-            v.grad = (v.grad / slope.clamp_min(torch.finfo(slope.dtype).tiny)).to(v.dtype)
+            # where the slope has underflowed so has the gradient: 0, not 0 / 0. A learned pair may make it negative.
+            tiny = torch.finfo(slope.dtype).tiny
+            v.grad = (v.grad / slope.where(slope.abs() >= tiny, tiny)).to(v.dtype)
             v.copy_(w)
         try:
             self.optimizer.step()

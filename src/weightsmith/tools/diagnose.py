@@ -11,6 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.display import markup
@@ -155,15 +156,15 @@ def _module(name: str, argument: str) -> nn.Module:
 
 
 def _first(inputs: Any, batch_dim: int, samples: int) -> Any:
-    if isinstance(inputs, Tensor):
-        return (
-            inputs.narrow(batch_dim, 0, min(samples, inputs.shape[batch_dim])) if inputs.dim() > batch_dim else inputs
-        )
-    if isinstance(inputs, Mapping):
-        return {name: _first(value, batch_dim, samples) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_first(value, batch_dim, samples) for value in inputs)
-    return inputs
+    """The first samples; tensors of another length than the first one (masks over positions) stay whole."""
+    leaves, spec = tree_flatten(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    lengths = [leaf.shape[batch_dim] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > batch_dim]
+
+    def cut(leaf: Any) -> Any:
+        counts = isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == lengths[0]
+        return leaf.narrow(batch_dim, 0, min(samples, lengths[0])) if counts else leaf
+
+    return tree_unflatten([cut(leaf) for leaf in leaves], spec)
 
 
 def _weights_alone(before: str, after: str, params: tuple[str, ...], rank: str) -> LazinessReport:

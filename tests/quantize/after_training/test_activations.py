@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.quantize import Activations, Grid, LearningOptions, flexround_, quantize_activations_
 from weightsmith.quantize.after_training.activations import DynamicActivation, StaticActivation
 
@@ -88,11 +88,66 @@ def test_keys_and_values_can_be_quantized_too():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"bits": 1}, "bits must be"), ({"mode": "slow"}, "mode 'slow'"), ({"mode": "static"}, "calibration is needed")],
+    [
+        ({"bits": 1}, "bits must be"),
+        ({"kv_bits": 1}, "bits must be"),
+        ({"mode": "slow"}, "mode 'slow'"),
+        ({"mode": "static"}, "calibration is needed"),
+    ],
 )
 def test_wrong_arguments_are_refused(options, message):
+    model = nn.Sequential(net(), nn.ModuleDict({"k_proj": nn.Linear(8, 8)}))
     with pytest.raises(UsageError, match=message):
-        quantize_activations_(net(), **options)
+        quantize_activations_(model, **options)
+    assert not any(hasattr(module, "input_quantizer") for module in model.modules())
+
+
+class Experts(nn.Module):
+    """Calls layers by keyword, and one only for samples that are positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rare, self.never = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.first(input=x)
+        return torch.cat([y, self.rare(input=y[x[:, 0] > 0])])
+
+
+def test_layers_called_by_keyword_or_first_by_a_later_batch_are_quantized_and_others_told_of():
+    model, x = Experts(), draw(64, 8)
+    x[:, 0] = -1
+    x[40, 0] = 1
+    with pytest.warns(WeightsmithWarning, match="the input of never stays in floating point: no calibration batch"):
+        quantize_activations_(model, x, mode="static")
+    assert [name for name, module in model.named_modules() if hasattr(module, "input_quantizer")] == ["first", "rare"]
+    assert len(model(x[:8])) == 8  # no token for the expert
+
+
+def test_learned_activations_begin_at_the_first_batch_that_reaches_a_layer():
+    model, x = Experts(), draw(64, 8)
+    x[:, 0] = -1
+    x[40, 0] = 1
+    options = LearningOptions(activations=Activations(bits=4))
+    flexround_(model, x, Grid(4), blocks="whole", where=["first", "rare"], iterations=2, options=options)
+    assert hasattr(model.rare, "input_quantizer")
+
+
+def test_a_projection_that_attention_does_not_call_is_told_of():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.warns(WeightsmithWarning, match=r"self_attn.out_proj stays in floating point"):
+        quantize_activations_(layer)
+    assert hasattr(layer.linear1, "input_quantizer")
+    assert not hasattr(layer.self_attn.out_proj, "input_quantizer")
+    with pytest.raises(UsageError, match="does not call"):
+        quantize_activations_(layer, where="self_attn.out_proj")
+
+
+def test_outputs_of_keys_are_quantized_once_however_often_asked_for():
+    model = nn.ModuleDict({"k_proj": nn.Linear(8, 8)})
+    for _ in range(2):
+        quantize_activations_(model, kv_bits=4)
+    assert len(model["k_proj"]._forward_hooks) == 1
 
 
 def test_weights_and_activations_are_learned_together_with_random_dropping():

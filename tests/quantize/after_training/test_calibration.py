@@ -79,6 +79,19 @@ def test_sequences_of_unequal_length_are_padded_and_masked():
     assert batch.head(1).mask.tolist() == [[1, 1, 1]]
 
 
+def test_inputs_of_two_lengths_need_no_mask_while_each_has_one_length():
+    samples = [{"input_ids": torch.arange(5), "decoder_input_ids": torch.arange(3)} for _ in range(2)]
+    (batch,) = make_batches(samples, 2, CPU)
+    assert list(batch.inputs) == ["input_ids", "decoder_input_ids"]
+    assert batch.mask is None
+
+
+def test_the_mask_of_padding_is_that_of_the_encoder_whatever_comes_first():
+    samples = [{"decoder_input_ids": torch.arange(3), "input_ids": torch.arange(size)} for size in (4, 5)]
+    (batch,) = make_batches(samples, 2, CPU)
+    assert batch.mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
 def test_a_given_mask_is_kept():
     tokens = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     (batch,) = make_batches([tokens], None, CPU)

@@ -198,6 +198,22 @@ def test_direct_factors_stay_positive_and_safe_ones_stay_small():
     safe.log_s3.data.fill_(1)
     safe.project_()
     assert safe.strain() == pytest.approx(4)
+    both = FlexRound(torch.randn(3, 4), safe=True, parametrization="direct")
+    both.S2.data.fill_(1e3)
+    both.s3.data.fill_(2)
+    both.project_()
+    assert both.strain() == pytest.approx(4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"parametrization": "direct"}, {"learn_s1": False}, {"use_s3": False}, {"safe": True}], ids=str
+)
+def test_options_that_low_rank_factors_do_not_have_are_refused_not_ignored(options):
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = model[0].weight.clone()
+    with pytest.raises(UsageError, match="lrq=2"):
+        flexround_(model, torch.randn(8, 8), blocks="layers", iterations=1, lrq=2, **options)
+    assert torch.equal(model[0].weight, before)
 
 
 def test_it_is_a_parametrization_that_folds_saves_and_compiles():

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from weightsmith.core.errors import UsageError
 from weightsmith.quantize import Grid, quantized_weights, round_to_nearest_
 from weightsmith.quantize.after_training.rtn import RoundToNearest
 
@@ -124,3 +125,11 @@ def test_the_report_holds_the_model_and_its_facts_are_json_without_it():
     facts = report.facts()
     assert "model" not in facts
     assert json.loads(json.dumps(facts))["blocks"][0]["layers"][0]["name"] == "0.weight"
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_weights_without_elements_are_passed_by():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(0, 3), nn.Linear(4, 0)])
+    assert [layer.name for layer in round_to_nearest_(model).layers] == ["0.weight"]
+    with pytest.raises(UsageError, match="nothing to round"):
+        round_to_nearest_(model, where="1")

@@ -537,3 +537,12 @@ def test_packed_projections_are_exported(tmp_path):
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
     round_to_nearest_(model, None, Grid(8, search="minmax"))
     assert_onnx_keeps(model, torch.randn(2, 5, 16), tmp_path / "net.onnx")
+
+
+def test_steps_of_activations_come_back_in_the_precision_of_the_model(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8)).double(), torch.randn(40, 8, dtype=torch.float64)
+    round_to_nearest_(model)
+    quantize_activations_(model, x, mode="static")
+    save_quantized(model, tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out", nn.Sequential(nn.Linear(8, 8)).double())
+    assert torch.equal(loaded[0].input_quantizer.scale, model[0].input_quantizer.scale)

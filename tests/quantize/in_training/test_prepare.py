@@ -501,3 +501,20 @@ def test_all_processes_start_from_the_scales_of_the_first(tmp_path, monkeypatch)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_ends_are_found_where_layers_are_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(input=self.middle(input=self.first(input=x).relu()).relu())
+
+    model = prepare_ofq_(Named(), activation_bits=None, example=torch.randn(3, 4))
+    assert {site.name: site.quantizer.bits for site in sites(model)} == {
+        "first.weight": 8,
+        "middle.weight": 2,
+        "last.weight": 8,
+    }

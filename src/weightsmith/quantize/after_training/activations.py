@@ -5,13 +5,14 @@ applies. Static: LSQ, "Learned Step Size Quantization", Esser et al. 2020, arXiv
 dropping as in QDrop, arXiv 2203.05740. Dynamic: as in the FlexRound authors' code.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.errors import UsageError, WeightsmithWarning, unknown
 from weightsmith.core.modes import evaluating
 from weightsmith.core.rounding import round_ste
 from weightsmith.core.select import Where, select
@@ -71,7 +72,7 @@ class StaticActivation(nn.Module):
         """Quantize ``x`` of any shape."""
         levels = 2**self.bits - 1
         step = self.scale.abs().clamp_min(torch.finfo(torch.float32).eps)
-        slower = (x.numel() * levels) ** -0.5
+        slower = (max(1, x.numel()) * levels) ** -0.5  # an expert may get no tokens
         step = (step * slower + (step * (1 - slower)).detach()).to(x.dtype)
         zero = self.zero_point.to(x.dtype)
         # not in_training's `lsq`: here entries up to half a step past the range keep their gradient, as in QDrop's code
@@ -128,10 +129,11 @@ def quantize_activations_(
 
     Args:
         model: Gets a submodule ``input_quantizer`` on every chosen layer.
-        calibration: Needed for ``mode="static"``: the step is found on its first batch.
+        calibration: Needed for ``mode="static"``: the step is found on the first batch that reaches the layer.
         bits: Bit width, 2 to 8.
         mode: ``"dynamic"`` per token, or ``"static"`` per tensor.
-        where: Which layers; ``None``: every linear layer and convolution but the output embedding.
+        where: Which layers; ``None``: every linear layer and convolution but the output embedding. Layers that cannot
+            be quantized, because calibration data or ``nn.MultiheadAttention`` do not call them, are warned of.
         kv_bits: Also quantize, per token, what layers named ``k_proj`` and ``v_proj`` give.
 
     Returns:
@@ -141,6 +143,8 @@ def quantize_activations_(
         UsageError: An argument is out of range, nothing matches, or static quantization lacks calibration.
     """
     Grid(bits)
+    if kv_bits is not None:
+        Grid(kv_bits)
     if mode not in ("dynamic", "static"):
         raise unknown("mode", mode, ["dynamic", "static"])
     if mode == "static" and calibration is None:
@@ -154,20 +158,40 @@ def quantize_activations_(
     )
     _refuse_trained(model, layers)
     keys_and_values = select(model, ["*k_proj", "*v_proj"], default=is_linear) if kv_bits is not None else {}
+    inside = [name for name in layers if _is_read_only(model, name)]
+    layers = {name: layer for name, layer in layers.items() if name not in inside}
+    if not layers:
+        raise UsageError(
+            f"where={where!r} matches {', '.join(inside)} alone, which nn.MultiheadAttention does not call"
+        )
+    if inside:
+        _warn_of_float(inside, "nn.MultiheadAttention reads the weight without calling the layer")
     if mode == "dynamic":
         for layer in layers.values():
             quantize_input_(layer, DynamicActivation(bits))
     else:
         assert calibration is not None
         device = next(model.parameters()).device
-        seen = _inputs(model, layers, make_batches(calibration, None, device)[0])
+        seen = _inputs(model, layers, make_batches(calibration, None, device))
         for name, x in seen.items():
             quantize_input_(layers[name], StaticActivation(x, bits))
+        if unseen := [name for name in layers if name not in seen]:
+            _warn_of_float(unseen, "no calibration batch reaches it")
     for layer in keys_and_values.values():
         assert kv_bits is not None
+        if not hasattr(layer, _OUTPUT):
+            layer.register_forward_hook(_quantize_output)
         layer.add_module(_OUTPUT, DynamicActivation(kv_bits))
-        layer.register_forward_hook(_quantize_output)
     return model
+
+
+def _is_read_only(model: nn.Module, name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return name != "" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+
+
+def _warn_of_float(names: list[str], why: str) -> None:
+    warnings.warn(f"the input of {', '.join(names)} stays in floating point: {why}", WeightsmithWarning, stacklevel=3)
 
 
 def _refuse_trained(model: nn.Module, layers: dict[str, nn.Module]) -> None:
@@ -198,15 +222,25 @@ def _quantize_output(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Te
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, layers: dict[str, nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
+    """What each layer is given first; a layer that no batch reaches is left out."""
     seen: dict[str, Tensor] = {}
+
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = next(iter((*args, *kwargs.values())))
+        if x.numel():
+            seen.setdefault(name, x)
+
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        layer.register_forward_pre_hook(lambda _, args, kwargs, name=name: look(name, args, kwargs), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
         with evaluating(model):
-            batch.run(model)
+            for batch in batches:
+                if len(seen) == len(layers):
+                    break
+                batch.run(model)
     finally:
         for hook in hooks:
             hook.remove()

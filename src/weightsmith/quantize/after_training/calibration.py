@@ -124,9 +124,8 @@ def _collate(samples: list[dict[str, Tensor]], device: torch.device) -> Batch:
     if any(list(sample) != names for sample in samples):
         raise UsageError("calibration samples must all have the same inputs")
     columns = {name: [sample[name].to(device) for sample in samples] for name in names}
-    lengths = {len(tensor) for tensors in columns.values() for tensor in tensors if tensor.ndim == 1}
-    if len(lengths) > 1:
-        first = columns[names[0]]
+    if any(len({len(tensor) for tensor in tensors if tensor.ndim == 1}) > 1 for tensors in columns.values()):
+        first = columns.get("input_ids", columns[names[0]])  # which may stand behind those of a decoder
         columns.setdefault(_MASK, [torch.ones(len(tensor), dtype=torch.long, device=device) for tensor in first])
         inputs = {name: pad_sequence(tensors, batch_first=True) for name, tensors in columns.items()}
     elif len({tensor.shape for tensor in columns[names[0]]}) > 1:

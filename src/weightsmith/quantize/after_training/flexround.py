@@ -118,10 +118,14 @@ class FlexRound(RoundToNearest):
         if self.direct:
             for parameter in self.parameters():
                 parameter.clamp_(min=SMALLEST_STEP)
-        if self.safe and not self.direct:
+        if self.safe:
             elements, row, column = self.log_factors()
             others = sum((part for part in (row, column) if part is not None), torch.zeros_like(self.scale))
-            elements.clamp_(-FAR - others, FAR - others)
+            low, high = -FAR - others, FAR - others
+            if self.direct:
+                self.get_parameter("S2").clamp_(low.exp(), high.exp())
+            else:
+                elements.clamp_(low, high)
 
     @torch.no_grad()
     def strain(self) -> float:

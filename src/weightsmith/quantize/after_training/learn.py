@@ -235,23 +235,37 @@ class BlockTask:
 
     @torch.no_grad()
     def _quantize_inputs(self) -> list[StaticActivation]:
-        """Put a quantizer before each layer, begun from what the layer sees of the first batch."""
+        """Put a quantizer before each layer, begun from what the layer sees of the first batch that reaches it."""
         wanted = self.options.activations
         if wanted is None:
             return []
         seen: dict[str, Tensor] = {}
+
+        def look(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_tensor([*args, *kwargs.values()])
+            if x.numel():  # an expert may get no tokens
+                seen.setdefault(key, x)
+
         hooks = [
             target.module.register_forward_pre_hook(
-                lambda _, args, kwargs, key=key: seen.update({key: first_tensor([*args, *kwargs.values()])}),
-                with_kwargs=True,
+                lambda _, args, kwargs, key=key: look(key, args, kwargs), with_kwargs=True
             )
             for key, target in self.targets.items()
         ]
         try:
-            self.streams.call(self.name, self.inputs[0])
+            for arguments in self.inputs:
+                if len(seen) == len(self.targets):
+                    break
+                self.streams.call(self.name, arguments)
         finally:
             for hook in hooks:
                 hook.remove()
+        if unseen := [key for key in self.targets if key not in seen]:
+            warnings.warn(
+                f"the input of {', '.join(unseen)} stays in floating point: no calibration batch reaches it",
+                WeightsmithWarning,
+                stacklevel=2,
+            )
         made = {
             key: StaticActivation(x, wanted.bits, drop=wanted.drop, generator=self.generator).eval()
             for key, x in seen.items()

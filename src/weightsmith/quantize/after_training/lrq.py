@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
-from weightsmith.quantize.after_training.flexround import FlexRound
+from weightsmith.quantize.after_training.flexround import FAR, FlexRound
 from weightsmith.quantize.grid import Grid
 
 
@@ -63,6 +63,10 @@ class LRQ(FlexRound):
         """Logarithms per weight and per output channel; columns are among the former, which groups may split."""
         product = (self.log_left @ self.log_right).view(self._shape)
         return product + self.log_column, self._log("s3"), None
+
+    def doubt(self) -> str | None:
+        """Report factors that are implausibly far from 1."""
+        return f"factors lie beyond exp(±{FAR:g}): lower lr" if self.strain() > FAR else None
 
 
 def saves(weight: Tensor, rank: int) -> bool:

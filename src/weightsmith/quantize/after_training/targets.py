@@ -128,8 +128,12 @@ def choose_targets(model: nn.Module, where: Where) -> dict[str, Target]:
             )
         for tensor, axis, stacked in layouts(module):
             _check(Slot(name, module, tensor), held_by)
+            if not module.get_parameter(tensor).numel():
+                continue  # there is nothing to round
             key = name if tensor == "weight" else f"{name}.{tensor}".lstrip(".")
             targets[key] = Target(key, module, tensor, _caller(name, modules), axis, stacked)
+    if not targets:
+        raise UsageError(f"where={where!r} matches weights without elements alone: there is nothing to round")
     return targets
 
 

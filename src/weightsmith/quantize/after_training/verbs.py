@@ -79,7 +79,8 @@ def flexround_(
         done: Quantized weights by block, as ``on_block`` got them. These blocks are written instead of learned.
         options: Details of learning, see `LearningOptions`.
         lrq: Rank of the factors of matrices, which saves memory; ``None``: a factor per weight. Matrices for which the
-            rank would save nothing, and convolutions, keep a factor per weight.
+            rank would save nothing, and convolutions, keep a factor per weight. Of the options below only ``use_s4``
+            and ``compiled`` go with it.
         parametrization: ``"log"`` or ``"direct"``; see `FlexRound`.
         learn_s1: Learn the step.
         use_s3: Learn a factor per output channel.
@@ -98,6 +99,11 @@ def flexround_(
     """
     if lrq is not None and lrq < 1:
         raise UsageError(f"lrq must be a rank of at least 1, got {lrq}")
+    if lrq is not None and (parametrization != "log" or not learn_s1 or not use_s3 or safe):
+        raise UsageError(
+            f'lrq={lrq} learns logarithms of every factor: leave parametrization="log", learn_s1=True, use_s3=True and '
+            "safe=False, or leave lrq out"
+        )
 
     def make(weight: Tensor, on: Grid, axis: int, generator: torch.Generator) -> RoundToNearest:
         if lrq is not None and saves(weight, lrq):

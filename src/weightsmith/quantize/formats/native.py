@@ -123,8 +123,10 @@ def quantize_inputs_(model: nn.Module, folder: Path) -> None:
         if len(pair) != 2 or pair[0] not in ("static", "dynamic"):
             raise UsageError(f"{folder / CONFIG} is damaged: activations {brief(name)} must be a kind and bits")
         kind, bits = pair
-        quantizer = DynamicActivation(bits) if kind == "dynamic" else StaticActivation(torch.zeros(1), bits)
-        quantize_input_(model.get_submodule(name), quantizer)
+        layer = model.get_submodule(name)
+        like = next(layer.parameters())
+        quantizer = DynamicActivation(bits) if kind == "dynamic" else StaticActivation(like.new_zeros(1), bits)
+        quantize_input_(layer, quantizer)
 
 
 def pack(weights: Mapping[str, QuantizedWeight]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -80,8 +80,8 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
     handles = []
     layers = {name: module for name, module in model.named_modules() if is_layer(name, module)}
 
-    def before(name: str, args: tuple[Any, ...]) -> None:
-        x = args[0] if args else None
+    def before(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values())), None)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return
         if torch.is_grad_enabled() and not x.requires_grad:
@@ -98,7 +98,11 @@ def _run(model: nn.Module, attentions: Iterable[str], example: Any, by: str) -> 
         seen.calls[name] = [*seen.calls.get(name, ())[:1], call]
 
     for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: before(name, args, kwargs), with_kwargs=True
+            )
+        )
         handles.append(layer.register_forward_hook(lambda _, args, output, name=name: after(name, output)))
     handles += [
         model.get_submodule(name).register_forward_pre_hook(

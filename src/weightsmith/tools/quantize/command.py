@@ -262,7 +262,7 @@ class _Judge:
         if bos and self.tokenizer.bos_token_id is None:
             raise UsageError("bos=True, but the tokenizer has no BOS token")
         self.tokens = tokenize(self.tokenizer, read_texts(path))
-        self.window, self.bos, self.device = min(window, source.longest), bos, device
+        self.window, self.bos, self.device = min(window, source.longest - bos), bos, device  # BOS takes a place
         if len(self.tokens) < 2:
             raise UsageError(f"evaluate={path} holds fewer than 2 tokens")
 
