@@ -380,6 +380,19 @@ def test_the_fast_path_of_a_transformer_layer_does_not_bypass_an_adapter(shake):
     assert not unload_bone_(layer)._forward_pre_hooks
 
 
+def test_an_encoder_takes_a_padding_mask_in_evaluation(shake):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 3, 8), torch.tensor([[False, False, False], [False, False, True]])
+    with pytest.warns(WeightsmithWarning, match=r"layers\.0\.self_attn\.in_proj_weight.*will not train"):
+        apply_bone_(encoder, BoneConfig(r=4))
+    shake(encoder)
+    with torch.no_grad():
+        found = encoder(x, src_key_padding_mask=mask)
+    assert torch.allclose(found[~mask], encoder(x, src_key_padding_mask=mask)[~mask], atol=1e-5)
+    assert unload_bone_(encoder).use_nested_tensor is True
+
+
 def test_hooks_of_accelerate_go_on_working(net, x, shake):
     hooks = pytest.importorskip("accelerate.hooks")
     before = net(x)

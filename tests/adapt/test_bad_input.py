@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -136,6 +137,10 @@ def test_names_of_adapters_are_checked(net):
     for name in ("", "a.b"):
         with pytest.raises(UsageError, match="adapter_name must be"):
             apply_bone_(net, BoneConfig(r=4, where="0"), name)
+    for name in ("keys", "training", "half"):  # torch keeps parameters as attributes of a module
+        with pytest.raises(UsageError, match="adapter_name must not be an attribute"):
+            apply_bone_(net, BoneConfig(r=4, where="0"), name)
+    assert all(parameter.requires_grad for parameter in net.parameters())
     apply_bone_(net, BoneConfig(r=4, where="0"))
     with pytest.raises(UsageError, match="'default' is taken"):
         apply_bone_(net, BoneConfig(r=4, where="0"))
@@ -203,6 +208,22 @@ def test_folders_that_hold_no_adapter_or_one_for_another_model_are_refused(net, 
     with pytest.raises(UsageError, match="is damaged"):
         load_bone(net, tmp_path / "a")
     assert all(type(module) is not nn.Module and not hasattr(module, "bone") for module in net.modules())
+
+
+@pytest.mark.parametrize("damage", ["a saved tensor is missing", "a block holds integers"])
+def test_a_damaged_folder_leaves_the_model_as_it_was(damage, net, tmp_path):
+    config = BoneConfig(r=4, where="0", modules_to_save=("2",))
+    save_bone(apply_bone_(copy.deepcopy(net), config), tmp_path)
+    tensors = load_file(tmp_path / "bone.safetensors")
+    if damage == "a saved tensor is missing":
+        del tensors["saved.2.bias"]
+    else:
+        tensors["bone.0"] = tensors["bone.0"].long()
+    save_file(tensors, tmp_path / "bone.safetensors")
+    with pytest.raises(UsageError, match="lacks '2.bias'" if "missing" in damage else "torch.int64"):
+        load_bone(net, tmp_path)
+    assert not hasattr(net, "_bone")
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_formats_that_cannot_hold_an_adapter_say_which_can(net, tmp_path):

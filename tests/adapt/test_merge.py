@@ -130,6 +130,18 @@ def test_a_tied_weight_is_untied_on_request_only(llama, shake):
     assert unmerge_bone_(model).lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_an_untied_weight_trains_after_unloading_if_the_tied_one_did(llama, shake):
+    model = llama(tie=True)
+    merge_bone_(shake(apply_bone_(model, BoneConfig(r=8, where="lm_head"))), untie=True)
+    assert unload_bone_(model, merge=True).lm_head.weight.requires_grad
+
+
+def test_merging_no_adapter_says_so(layer, shake):
+    set_adapter_(shake(apply_bone_(layer, CONFIGS[2])), [])
+    with pytest.warns(WeightsmithWarning, match="no adapter is active"):
+        merge_bone_(layer)
+
+
 def test_a_merged_model_can_move_before_it_is_unmerged(layer, shake):
     former = layer.weight.detach().clone()
     merge_bone_(shake(apply_bone_(layer, CONFIGS[2]))).double()

@@ -1,5 +1,5 @@
 import pytest
-from runs import log_of, write_adapter, write_state
+from runs import adapter_run, factors, log_of, write_adapter, write_state
 
 from weightsmith.average import checkpoint_losses, find_checkpoints, weigh_checkpoints
 from weightsmith.core.errors import UsageError, WeightsmithWarning
@@ -192,3 +192,34 @@ def test_a_checkpoint_that_was_not_saved_to_its_end_is_named_with_what_to_do(tmp
     with pytest.raises(UsageError, match=message):
         weigh_checkpoints(find_checkpoints(run, last=3), **options)
     assert steps_of(s.checkpoint for s in weigh_checkpoints(find_checkpoints(run, steps=[1, 2]))) == [1, 2]
+
+
+def test_numbers_by_hand_need_checkpoints_oldest_first(tmp_path):
+    run = adapter_run(tmp_path, count=2)
+    folders = [run / "checkpoint-20", run / "checkpoint-10"]
+    for argument in ("values", "weights"):
+        with pytest.raises(UsageError, match=f"{argument} go with checkpoints that are given oldest first"):
+            weigh_checkpoints(folders, **{argument: [0.9, 0.1]})
+    assert [share.weight for share in weigh_checkpoints(folders[::-1], weights=[0.9, 0.1])] == [0.9, 0.1]
+
+
+def test_names_with_and_without_a_step_do_not_mix(tmp_path):
+    run = adapter_run(tmp_path, count=1)
+    final = write_adapter(run / "final", factors(9))
+    with pytest.raises(UsageError, match="all be named checkpoint-<step>, or none of them"):
+        weigh_checkpoints([run / "checkpoint-10", final], weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("source", ["since_previous", "last", "eval", "eval:loss"])
+def test_a_loss_is_no_score(tmp_path, source):
+    with pytest.raises(UsageError, match="metric 'score' takes values, or source='eval:<key>'"):
+        weigh_checkpoints(adapter_run(tmp_path), metric="score", source=source)
+
+
+def test_checkpoints_of_several_runs_are_read_from_their_own_logs(tmp_path):
+    folders = []
+    for index, run in enumerate(("a", "b")):
+        folder = write_adapter(tmp_path / run / "checkpoint-10", factors(index))
+        write_state(folder, log_of([2.0 + index], every=10))
+        folders.append(folder)
+    assert [share.value for share in weigh_checkpoints(folders)] == [2.0, 3.0]

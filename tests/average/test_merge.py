@@ -544,3 +544,53 @@ def test_a_greedy_soup_of_folders_merges_what_it_keeps(tmp_path):
     assert [share.checkpoint.step for share in report.shares] == [1, 2]
     assert score(tmp_path / "out") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "out"]
+
+
+@pytest.mark.parametrize("mode", ["svd", "cat"])
+def test_stacked_factors_of_adapted_parameters_are_not_taken_for_one_matrix(tmp_path, mode):
+    config = {**LORA, "target_parameters": ["experts.down_proj"]}
+    run = adapter_run(tmp_path / "run", config=config)
+    with pytest.raises(UsageError, match="LoRA with target_parameters"):
+        merge_checkpoints(run, tmp_path / "out", lora_mode=mode)
+    with pytest.warns(WeightsmithWarning, match="approximate"):
+        merge_checkpoints(run, tmp_path / "out", lora_mode="factors")
+
+
+@pytest.mark.parametrize("key", ["layer_replication", "alora_invocation_tokens"])
+def test_adapters_that_the_base_files_do_not_show_are_not_merged_into_them(tmp_path, key):
+    run = adapter_run(tmp_path / "run", config={**LORA, key: [[0, 1]]})
+    base = write_model(tmp_path / "base", {"layer.q.weight": torch.zeros(6, 5), "layer.v.weight": torch.zeros(6, 5)})
+    with pytest.raises(UsageError, match=f"'dense' cannot merge adapters with {key}"):
+        merge_checkpoints(run, tmp_path / "out", lora_mode="dense", base=base)
+
+
+def test_a_dtype_without_fractions_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"dtype must be float64.*got torch.int32"):
+        merge_checkpoints(adapter_run(tmp_path / "run"), tmp_path / "out", dtype=torch.int32)
+
+
+def test_pickled_parameters_are_tensors_too(tmp_path):
+    for step in (1, 2):
+        folder = write_model(tmp_path / "run" / f"checkpoint-{step}", {"w": torch.zeros(1)})
+        (folder / "model.safetensors").unlink()
+        torch.save({"w": torch.nn.Parameter(torch.full((2,), float(step)))}, folder / "pytorch_model.bin")
+    with pytest.warns(WeightsmithWarning, match="fewer than"):
+        merge_checkpoints(tmp_path / "run", tmp_path / "out", scheme="uniform", allow_pickle=True)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], torch.full((2,), 1.5))
+
+
+def test_a_state_dict_in_a_pt_file_is_read_when_told_so(tmp_path):
+    for step in (1, 2):
+        folder = write_model(tmp_path / "run" / f"checkpoint-{step}", {"w": torch.zeros(1)})
+        (folder / "model.safetensors").unlink()
+        torch.save({"w": torch.full((2,), float(step))}, folder / "weights.pt")
+        torch.save({"state": {}}, folder / "optimizer.pt")
+    options = {"scheme": "uniform", "values": [1.0, 1.0]}
+    checkpoints = [tmp_path / "run" / f"checkpoint-{step}" for step in (1, 2)]
+    with pytest.raises(UsageError, match="allow_pickle=True"):
+        merge_checkpoints(checkpoints, tmp_path / "out", **options)
+    merge_checkpoints(checkpoints, tmp_path / "out", allow_pickle=True, **options)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], torch.full((2,), 1.5))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "merge_report.json", "model.safetensors"
+    ]  # fmt: skip

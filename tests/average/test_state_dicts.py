@@ -43,6 +43,37 @@ def test_integers_are_the_newests_and_arguments_are_left_alone():
     assert torch.equal(several[2]["0.weight"], before)
 
 
+def test_what_is_no_tensor_is_the_newests():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"seen": self.in_features}
+
+        def set_extra_state(self, state):
+            assert state == {"seen": self.in_features}
+
+    model = Extra(2, 2)
+    averaged = average_state_dicts([model.state_dict(), model.state_dict()])
+    assert averaged["_extra_state"] == {"seen": 2}
+    latest = LAWA(model, k=2)
+    latest.update_parameters(model)
+    assert torch.equal(latest.module.weight, model.weight)
+    with pytest.raises(UsageError, match=r"as no tensor, the newest as torch\.float32"):
+        average_state_dicts([{"a": None}, {"a": torch.zeros(1)}])
+
+
+def test_complex_tensors_are_averaged():
+    states = [{"w": torch.tensor([1 + 2j, 3j])}, {"w": torch.tensor([3 + 4j, 1j])}]
+    assert torch.equal(average_state_dicts(states)["w"], torch.tensor([2 + 3j, 2j]))
+
+
+def test_an_infinite_mask_that_all_states_have_stays():
+    mask = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
+    states = [{"mask": mask, "w": torch.tensor([1.0])}, {"mask": mask.clone(), "w": torch.tensor([3.0])}]
+    averaged = average_state_dicts(states)
+    assert torch.equal(averaged["mask"], mask)
+    assert averaged["w"] == 2
+
+
 def test_states_that_do_not_match_are_refused():
     first, second = states(2)
     with pytest.raises(UsageError, match=r"differs from the newest in the names 0\.bias"):

@@ -197,3 +197,11 @@ def test_steps_that_do_not_increase_are_refused(steps):
 def test_an_unknown_decay_is_refused():
     with pytest.raises(UsageError, match="did you mean 'cosine'"):
         decay_weights([1, 2], "cosin")
+
+
+@pytest.mark.parametrize("scheme", ["linear", "softmax", "rank"])
+def test_values_whose_difference_overflows_are_weighed(scheme):
+    weights = metric_weights([1e308, 0.0, -1e308], "loss", scheme, 1.0 if scheme != "rank" else 0.5)
+    assert np.isfinite(weights).all()
+    assert weights[2] == max(weights)
+    assert weights[0] == min(weights)

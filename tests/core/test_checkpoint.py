@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from weightsmith.core.checkpoint import Checkpoint, copy_other_files, write_checkpoint, write_pieces
@@ -224,6 +224,31 @@ def test_shards_without_their_index_are_not_taken_for_a_model(tmp_path):
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(UsageError, match=r"a part of a model, and no model.safetensors.index.json"):
         Checkpoint(folder)
+
+
+def test_an_index_that_an_earlier_save_has_left_does_not_count(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    for size in ("4KB", "1GB"):  # in shards, then in one file, with other weights
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    name = "model.norm.weight"
+    read = transformers.LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    for key, tensor in Checkpoint(tmp_path).items():
+        assert torch.equal(tensor, read[key])
+    assert name in read
+
+
+def test_several_files_without_an_index_are_not_one_model(tmp_path):
+    for name in ("a", "b"):
+        save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UsageError, match=r"a\.safetensors, b\.safetensors: which of them is the model"):
+        Checkpoint(tmp_path)
+    save_file({"c": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert list(Checkpoint(tmp_path)) == ["c"]
 
 
 def test_links_out_of_the_folder_are_said_and_the_hubs_own_are_not(tmp_path):

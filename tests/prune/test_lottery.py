@@ -157,3 +157,21 @@ def test_a_process_that_is_killed_goes_on(tmp_path):
     for number in range(3):
         one, other = (tmp_path / name / f"round-{number:02d}/model.safetensors" for name in ("killed", "whole"))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_late_snapshots_of_any_memory_format_are_stored_and_damage_is_said(tmp_path):
+    def images():
+        layers = nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    def train(model, pruner, number):
+        if number == 0:
+            pruner.snapshot("late")
+
+    options = {"rounds": 1, "amount": 0.5, "rewind_to": "late"}
+    done = iterate(images, train, evaluate, out=tmp_path, **options)
+    assert iterate(images, train, evaluate, out=tmp_path, **options) == done
+    file = done[-1].folder / "snapshots.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UsageError, match=r"snapshots\.safetensors is damaged"):
+        iterate(images, train, evaluate, out=tmp_path, **options)

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -46,6 +46,12 @@ def test_masks_are_those_of_numpys_percentile(seed, amount, with_ties):
         assert np.array_equal(mask.numpy(), rule)
 
 
+def ceiling(position):
+    # a hair above a whole number, numpy's interpolation decides
+    assume(not 0 < position - math.floor(position) < 1e-11 * position)
+    return math.ceil(position)
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 2.0**99, width=32, allow_subnormal=False), min_size=2, max_size=50), st.data())
 def test_the_ranked_value_is_that_of_a_sort(values, data):
@@ -53,7 +59,7 @@ def test_the_ranked_value_is_that_of_a_sort(values, data):
     if not nonzero:
         return
     amount = data.draw(st.floats(0, 0.99))
-    k = math.ceil(amount * (len(nonzero) - 1))
+    k = ceiling(amount * (len(nonzero) - 1))
     for dtype in (torch.float32, torch.float64):
         tensor = torch.tensor(values, dtype=dtype)
         assert percentile(lambda: iter([tensor[:1], tensor[1:]]), amount, tensor[::2]) == (nonzero[k], k)  # noqa: B023
@@ -71,7 +77,7 @@ def test_a_sample_that_misleads_changes_nothing(seed, amount, kind):
     if kind == "zeros":
         values[::997] = 0  # what the sample sees
     nonzero = values[values > 0].sort().values
-    k = math.ceil(amount * (len(nonzero) - 1))
+    k = ceiling(amount * (len(nonzero) - 1))
     assert percentile(lambda: iter(values.split(1 << 17)), amount, values[::997]) == (nonzero[k].item(), k)
 
 
@@ -253,6 +259,46 @@ def test_semi_structured_patterns_keep_the_largest_of_each_group(pattern, keep, 
     groups = model.weight.detach().reshape(-1, of)
     assert ((groups != 0).sum(1) == keep).all()
     assert report.density == 0.5
+
+
+@pytest.mark.parametrize("kind", ["Conv1D", "transposed", "experts"])
+def test_patterns_go_along_the_inputs_however_a_weight_is_stored(kind):
+    torch.manual_seed(0)
+    if kind == "Conv1D":
+        model = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 8)
+    elif kind == "transposed":
+        model = nn.ConvTranspose2d(8, 6, 1)
+    else:
+        model = nn.Module()
+        model.is_transposed = True  # as transformers marks its experts
+        model.weight = nn.Parameter(torch.randn(2, 8, 6))  # (experts, in, out)
+    pruner = MagnitudePruner(model)
+    pruner.prune_(pattern="2:4")
+    kept = pruner.masks["weight"]
+    outputs_last = kept.movedim(1, -1).reshape(8, 6) if kind == "transposed" else kept
+    assert (outputs_last.unflatten(-2, (2, 4)).sum(-2) == 2).all()
+
+
+def test_rows_of_experts_that_are_no_multiple_of_a_pattern_are_refused():
+    class NarrowExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 4, 6))
+
+    with pytest.raises(UsageError, match="no multiple of 4"):
+        MagnitudePruner(NarrowExperts()).prune_(pattern="2:4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [101, 181, 201, 341])
+def test_a_whole_position_that_rounding_misses_is_ranked_as_by_numpy(count, dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(count, 1, bias=False, dtype=dtype)
+    magnitudes = layer.weight.detach().abs().numpy().reshape(-1)
+    removed = int((magnitudes < np.percentile(magnitudes, 55)).sum())
+    pruner = MagnitudePruner(layer)
+    pruner.prune_(0.55)
+    assert int((~pruner.masks["weight"]).sum()) == removed
 
 
 class Strange(nn.Module):

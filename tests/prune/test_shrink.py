@@ -30,6 +30,36 @@ def kill(layer, *rows):
 X = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
+class TwoOutputs(nn.Module):
+    def __init__(self, named):
+        super().__init__()
+        self.body, self.head, self.named = nn.Linear(4, 8), nn.Linear(8, 3), named
+
+    def forward(self, x):
+        h = self.body(x)
+        return {"logits": self.head(h), "states": (h,)} if self.named else (self.head(h), h)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_layer_whose_channels_come_out_beside_the_logits_stays(named):
+    model = TwoOutputs(named)
+    kill(model.body, 0, 1)
+    found = shrink_(model, torch.randn(2, 4))
+    assert found.removed == {}
+    assert "they are outputs of the model" in found.left["body"]
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[2].weight = model[0].weight
+    kill(model[0], 0, 1)
+    kill(model[2], 0, 1)
+    found = shrink_(model, torch.randn(3, 8))
+    assert model[0].weight is model[2].weight
+    assert set(found.left) == {"0", "2"}
+    assert "tied would come apart" in found.left["0"]
+
+
 def test_dead_channels_go_and_outputs_stay():
     model = Residual().train()
     kill(model.c3, 1, 2)

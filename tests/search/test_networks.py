@@ -176,3 +176,13 @@ def test_any_network_can_be_a_super_network():
     assert model.second.op0.weight.grad is None
     with pytest.raises(UsageError, match="gene 'second' must be a whole number from 0 to 2, got 3"):
         model.subnet([0, 3])
+
+
+def test_an_invalid_tuple_is_refused_like_any_other_genotype():
+    discriminator = Discriminator(channels=2)
+    valid = DISCRIMINATOR_SPACE.sample(np.random.default_rng(0))
+    broken = ((*valid[0][:5], -1, 3), *valid[1:])
+    for _ in range(2):
+        discriminator.chosen(valid)
+        with pytest.raises(UsageError, match="must be both -1 or both from 0 to 5"):
+            discriminator(torch.zeros(1, 3, 32, 32), broken)

@@ -270,6 +270,22 @@ def test_the_average_starts_at_the_first_weights_and_leaves_buffers_alone():
     assert torch.equal(found.generator.bn.running_mean, generator.bn.running_mean)
 
 
+def test_a_step_that_is_skipped_leaves_running_statistics_as_they_were():
+    torch.manual_seed(0)
+    generator, calls = Generator("G*", **SMALL), []
+
+    def overflow_once(_, inputs):
+        calls.append(1)
+        return (inputs[0] * float("inf"),) if len(calls) == 2 else None
+
+    generator.bn.register_forward_pre_hook(overflow_once)
+    discriminator = Discriminator(SHALLOW, channels=2, image_channels=1)
+    options = TrainOptions(steps=3, dis_batch=4, gen_batch=4, n_critic=1)
+    found = train_gan(generator, discriminator, IMAGES, options)
+    assert found.skipped == 1
+    assert all(torch.isfinite(value).all() for value in found.generator.state_dict().values())
+
+
 @pytest.mark.parametrize("images", [torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, 1, 8, 8), IMAGES[0]])
 def test_images_must_be_bytes_and_not_empty(images):
     discriminator = Discriminator(SHALLOW, channels=2, image_channels=1)

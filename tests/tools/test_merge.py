@@ -76,7 +76,9 @@ def test_a_dry_run_prints_the_weights_and_writes_nothing(run, tmp_path, capsys):
 
 def test_checkpoint_folders_can_be_given_one_by_one(run, tmp_path):
     folders = [run / f"checkpoint-{step}" for step in (50, 10)]
-    command(*folders, "--out", tmp_path / "out", "--metrics", "1", "2", "--higher-is-better")
+    with pytest.raises(UsageError, match="values go with checkpoints that are given oldest first"):
+        command(*folders, "--out", tmp_path / "out", "--metrics", "1", "2", "--higher-is-better")
+    command(*folders[::-1], "--out", tmp_path / "out", "--metrics", "1", "2", "--higher-is-better")
     assert value(tmp_path / "out") == pytest.approx((1 * 1 + 2 * 5) / 3)  # metrics go with the oldest first
     command(run / "checkpoint-30", "--out", tmp_path / "one", "--by", "steps")
     assert value(tmp_path / "one") == 3

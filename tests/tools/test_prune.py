@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weightsmith import cli
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, WeightsmithWarning
 from weightsmith.prune import load_sparse
 from weightsmith.prune.folders import prune_folder
 
@@ -97,3 +97,34 @@ def test_a_sparse_file_never_replaces_what_is_read_or_made(tmp_path, place):
         prune_folder(tmp_path / "model", tmp_path / "out", 0.5, sparse=tmp_path / place)
     assert (tmp_path / "model/model.safetensors").read_bytes() == before
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_are_stored_one_by_one_are_pruned_and_what_is_unknown_is_said(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "in")
+    with pytest.warns(WeightsmithWarning, match="1 matrices are left as they are"):
+        report = prune_folder(tmp_path / "in", tmp_path / "out", 0.5)
+    pruned = [tensor.name for tensor in report.tensors if tensor.prunable]
+    assert sum("experts." in name for name in pruned) == 6
+    assert list(report.left_out) == ["model.layers.0.block_sparse_moe.gate.weight"]
+
+
+def test_a_pattern_goes_along_the_inputs_of_transposed_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "in")
+    prune_folder(tmp_path / "in", tmp_path / "out", pattern="2:4")
+    weight = load_file(tmp_path / "out/model.safetensors")["transformer.h.0.attn.c_attn.weight"]  # (in, out)
+    assert ((weight.T.reshape(-1, 4) != 0).sum(1) == 2).all()
+
+
+def test_a_model_that_cannot_be_built_is_said(tmp_path):
+    (tmp_path / "in").mkdir()
+    save_file({"a.weight": torch.randn(8, 8)}, tmp_path / "in/model.safetensors")
+    (tmp_path / "in/config.json").write_text('{"architectures": ["MyOwnModel"]}')
+    with pytest.warns(WeightsmithWarning, match="names no model that can be built here"):
+        prune_folder(tmp_path / "in", tmp_path / "out", 0.5)
+    with pytest.raises(UsageError, match="min_density must be a fraction"):
+        prune_folder(tmp_path / "in", tmp_path / "out2", 0.5, min_density=2.0)

@@ -25,7 +25,7 @@ from weightsmith.adapt.registry import (
     swap_saved,
     tensors_of,
 )
-from weightsmith.adapt.targets import chosen_layers, resolved_modules, warn_of_frozen_heads
+from weightsmith.adapt.targets import chosen_layers, resolved_modules, warn_of_frozen_heads, warn_of_packed
 from weightsmith.core.errors import UsageError
 
 
@@ -57,7 +57,7 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
         UsageError: The name is taken, nothing matches, or the adapter does not fit a layer; the message names it.
 
     Warns:
-        WeightsmithWarning: ``where`` is ``None``, and a classifier stays frozen.
+        WeightsmithWarning: ``where`` is ``None``, and a classifier stays frozen, or packed projections or experts do.
 
     Example:
         >>> model = apply_bone_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), BoneConfig(r=4, variant="row"))
@@ -66,10 +66,13 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
     """
     config = config or BoneConfig()
     registry: Registry = getattr(model, "_bone", None) or Registry(
-        trainable=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        # a tied weight by all its names: merging with untie=True gives each a parameter of its own
+        trainable=tuple(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     )
     if not adapter_name or "." in adapter_name:
         raise UsageError(f"adapter_name must be a name without dots, got {adapter_name!r}")
+    if hasattr(nn.ParameterDict(), adapter_name):
+        raise UsageError(f"adapter_name must not be an attribute of torch's modules, got {adapter_name!r}: add a digit")
     if adapter_name in registry.configs:
         raise UsageError(f"adapter_name {adapter_name!r} is taken: choose another, or unload_bone_ first")
     refuse_merged(model)
@@ -91,6 +94,7 @@ def apply_bone_(model: Model, config: BoneConfig | None = None, adapter_name: st
 
     if config.where is None:
         warn_of_frozen_heads(model, layers, saved)
+        warn_of_packed(model, saved)
     model._bone = registry  # type: ignore[assignment]
     registry.configs[adapter_name] = replace(config, where=list(layers))
     if saved:

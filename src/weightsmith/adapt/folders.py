@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from weightsmith.adapt.apply import apply_bone_
 from weightsmith.adapt.bone import SHARED, BoneConfig, Variant, check_block
 from weightsmith.adapt.layers import CONVOLUTIONS, BoneLayer, is_transposed, kind_of, plain_class, widths
-from weightsmith.adapt.registry import Model, config_of, is_sharded
+from weightsmith.adapt.registry import Model, config_of, is_sharded, tensors_of
 from weightsmith.adapt.state import bone_state_dict, load_bone_state_dict_
 from weightsmith.adapt.targets import resolved_modules
 from weightsmith.core.adapters import BONE_CONFIG, BONE_TENSORS
@@ -138,6 +138,8 @@ def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default"
             raise UsageError(f"{folder} adapts {brief(name)}, which is no layer of the model: {near(name, able)}")
         if block.dim() < 2 or not block.numel():
             raise UsageError(f"{folder} is damaged: the tensor of {brief(name)} has shape {tuple(block.shape)}")
+        if not block.is_floating_point():
+            raise UsageError(f"{folder} is damaged: the tensor of {brief(name)} is {block.dtype}")
         check_block(widths(layers[name]), tuple(block.shape), stored.variant)
     for name, tensor in stored.saved.items():
         if name not in known:
@@ -147,6 +149,10 @@ def load_bone(model: Model, folder: Path | str, *, adapter_name: str = "default"
                 f"{name} must have shape {tuple(known[name].shape)}, got {tuple(tensor.shape)} in {folder}"
             )
     settings: dict[str, Any] = dict(stored.settings)
+    whole = tensors_of(model, resolved_modules(model, settings["modules_to_save"]))
+    for name in sorted(whole.keys() ^ stored.saved.keys()):
+        fault = "holds" if name in stored.saved else "lacks"
+        raise UsageError(f"{folder} {fault} {brief(name)}, and its modules_to_save are {settings['modules_to_save']}")
     ranks = {name: block.shape[0 if stored.variant in SHARED else -1] for name, block in stored.blocks.items()}
     config = BoneConfig(
         **settings,

@@ -10,15 +10,23 @@ from weightsmith.adapt.registry import bone_layers
 from weightsmith.core.adapters import BONE_MERGED
 from weightsmith.core.errors import UsageError
 
+_NESTED = "_bone_use_nested_tensor"  # what an encoder's ``use_nested_tensor`` was
+
 
 def add_hooks(model: nn.Module) -> None:
     """Hook what is not yet there onto a model that has adapters."""
     if not any(getattr(held, "hook", None) is _check_merged for held in model._load_state_dict_pre_hooks.values()):
         model.register_load_state_dict_pre_hook(_check_merged)
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoderLayer) or _no_fast_path in module._forward_pre_hooks.values():
+        if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             continue
-        if any(isinstance(part, BoneLayer) for part in module.modules()):
+        if not any(isinstance(part, BoneLayer) for part in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            # nested tensors, which it makes of a padding mask, only pass through layers on the fast path
+            vars(module).setdefault(_NESTED, getattr(module, "use_nested_tensor", False))
+            module.use_nested_tensor = False
+        elif _no_fast_path not in module._forward_pre_hooks.values():
             # in evaluation it would take the weights of its layers without calling them; a hook makes it call
             module.register_forward_pre_hook(_no_fast_path)
 
@@ -29,6 +37,8 @@ def remove_hooks(model: nn.Module) -> None:
         if getattr(held, "hook", None) is _check_merged:
             del model._load_state_dict_pre_hooks[key]
     for module in model.modules():
+        if _NESTED in vars(module):
+            module.use_nested_tensor = vars(module).pop(_NESTED)
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _no_fast_path:
                 del module._forward_pre_hooks[key]

@@ -44,6 +44,8 @@ def merge_bone_(
         return model
     refuse_sharded(model, "merged")
     layers = [(name, layer) for name, layer in bone_layers(model) if layer.bone_active]
+    if not layers:
+        warnings.warn("no adapter is active: nothing to merge", WeightsmithWarning, stacklevel=2)
     shared = owners(model)
     _refuse_parametrized(layers)
     for name, layer in layers:

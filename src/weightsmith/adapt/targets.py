@@ -11,7 +11,7 @@ from weightsmith.adapt.bone import BoneConfig
 from weightsmith.adapt.layers import BoneLayer, is_plain, kind_of
 from weightsmith.core.errors import UsageError, WeightsmithWarning, brief, near
 from weightsmith.core.select import Predicate, select
-from weightsmith.core.weights import classifiers, output_head, output_layers, owners
+from weightsmith.core.weights import classifiers, is_linear, layouts, output_head, output_layers, owners
 
 
 def chosen_layers(model: nn.Module, config: BoneConfig, saved: Sequence[str]) -> dict[str, nn.Module]:
@@ -88,6 +88,23 @@ def warn_of_frozen_heads(model: nn.Module, layers: Mapping[str, nn.Module], save
         warnings.warn(
             f"{', '.join(frozen)} will not train: where this head is new, train it in full with "
             f"modules_to_save={tuple(frozen)}",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_packed(model: nn.Module, saved: Sequence[str]) -> None:
+    """Say which matrices no adapter goes on, as their module multiplies with them itself: packed ones, experts."""
+    packed = [
+        f"{name}.{layout.attribute}".lstrip(".")
+        for name, module in model.named_modules()
+        if not is_linear(name, module) and not any(_is_in(name, top) for top in saved)
+        for layout in layouts(module)
+    ]
+    if packed:
+        warnings.warn(
+            f"{', '.join(packed[:3])}{' ...' if len(packed) > 3 else ''} will not train: adapters go on layers that "
+            "are called, and these matrices are multiplied with by their modules; modules_to_save trains these in full",
             WeightsmithWarning,
             stacklevel=3,
         )

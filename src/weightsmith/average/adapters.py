@@ -33,7 +33,19 @@ _LINEAR = frozenset(
 """Adapters whose effect is their tensors themselves: their plain average is exact."""
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that also change the base weights, by the adapter's rank and scaling."""
-_SAME = ("peft_type", "base_model_name_or_path", "target_modules", "use_dora", "fan_in_fan_out", "bias", "lora_bias")
+_NOT_DENSE = ("layer_replication", "alora_invocation_tokens")
+"""Settings by which an adapter's modules are not those of the base model's files, or do not always act."""
+_SAME = (
+    "target_parameters",
+    *_NOT_DENSE,
+    "peft_type",
+    "base_model_name_or_path",
+    "target_modules",
+    "use_dora",
+    "fan_in_fan_out",
+    "bias",
+    "lora_bias",
+)
 _CONFIG = {
     "peft_type?": (str, None),
     "lora_alpha?": float,
@@ -198,10 +210,13 @@ def open_adapters(
     _check_configs(checkpoints, configs, _SAME + (_SCALING if mode == "factors" else ()))
     newest = configs[-1]
     kind = str(newest.get("peft_type"))
-    plain_lora = kind == "LORA" and not newest.get("use_dora")
+    on_parameters = bool(newest.get("target_parameters"))  # whose factors are stacks, an expert after the other
+    plain_lora = kind == "LORA" and not newest.get("use_dora") and not on_parameters
     caveat = None
+    if kind == "LORA" and mode == "dense" and (found_key := next(filter(newest.get, _NOT_DENSE), None)):
+        raise UsageError(f"lora_mode 'dense' cannot merge adapters with {found_key}: take 'svd' or 'factors'")
     if not plain_lora and kind not in _LINEAR and mode != "dense":
-        name = "DoRA" if kind == "LORA" else kind
+        name = "DoRA" if newest.get("use_dora") else "LoRA with target_parameters" if on_parameters else kind
         if mode != "factors":
             raise UsageError(
                 f"lora_mode must be 'factors' (approximate) or 'dense' (exact) for {brief(name)} adapters, got {mode!r}"

@@ -20,6 +20,7 @@ from weightsmith.core.json_stream import stream_json
 Kind = Literal["adapter", "bone", "model"]
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STATE = "trainer_state.json"
+_NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state")
 _HISTORY = "log_history"
 
 
@@ -84,7 +85,9 @@ def find_checkpoints(
 
 def as_checkpoints(paths: Sequence[Path | str | RunCheckpoint]) -> list[RunCheckpoint]:
     """Describe checkpoint folders that are given one by one, oldest first where their names tell steps."""
-    checkpoints = []
+    checkpoints: list[RunCheckpoint] = []
+    named: list[Path] = []
+    unnamed: list[Path] = []
     for position, item in enumerate(paths):
         if isinstance(item, RunCheckpoint):
             checkpoints.append(item)
@@ -93,9 +96,14 @@ def as_checkpoints(paths: Sequence[Path | str | RunCheckpoint]) -> list[RunCheck
         if not path.is_dir():
             raise UsageError(f"checkpoint {path} is not a folder")
         match = _FOLDER.match(path.resolve().name)
+        (named if match else unnamed).append(path)
         checkpoints.append(RunCheckpoint(path, int(match[1]) if match else position, _kind(path)))
     if not checkpoints:
         raise UsageError("checkpoints must not be empty")
+    if named and unnamed:  # positions and steps do not compare
+        raise UsageError(
+            f"checkpoints must all be named checkpoint-<step>, or none of them: {unnamed[0]} is not, {named[0]} is"
+        )
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
@@ -113,7 +121,11 @@ def refuse_incomplete(checkpoints: Sequence[RunCheckpoint], *, weights: bool = F
     for index, checkpoint in enumerate(checkpoints):
         path, older = checkpoint.path, checkpoints[:index]
         missing = None
-        if weights and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        if (
+            weights
+            and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+            and not (checkpoint.kind == "model" and torch_files(path))
+        ):
             missing = "no weights"
         elif checkpoint.kind == "model" and older and all(other.kind == "bone" for other in older):
             missing = f"no {BONE_CONFIG}, which the older ones have"
@@ -147,6 +159,14 @@ def checkpoint_losses(checkpoints: Sequence[RunCheckpoint], source: str = "since
     """
     if source not in ("since_previous", "last", "eval") and not source.startswith("eval:"):
         raise unknown("source", source, ["since_previous", "last", "eval", "eval:<key>"])
+    runs = {checkpoint.path.parent: checkpoint for checkpoint in checkpoints}  # the newest of each
+    if len(runs) > 1 and all(_has_log(newest) for newest in runs.values()):
+        # checkpoints of several runs, whose losses are in logs of their own
+        found: dict[Path, float] = {}
+        for run in runs:
+            own = [checkpoint for checkpoint in checkpoints if checkpoint.path.parent == run]
+            found |= dict(zip((c.path for c in own), checkpoint_losses(own, source), strict=True))
+        return [found[checkpoint.path] for checkpoint in checkpoints]
     path = _log(checkpoints[-1])
     if source.startswith("eval"):
         key = "eval_" + (source.partition(":")[2] or "loss").removeprefix("eval_")
@@ -167,11 +187,17 @@ def learning_rates(checkpoints: Sequence[RunCheckpoint]) -> tuple[float, float] 
         ``None`` where nothing is logged.
     """
     first, last = checkpoints[0].step, checkpoints[-1].step
-    if not any((place / _STATE).is_file() for place in (checkpoints[-1].path, checkpoints[-1].path.parent)):
+    if not _has_log(checkpoints[-1]):
         return None
     entries = stream_json(_log(checkpoints[-1]), _HISTORY, {"step": int, "learning_rate?": float})
     rates = [e["learning_rate"] for e in entries if "learning_rate" in e and first < e["step"] <= last]
     return (min(rates), max(rates)) if rates else None
+
+
+def torch_files(path: Path) -> list[Path]:
+    """What ``torch.save`` may have written a model to, beside the files of a ``Trainer`` that hold none."""
+    found = [file for suffix in ("*.pt", "*.pth") for file in sorted(path.glob(suffix))]
+    return [file for file in found if not file.name.startswith(_NO_WEIGHTS)]
 
 
 def _steps(run: Path) -> dict[int, Path]:
@@ -183,6 +209,10 @@ def _kind(path: Path) -> Kind:
     if (path / "adapter_config.json").is_file():
         return "adapter"
     return "bone" if (path / BONE_CONFIG).is_file() else "model"
+
+
+def _has_log(newest: RunCheckpoint) -> bool:
+    return any((place / _STATE).is_file() for place in (newest.path, newest.path.parent))
 
 
 def _log(newest: RunCheckpoint) -> Path:

@@ -78,6 +78,13 @@ def weigh_checkpoints(
         raise UsageError(f"{' and '.join([*ruling, *(['top'] if top is not None else [])])} exclude each other")
     found = find_checkpoints(checkpoints) if isinstance(checkpoints, Path | str) else as_checkpoints(checkpoints)
     refuse_incomplete(found)
+    if (values is not None or weights is not None) and not isinstance(checkpoints, Path | str):
+        _refuse_reordered(checkpoints, found, "values" if weights is None else "weights")
+    if metric == "score" and values is None and weights is None and decay is None and not _is_score(source):
+        raise UsageError(
+            f"metric 'score' takes values, or source='eval:<key>' of a metric that is no loss, got source {source!r}: "
+            "of losses, which metric='loss' means, lower ones are better"
+        )
     if decay is not None or weights is not None:
         steps = [checkpoint.step for checkpoint in found]
         shares = normalized(weights, len(found)) if decay is None else decay_weights(steps, decay).tolist()
@@ -147,7 +154,7 @@ def merge_checkpoints(
         dtype: What floating-point tensors are written as; ``None``: the newest's, and then all must have it.
         chunk_mb: Memory for the buffers that full models are streamed through.
         overwrite: Replace what is at ``out``.
-        allow_pickle: Also read ``.bin`` files.
+        allow_pickle: Also read ``.bin`` files, and a single ``.pt`` or ``.pth`` one that holds a state dict.
 
     Raises:
         UsageError: The checkpoints cannot be merged as asked; nothing has been written.
@@ -159,6 +166,8 @@ def merge_checkpoints(
         raise unknown("lora_mode", lora_mode, get_args(LoraMode))
     if rank is not None and rank < 1:
         raise UsageError(f"rank must be at least 1, got {rank}")
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise UsageError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     if not chunk_mb > 0:
         raise UsageError(f"chunk_mb must be above 0, got {chunk_mb}")
     shares = weigh_checkpoints(
@@ -231,6 +240,23 @@ def merge_checkpoints(
     for note in report.notes:
         warnings.warn(note, WeightsmithWarning, stacklevel=2)
     return report
+
+
+def _is_score(source: str) -> bool:
+    return source.startswith("eval:") and source.removeprefix("eval:").removeprefix("eval_") != "loss"
+
+
+def _refuse_reordered(
+    given: Sequence[Path | str | RunCheckpoint], found: Sequence[RunCheckpoint], argument: str
+) -> None:
+    """Refuse numbers by hand for checkpoints that were not given in the order in which they are averaged."""
+    asked = [item.path if isinstance(item, RunCheckpoint) else Path(item) for item in given]
+    used = [checkpoint.path for checkpoint in found]
+    if asked != used:
+        raise UsageError(
+            f"{argument} go with checkpoints that are given oldest first, by the steps in their names: "
+            f"{', '.join(map(str, used))}"
+        )
 
 
 def _settings(weights: object, decay: str | None, *by_metric: object) -> dict[str, Any]:

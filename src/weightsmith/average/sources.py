@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weightsmith.average.checkpoints import RunCheckpoint
+from weightsmith.average.checkpoints import RunCheckpoint, torch_files
 from weightsmith.core.adapters import BONE_TENSORS, refuse_adapter_tensors
 from weightsmith.core.checkpoint import Checkpoint
 from weightsmith.core.errors import UsageError, brief
 from weightsmith.core.json_files import read_json
-from weightsmith.core.pickles import read_pickles
+from weightsmith.core.pickles import read_pickle, read_pickles
 
 _QUANTIZED = ("qweight", "absmax", "quant_state", "SCB", "weight_packed")
 _MOST = 5  # differences that an error lists
@@ -91,7 +91,8 @@ def open_places(checkpoint: RunCheckpoint, *, allow_pickle: bool = False) -> dic
     Args:
         checkpoint: Its folder; PEFT adapters are looked for in ``adapter_model.*``, Bone adapters in
             ``bone.safetensors``, models in ``model*.safetensors``.
-        allow_pickle: Also open ``.bin`` files, with ``torch.load(weights_only=True)``.
+        allow_pickle: Also open ``.bin`` files, or a single ``.pt`` or ``.pth`` one, with
+            ``torch.load(weights_only=True)``.
 
     Raises:
         UsageError: There are none, they are damaged, quantized, or pickled without ``allow_pickle``; or a whole model
@@ -106,6 +107,9 @@ def open_places(checkpoint: RunCheckpoint, *, allow_pickle: bool = False) -> dic
     if not safe_exists and any(path.glob(f"{stem}*.bin")):
         found = read_pickles(path, stem, allow_pickle=allow_pickle)
         places: dict[str, Place] = {name: Pickled(file, tensor) for name, (file, tensor) in found.items()}
+    elif checkpoint.kind == "model" and not safe_exists and len(torch_files(path)) == 1:
+        (file,) = torch_files(path)
+        places = {name: Pickled(file, tensor) for name, tensor in read_pickle(file, allow_pickle=allow_pickle).items()}
     else:
         places = {**Checkpoint(safe).stored()}
         _refuse_quantized(checkpoint, places)

@@ -4,6 +4,7 @@ The running averages are ``torch.optim.swa_utils.AveragedModel``: call ``update_
 ``.module`` at the end, and let ``torch.optim.swa_utils.update_bn`` measure batch norm's statistics anew.
 """
 
+import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ def average_state_dicts(
         weights: ``(n,)``, at least 0, for example from `metric_weights`; scaled to sum 1. ``None``: all equal.
 
     Returns:
-        New tensors; integer and boolean ones are the newest's.
+        New tensors; integer and boolean ones, and what is no tensor (``get_extra_state``), are the newest's.
 
     Raises:
         UsageError: There is none, or names, shapes, dtypes or the number of weights differ.
@@ -37,11 +38,9 @@ def average_state_dicts(
             differing = sorted(state.keys() ^ newest.keys())
             raise UsageError(f"states[{index}] differs from the newest in the names {', '.join(differing[:5])}")
         for name, tensor in state.items():
-            if (tensor.shape, tensor.dtype) != (newest[name].shape, newest[name].dtype):
-                raise UsageError(
-                    f"states[{index}] has {name!r} as {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"the newest as {newest[name].dtype} {tuple(newest[name].shape)}"
-                )
+            mine, theirs = _described(tensor), _described(newest[name])
+            if mine != theirs:
+                raise UsageError(f"states[{index}] has {name!r} as {mine}, the newest as {theirs}")
     return {name: _mean([state[name] for state in states], shares) for name in newest}
 
 
@@ -58,16 +57,27 @@ def normalized(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / total for weight in given]
 
 
-def _mean(tensors: list[Tensor], shares: list[float]) -> Tensor:
-    newest = tensors[-1].detach()
-    if not newest.is_floating_point():
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+
+
+def _mean(tensors: list[Any], shares: list[float]) -> Any:
+    if not isinstance(tensors[-1], Tensor):
+        return copy.deepcopy(tensors[-1])
+    newest: Tensor = tensors[-1].detach()
+    if not (newest.is_floating_point() or newest.is_complex()):
         return newest.clone()
     wide = torch.float64 if newest.device.type != "mps" else torch.float32  # which has no float64
+    if newest.is_complex():
+        wide = torch.complex128
     # the newest plus weighted differences: exact for equal tensors, and for a single one
     base = newest.to(wide)
     total = base.clone()
     for tensor, share in zip(tensors[:-1], shares, strict=False):
-        total.add_(tensor.detach().to(wide) - base, alpha=share)
+        away = tensor.detach().to(wide) - base
+        if not away.isfinite().all():
+            away.masked_fill_(tensor.detach().to(wide) == base, 0)  # both infinite, as in the mask of an attention
+        total.add_(away, alpha=share)
     return total.to(newest.dtype)
 
 
@@ -126,7 +136,7 @@ class LAWA(AveragedModel):
 
     def update_parameters(self, model: nn.Module) -> None:
         """Take in the model's present state, and let the oldest go."""
-        self._latest.append({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
+        self._latest.append(copy.deepcopy(model.state_dict()))
         self.module.load_state_dict(average_state_dicts(list(self._latest)))
         self.n_averaged += 1
 

@@ -152,6 +152,8 @@ def _log_raw(
         with np.errstate(divide="ignore", over="ignore"):  # the logarithm of step 0 is -inf: weight 0
             logs = np.log(m) if metric != "loss" else -np.log(m)
             return (logs - logs.max()) * p if np.isfinite(logs.max()) else logs
+    if not math.isfinite(float(good.max()) - float(good.min())):
+        good, p = good / 4, p / 4 if scheme == "softmax" else p  # only differences count, and these overflow
     best, worst = float(good.max()), float(good.min())
     if scheme == "linear" and best > worst:
         with np.errstate(divide="ignore"):

@@ -131,4 +131,6 @@ def _set_dtype(config: Path, dtype: torch.dtype) -> None:
 
 def _safe(name: str) -> str:
     """The safetensors name of a weight file or an index."""
+    if name.endswith((".pt", ".pth")):
+        return _SINGLE
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")

@@ -224,15 +224,22 @@ def copy_other_files(source: Path, target: Path, *, but: Collection[str] = ()) -
 def _locate(path: Path) -> dict[str, Path]:
     if path.is_file():
         return _names(path)
-    index = path / f"{_NAME}.safetensors.index.json"
+    index, single = path / f"{_NAME}.safetensors.index.json", path / f"{_NAME}.safetensors"
+    if single.is_file():  # before an index, which an earlier save in shards may have left: as from_pretrained does
+        return _names(single)
     if index.is_file():
         return _indexed(index)
     if not path.is_dir():
         raise UsageError(f"{path} is neither a folder nor a file")
-    found = sorted(path.glob("*.safetensors"), key=lambda file: (file.name != f"{_NAME}.safetensors", file.name))
+    found = sorted(path.glob("*.safetensors"))
     if found:
         if _SHARD.search(found[0].name):
             raise UsageError(f"{path} holds {found[0].name}, which is a part of a model, and no {index.name}")
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:_MOST_NAMED])
+            raise UsageError(
+                f"{path} holds {names}: which of them is the model? Name it {single.name}, or give the file"
+            )
         return _names(found[0])
     pickles = sorted(found.name for found in path.glob("*.bin"))
     hint = f"; convert {pickles[0]} first (load it, then save_pretrained writes safetensors)" if pickles else ""

@@ -38,7 +38,7 @@ def read_pickle(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     except Exception as error:  # damaged pickles fail in any way
         raise UsageError(f"{file} cannot be read as plain tensors: {reason(error)}") from error
     _check_state(file, state)
-    return dict(state)
+    return {name: tensor.detach() for name, tensor in state.items()}  # parameters are pickled as such
 
 
 def read_pickles(folder: Path, stem: str, *, allow_pickle: bool) -> dict[str, tuple[Path, Tensor]]:

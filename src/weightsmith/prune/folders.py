@@ -1,6 +1,9 @@
 """Prune the weights of a checkpoint folder: no model is built, and tensors are read as they are needed."""
 
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -10,17 +13,19 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.checkpoint import Checkpoint, Stored, copy_other_files, write_checkpoint
-from weightsmith.core.errors import UsageError, near
+from weightsmith.core.errors import UsageError, WeightsmithWarning, near
 from weightsmith.core.files import check_target, folder_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pretrained import model_class
-from weightsmith.core.weights import layouts, output_layers
+from weightsmith.core.weights import Layout, layouts, output_layers
 from weightsmith.prune.report import PruneReport, TensorDensity
 from weightsmith.prune.scoring import check_amount, pattern_sizes, scorer, semi_structured
 from weightsmith.prune.sparse import save_sparse
 from weightsmith.prune.targets import groups_of
 from weightsmith.prune.thresholds import Ranked, prune_ranked
 
+_EXPERT = re.compile(r"(^|\.)experts?\.\d+\.")
+_PLAIN = Layout("weight", 0)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,6 +67,8 @@ def prune_folder(
     """
     source, target = Path(folder), Path(out)
     amount = check_amount(amount)
+    if not 0 <= min_density < 1:
+        raise UsageError(f"min_density must be a fraction from 0 up to but not including 1, got {min_density}")
     check_target(target, [source])
     if target.exists() and not overwrite:
         raise UsageError(f"out {str(target)!r} exists: give overwrite=True, or --overwrite, to replace it")
@@ -70,13 +77,29 @@ def prune_folder(
         if Path(sparse).is_dir():
             raise UsageError(f"sparse {str(sparse)!r} is a folder: give the file to write")
     stored = Checkpoint(source).stored()
-    chosen = choose(source, stored, names)
+    known = _of_the_model(source, stored)
+    chosen = choose(source, stored, names, known)
+    axes = known.layouts if known is not None else {}
+    left_out = {}
+    if known is not None and all(glob.startswith("!") for glob in names):
+        left_out = {
+            name: "is no tensor of the model that config.json names: choose it by names="
+            for name in _fitting(stored)
+            if name not in chosen and name not in known.names
+        }
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} matrices are left as they are, as the model that config.json names has none of these "
+            f"names: {', '.join(list(left_out)[:3])}; names= chooses them",
+            WeightsmithWarning,
+            stacklevel=2,
+        )
     for name in chosen:
         weight = stored[name].map()
         if not (weight.float().sum().isfinite() or weight.isfinite().all()):
             raise UsageError(f"{name} holds NaN or infinite values: nothing has been written")
     masks = {name: mask for members in groups_of(chosen, _scope(scope)).values()
-             for name, mask in _masks(stored, members, amount, pattern, min_density)}  # fmt: skip
+             for name, mask in _masks(stored, members, axes, amount, pattern, min_density)}  # fmt: skip
 
     def pruned() -> Iterator[tuple[str, Tensor]]:
         for name, place in stored.items():
@@ -91,21 +114,37 @@ def prune_folder(
         copy_other_files(source, fresh)
     if sparse is not None:
         save_sparse(dict(Checkpoint(target)), sparse, masks=masks)
-    return PruneReport(None, tuple(_density(name, place, masks.get(name)) for name, place in stored.items()))
+    densities = (_density(name, place, masks.get(name), axes.get(name)) for name, place in stored.items())
+    return PruneReport(None, tuple(densities), left_out)
 
 
-def choose(folder: Path, stored: dict[str, Stored], globs: Sequence[str] = ()) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The model that ``config.json`` names: its matrices and kernels to prune, and the names of all its tensors."""
+
+    layouts: dict[str, Layout]
+    names: frozenset[str]
+
+
+def _fitting(stored: dict[str, Stored]) -> list[str]:
+    return [
+        n for n, place in stored.items() if place.dtype in _FLOATS and len(place.shape) > 1 and min(place.shape) > 0
+    ]
+
+
+def choose(folder: Path, stored: dict[str, Stored], globs: Sequence[str], known: Known | None) -> list[str]:
     """Names of the tensors to prune.
 
     Raises:
         UsageError: There are none.
     """
-    fitting = [
-        n for n, place in stored.items() if place.dtype in _FLOATS and len(place.shape) > 1 and min(place.shape) > 0
-    ]
+    fitting = _fitting(stored)
     wanted = [glob for glob in globs if not glob.startswith("!")]
     unwanted = [glob[1:] for glob in globs if glob.startswith("!")]
-    default = None if wanted else _of_the_model(folder, stored)
+    # experts are stored one by one and stacked when they are loaded, under other names
+    default = (
+        None if known is None else {*known.layouts, *(n for n in fitting if n not in known.names and _EXPERT.search(n))}
+    )
     found = [
         name
         for name in fitting
@@ -117,10 +156,22 @@ def choose(folder: Path, stored: dict[str, Stored], globs: Sequence[str] = ()) -
     return found
 
 
-def _of_the_model(folder: Path, stored: dict[str, Stored]) -> set[str] | None:
-    """Matrices and kernels of the model that ``config.json`` names; ``None``: it names none that is known."""
+def _of_the_model(folder: Path, stored: dict[str, Stored]) -> Known | None:
+    """What ``config.json`` says of a folder's tensors; ``None``, and a warning: it names no model that is known."""
     if not (folder / "config.json").is_file():
         return None
+    known = _built(folder, stored)
+    if known is None:
+        warnings.warn(
+            f"{folder}/config.json names no model that can be built here: every matrix is taken for a layer's, "
+            "embeddings and output layers too; names= chooses",
+            WeightsmithWarning,
+            stacklevel=3,
+        )
+    return known
+
+
+def _built(folder: Path, stored: dict[str, Stored]) -> Known | None:
     try:
         import transformers
     except ModuleNotFoundError:
@@ -137,14 +188,19 @@ def _of_the_model(folder: Path, stored: dict[str, Stored]) -> set[str] | None:
         return None
     ends = set(output_layers(model))
     found = {
-        f"{owner}.{layout.attribute}".lstrip(".")
+        f"{owner}.{layout.attribute}".lstrip("."): layout
         for owner, module in model.named_modules()
         if owner not in ends
         for layout in layouts(module)
     }
     # a checkpoint may hold the model without its head, under names without the first part
-    bodies = {name.partition(".")[2] for name in found}
-    return found if found & stored.keys() else (bodies if bodies & stored.keys() else None)
+    bodies = {name.partition(".")[2]: layout for name, layout in found.items()}
+    names = frozenset(model.state_dict())
+    if found.keys() & stored.keys():
+        return Known(found, names)
+    if bodies.keys() & stored.keys():
+        return Known(bodies, frozenset(name.partition(".")[2] for name in names))
+    return None
 
 
 def _scope(scope: str | Sequence[str]) -> str | list[str]:
@@ -152,14 +208,20 @@ def _scope(scope: str | Sequence[str]) -> str | list[str]:
 
 
 def _masks(
-    stored: dict[str, Stored], members: list[str], amount: float, pattern: str | None, min_density: float
+    stored: dict[str, Stored],
+    members: list[str],
+    axes: Mapping[str, Layout],
+    amount: float,
+    pattern: str | None,
+    min_density: float,
 ) -> Iterator[tuple[str, Tensor]]:
     weights = {name: stored[name].map() for name in members}
     if pattern is not None:
         keep, of = pattern_sizes(pattern)
         for name, weight in weights.items():
             try:
-                yield name, semi_structured(weight, keep, of)
+                layout = axes.get(name, _PLAIN)
+                yield name, semi_structured(weight, keep, of, axis=layout.axis, stacked=layout.stacked)
             except UsageError as error:
                 raise UsageError(f"{name}: {error}; exclude it by a name with a leading !") from error
         return
@@ -169,9 +231,10 @@ def _masks(
     yield from zip(members, found or [one.mask for one in ranked], strict=True)
 
 
-def _density(name: str, place: Stored, mask: Tensor | None) -> TensorDensity:
+def _density(name: str, place: Stored, mask: Tensor | None, layout: Layout | None) -> TensorDensity:
     if mask is None:
         return TensorDensity(name, place.shape, int(np.prod(place.shape)), prunable=False)
-    rows = mask.reshape(len(mask), -1)
+    axis = (layout or _PLAIN).axis
+    rows = mask.movedim(axis, 0).reshape(mask.shape[axis], -1)
     dead = len(rows) - int(np.count_nonzero(rows.numpy().any(1)))
     return TensorDensity(name, place.shape, int(mask.count_nonzero()), dead)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import UsageError, reason
 from weightsmith.core.files import folder_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.prune.magnitude import MagnitudePruner
@@ -190,7 +191,11 @@ def _restore(last: Round, model: nn.Module, pruner: MagnitudePruner) -> None:
     later = last.folder / "snapshots.safetensors"
     if later.is_file():
         snapshots: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(later).items():
+        try:
+            held = load_file(later)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{later} is damaged or no safetensors file: {reason(error)}") from error
+        for key, tensor in held.items():
             label, _, name = key.partition("/")
             snapshots.setdefault(label, {})[name] = tensor
         for label, snapshot in snapshots.items():

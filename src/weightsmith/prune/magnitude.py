@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, WeightsmithWarning, near
 from weightsmith.core.select import Where
-from weightsmith.core.weights import Slot, layouts, owners
+from weightsmith.core.weights import Layout, Slot, layouts, owners
 from weightsmith.prune.bits import pack_bits, unpack_bits
 from weightsmith.prune.report import PruneReport, TensorDensity
 from weightsmith.prune.scoring import Score, check_amount, check_score, pattern_sizes, scorer, semi_structured
@@ -100,7 +100,7 @@ class MagnitudePruner:
         Args:
             label: Its name: ``"init"`` before any training; another for late rewinding.
         """
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(self.model)}
+        state = {name: _copied(tensor) for name, tensor in _tensors(self.model)}
         self._snapshots[label], self._digests[label] = state, _digest(state)
 
     def digest(self, label: str = "init") -> str:
@@ -126,7 +126,7 @@ class MagnitudePruner:
             if state[name].shape != tensor.shape:
                 shapes = f"{tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
                 raise UsageError(f"snapshot {label!r}: {name} has shape {shapes}")
-        kept = {name: state[name].detach().to("cpu", copy=True) for name in own}
+        kept = {name: _copied(state[name]) for name in own}
         self._snapshots[label], self._digests[label] = kept, _digest(kept)
 
     @torch.no_grad()
@@ -338,7 +338,9 @@ class MagnitudePruner:
         fresh = {}
         for name, weight in self._weights():
             try:
-                fresh[name] = semi_structured(weight * self._mask(name, weight), keep, of)
+                layout = _layout(self._slots[name])
+                axis, stacked = (layout.axis, layout.stacked) if layout is not None else (0, False)
+                fresh[name] = semi_structured(weight * self._mask(name, weight), keep, of, axis=axis, stacked=stacked)
             except UsageError as error:
                 raise UsageError(f"{name}: {error}; leave it out of where=") from error
         for name, mask in fresh.items():
@@ -353,6 +355,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    # row-major also where the model is in channels_last, as files want it
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _count(mask: Tensor) -> int:
@@ -371,8 +378,12 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _layout(slot: Slot) -> Layout | None:
+    return next((layout for layout in layouts(slot.module) if layout.attribute == slot.attribute), None)
+
+
 def _dead_rows(slot: Slot, mask: Tensor) -> int:
-    layout = next((layout for layout in layouts(slot.module) if layout.attribute == slot.attribute), None)
+    layout = _layout(slot)
     if layout is None or mask.dim() < 2:
         return 0
     rows = mask.movedim(layout.axis, 0).reshape(mask.shape[layout.axis], -1)

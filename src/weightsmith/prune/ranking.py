@@ -12,6 +12,7 @@ from torch import Tensor
 Scores = Callable[[], Iterator[Tensor]]
 """Gives the numbers anew for every pass: 1-D tensors, float32 or float64, all of one dtype, none negative."""
 
+_HAIR = 1e-12
 _BRACKETS = (0.01, 0.1, 1.0)
 
 
@@ -46,10 +47,17 @@ def percentile(scores: Scores, amount: float, sample: Tensor) -> tuple[float, in
             inside.append(values[between])
         if not count:
             return None
-        index = int(np.ceil(amount * (count - 1)))
+        position = amount * (count - 1)
+        first, index = int(np.floor(position)), int(np.ceil(position))
+        # a whole position that rounding has put a hair above itself: numpy's interpolation may round it back
+        hair = index - first if 0 < position - first < _HAIR * position else 0
         found = np.concatenate(inside)
-        if 0 <= index - below < len(found):
-            return float(np.partition(found, index - below)[index - below]), index
+        if index - hair - below >= 0 and index - below < len(found):
+            ordered = np.partition(found, [index - hair - below, index - below])
+            lower, upper = ordered[index - hair - below], ordered[index - below]
+            if hair and np.quantile(np.array([lower, upper]), position - first) <= lower:
+                return float(lower), first
+            return float(upper), index
     raise AssertionError("the widest bracket holds every number")
 
 

@@ -75,13 +75,15 @@ def pattern_sizes(pattern: str) -> tuple[int, int]:
     return sizes[pattern]
 
 
-def semi_structured(weight: Tensor, keep: int, of: int) -> Tensor:
+def semi_structured(weight: Tensor, keep: int, of: int, *, axis: int = 0, stacked: bool = False) -> Tensor:
     """Mask that keeps the ``keep`` largest of every ``of`` neighbors along the inputs, as 2:4 kernels want it.
 
     Args:
-        weight: ``(out, in, ...)``; ``in`` times the kernel's size must be a multiple of ``of``.
+        weight: ``(out, in, ...)`` or as ``axis`` says; ``in`` times the kernel's size must be a multiple of ``of``.
         keep: Entries kept.
         of: Size of a group.
+        axis: Where the outputs are, see `weightsmith.core.weights.Layout`.
+        stacked: Whether the first axis counts matrices.
 
     Returns:
         A boolean mask of the weight's shape.
@@ -89,11 +91,13 @@ def semi_structured(weight: Tensor, keep: int, of: int) -> Tensor:
     Raises:
         UsageError: The inputs are no multiple of ``of``.
     """
-    flat = weight.detach().reshape(len(weight), -1) if weight.dim() > 1 else weight.detach().reshape(1, -1)
+    first = int(stacked)
+    rows = weight.detach().movedim(axis, first) if weight.dim() > 1 else weight.detach()[None]
+    flat = rows.reshape(rows.shape[: first + 1].numel(), -1)
     if flat.shape[1] % of:
         raise UsageError(f"the inputs of a weight {tuple(weight.shape)} are no multiple of {of}")
     groups = (flat if flat.dtype == torch.float64 else flat.float()).abs().reshape(-1, of)
     kept = groups.topk(keep, dim=1).indices
-    return (
-        torch.zeros(groups.shape, dtype=torch.bool, device=weight.device).scatter_(1, kept, True).reshape(weight.shape)
-    )
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=weight.device).scatter_(1, kept, True)
+    mask = mask.reshape(rows.shape)
+    return mask.movedim(first, axis) if weight.dim() > 1 else mask[0]

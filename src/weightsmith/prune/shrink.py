@@ -8,15 +8,17 @@ follows the model on an example; the result is compared with the original before
 import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError, require
+from weightsmith.core.graph import leaves
 from weightsmith.core.modes import evaluating
 from weightsmith.core.outputs import call, logits_of
-from weightsmith.core.weights import is_plain
+from weightsmith.core.weights import is_plain, owners
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -78,7 +80,7 @@ def shrink_(model: nn.Module, example: Any, *, tolerance: float = 1e-5) -> Shrun
     left: dict[str, str] = {}
     with evaluating(model):
         probes = _probes(example)
-        wanted = [logits_of(call(model, probe)) for probe in probes]
+        wanted, ties = [_outputs(call(model, probe)) for probe in probes], _ties(model)
         names = [name for name, module in model.named_modules() if isinstance(module, _LAYERS) and is_plain(module)]
         for name in names:
             dead = dead_channels(model.get_submodule(name)).nonzero().flatten().tolist()
@@ -88,6 +90,8 @@ def shrink_(model: nn.Module, example: Any, *, tolerance: float = 1e-5) -> Shrun
             reason = _remove(pruning, trial, name, dead, example)
             if reason is None:
                 reason = _difference(trial, probes, wanted, tolerance)
+            if reason is None and _ties(trial) != ties:
+                reason = "weights that are tied would come apart"
             if reason is None:
                 _remove(pruning, model, name, dead, example)
                 removed[name] = len(dead)
@@ -96,17 +100,31 @@ def shrink_(model: nn.Module, example: Any, *, tolerance: float = 1e-5) -> Shrun
     return Shrunk(model, removed, left, before, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _difference(trial: nn.Module, probes: list[Any], wanted: list[Tensor], tolerance: float) -> str | None:
+def _outputs(output: Any) -> list[Tensor]:
+    """All tensors that a model returns, hidden states among them."""
+    found = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+    return found or [logits_of(output)]
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    return [[slot.name for slot in slots] for slots in owners(model).values() if len(slots) > 1]
+
+
+def _difference(trial: nn.Module, probes: list[Any], wanted: list[list[Tensor]], tolerance: float) -> str | None:
     try:
-        found = [logits_of(call(trial, probe)) for probe in probes]
+        found = [_outputs(call(trial, probe)) for probe in probes]
     except Exception as error:  # sizes that the model's own code holds, such as those of attention heads
         return f"the model would not run ({type(error).__name__})"
-    return next(filter(None, map(partial(_change, tolerance=tolerance), found, wanted)), None)
+    change = partial(_change, tolerance=tolerance)
+    pairs = (pair for mine, theirs in zip(found, wanted, strict=True) for pair in zip(mine, theirs, strict=True))
+    return next(filter(None, starmap(change, pairs)), None)
 
 
 def _change(found: Tensor, wanted: Tensor, *, tolerance: float) -> str | None:
     if found.shape != wanted.shape:
         return "they are outputs of the model"
+    if not wanted.is_floating_point():
+        return None if torch.equal(found, wanted) else "the outputs would change"
     largest = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
     return None if torch.allclose(found, wanted, rtol=0, atol=tolerance * largest) else "the outputs would change"
 

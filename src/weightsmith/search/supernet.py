@@ -6,13 +6,15 @@ everything outside the choices is shared by all. Only the chosen candidate of a 
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.search.space import Genotype, SearchSpace
+
+_MOST_KNOWN = 100_000
 
 
 class Choice(nn.Module):
@@ -65,6 +67,7 @@ class SuperNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.genotype: Genotype | None = None
+        self._known: set[Genotype] = set()
 
     def choices(self) -> Iterator[tuple[int, int, Choice]]:
         """Yield ``(cell, gene, choice)``."""
@@ -76,8 +79,14 @@ class SuperNet(nn.Module):
             if self.genotype is None:
                 raise UsageError("a super-network runs one genotype at a time: pass forward a genotype")
             return self.genotype
-        # tuples are checked once, when they are made; doing it in every step would cost as much as a small layer
-        return genotype if isinstance(genotype, tuple) else self.space.check(genotype)
+        # each is checked once: doing it in every step would cost as much as a small layer
+        plain = isinstance(genotype, tuple) and all(isinstance(cell, tuple) for cell in genotype)
+        if plain and genotype in self._known:
+            return cast(Genotype, genotype)
+        checked = self.space.check(genotype)
+        if len(self._known) < _MOST_KNOWN:
+            self._known.add(checked)
+        return checked
 
     def subnet(self, genotype: Any, *, inherit: bool = True) -> Self:
         """Copy out the stand-alone network of a genotype.

@@ -1,9 +1,9 @@
 """The hinge loss of GANs and one training step of each side; arXiv 1705.02894, and EAGAN's code."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightsmith.core.errors import UsageError
@@ -78,6 +78,16 @@ def generator_step(
     """
     _check(z)
     return _step(generator_loss(discriminator(generator(z))), optimizer, clip_norm, zero_unsampled)
+
+
+def norms_of(*models: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers of networks."""
+    return [module for model in models for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def statistics_of(norms: Sequence[nn.Module]) -> list[Tensor]:
+    """Running statistics; a step whose loss is not finite may have spoiled them, although it was not taken."""
+    return [buffer for module in norms for buffer in module.buffers()]
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float | None, zero_unsampled: bool) -> float:

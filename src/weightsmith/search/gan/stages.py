@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.search.gan.fitness import Partners
-from weightsmith.search.gan.losses import discriminator_step, generator_step
+from weightsmith.search.gan.losses import discriminator_step, generator_step, norms_of, statistics_of
 from weightsmith.search.options import Trainer
 from weightsmith.search.space import Genotype, SearchSpace
 from weightsmith.search.supernet import SuperNet
@@ -101,7 +101,7 @@ class _Stage(Trainer):
     def _count(self, slots: Sequence[int], loss: float, norms: Sequence[nn.Module], before: Sequence[Tensor]) -> None:
         if np.isfinite(loss):
             return
-        for value, kept in zip(_statistics(norms), before, strict=True):
+        for value, kept in zip(statistics_of(norms), before, strict=True):
             value.copy_(kept)
         for slot in slots:
             self.skipped[slot] = self.skipped.get(slot, 0) + 1
@@ -161,7 +161,7 @@ class StageOne(_Stage):
         like, latent = next(model.parameters()), int(model.latent)  # type: ignore[arg-type]
         model.train()
         self.discriminator.train()
-        norms = _norms(model, self.discriminator)
+        norms = norms_of(model, self.discriminator)
         for step in range(steps):
             slots, genotypes = draw()
 
@@ -170,7 +170,7 @@ class StageOne(_Stage):
                 parts = zip(z.chunk(len(genotypes)), genotypes, strict=True)
                 return torch.cat([model(part, genotype) for part, genotype in parts])
 
-            before = [value.clone() for value in _statistics(norms)]
+            before = [value.clone() for value in statistics_of(norms)]
             z = self._latents(options.dis_batch, latent, like)
             loss = discriminator_step(self.discriminator, generator, self._d_optimizer, self._real(like), z)
             if step % options.n_critic == 0 and np.isfinite(loss):
@@ -251,8 +251,8 @@ class StageTwo(_Stage):
         like, latent = next(generator.parameters()), int(generator.latent)  # type: ignore[arg-type]
         generator.train()
         self.discriminator.train()
-        norms = _norms(generator)
-        before = [value.clone() for value in _statistics(norms)]
+        norms = norms_of(generator)
+        before = [value.clone() for value in statistics_of(norms)]
 
         def scored(x: Tensor) -> Tensor:
             scores: Tensor = self.discriminator(x, genotype)
@@ -266,11 +266,3 @@ class StageTwo(_Stage):
                 return self._count([slot], loss, norms, before)
         z = self._latents(self.options.gen_batch, latent, like)
         return self._count([slot], generator_step(scored, generator, optimizer, z), norms, before)
-
-
-def _norms(*models: nn.Module) -> list[nn.Module]:
-    return [module for model in models for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def _statistics(norms: Sequence[nn.Module]) -> list[Tensor]:
-    return [buffer for module in norms for buffer in module.buffers()]
