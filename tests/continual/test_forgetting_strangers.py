@@ -200,3 +200,31 @@ def test_an_encoder_decoder_is_scored_from_its_labels():
 def test_a_pair_whose_labels_are_no_tensor_is_refused():
     with pytest.raises(UsageError, match="labels of a batch must be a tensor, got list"):
         prediction_accuracy(nn.Linear(4, 2), [(torch.randn(2, 4), [0, 1])])
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_of_a_prompt_are_not_scored(kind):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        language_model(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
+    (batch,) = held_out()["up"]
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits[:, -batch["labels"].shape[1] :]
+    right = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]).double().mean().item()
+    assert prediction_accuracy(model, [batch]) == pytest.approx(100 * right)
+    assert prediction_accuracy(nn.DataParallel(model, device_ids=[]), [batch]) == pytest.approx(100 * right)
+
+
+def test_a_prompt_of_an_encoder_decoder_is_not_scored():
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    prompt = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(transformers.T5ForConditionalGeneration(config), prompt).eval()
+    ids = torch.randint(2, 30, (4, 6))
+    with torch.no_grad():
+        logits = model(input_ids=ids, labels=ids).logits[:, -6:]
+    right = (logits.argmax(-1) == ids).double().mean().item()
+    assert prediction_accuracy(model, [{"input_ids": ids, "labels": ids}]) == pytest.approx(100 * right)

@@ -183,3 +183,8 @@ def test_instructions_from_a_generator_are_read_once():
     router = InstructionRouter()
     router.commit(1, ["Add the numbers"])
     assert router.assign(text for text in ["Add the numbers"]) == router.assign(["Add the numbers"])
+
+
+def test_half_a_character_is_refused_before_a_task_begins():
+    with pytest.raises(UsageError, match="must be whole characters"):
+        InstructionRouter().assign(["Add \ud800"])

@@ -425,3 +425,11 @@ def test_copies_do_not_share_tensors_with_the_model():
         p.data.zero_()
     tuner.use(1)
     assert same(weights(tuner.model), held)
+
+
+def test_a_part_that_cannot_be_made_random_is_refused_before_the_first_task():
+    model = with_lora(use_dora=True)
+    before = weights(model)
+    with pytest.raises(UsageError, match="cannot be reset: take another new_group_init"):
+        ContinualTuner(model, new_group_init="random")
+    assert same(weights(model), before)

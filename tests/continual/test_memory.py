@@ -146,3 +146,14 @@ def test_bias_correction_finds_the_line():
     torch.testing.assert_close(correct_bias(seen, 4, 0.5, 0.7), true)
     with pytest.raises(UsageError, match="n_old"):
         fit_bias_correction(seen, labels, 6)
+
+
+def test_labels_that_would_be_rounded_are_refused():
+    with pytest.raises(TypeError, match=r"labels must be integers, got torch\.float32"):
+        ClassOrder([3, 1], 1).to_rows(torch.tensor([3.7, 1.0]))
+    memory = ExemplarMemory(4)
+    with pytest.raises(TypeError, match="labels must be integers"):
+        memory.add(torch.arange(2), torch.tensor([0.5, 1.0]), torch.randn(2, 3))
+    with pytest.raises(TypeError, match="inputs must be a tensor, got list: store indices"):
+        memory.add(["a", "b"], torch.tensor([0, 1]), torch.randn(2, 3))
+    assert not len(memory)

@@ -1,4 +1,5 @@
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from weightsmith.continual import (
     WeightAligning,
     align_weights_,
     distillation_loss,
+    expand_head_,
     incremental_loss,
 )
 from weightsmith.core.errors import UsageError, WeightsmithWarning
@@ -216,3 +218,175 @@ def test_single_classes():
     loss = incremental_loss(torch.randn(2, 2), torch.tensor([0, 1]), torch.randn(2, 1), 1)
     assert loss.isfinite()
     assert align_weights_(nn.Linear(3, 2), 1).n_old == 1
+
+
+def test_a_decoder_gives_the_features_of_the_token_that_it_reads():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    wa = WeightAligning(transformers.LlamaForSequenceClassification(config), "score")
+    wa.begin_step(2)
+    ids = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    features = wa.features(batch)
+    assert features.shape == (2, 16)
+    torch.testing.assert_close(wa.head(features), wa.model.eval()(**batch).logits)
+
+
+def test_a_head_whose_logits_are_averaged_over_tokens_needs_the_callers_features():
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(x).mean(1)
+
+    wa = WeightAligning(Mean(), "fc")
+    wa.begin_step(2)
+    with pytest.raises(UsageError, match="logits of no single token: compute features"):
+        wa.features(torch.randn(3, 5, 4))
+
+
+def test_what_the_end_of_a_step_refuses_changes_nothing():
+    wa = WeightAligning(network(), "3", memory=ExemplarMemory(12))
+    train_step(wa, [0, 1], epochs=1)
+    wa.begin_step(2)
+    x, y = data([2, 3])
+    before = copy.deepcopy(wa.model.state_dict())
+    for labels, features, error, message in [
+        (y + 5, None, UsageError, "label 7 is none of this step's head indices, 2 to 3"),  # labels of the data
+        (y - 2, None, UsageError, "label 0 is none of this step's head indices"),  # a class that comes again
+        (y.float(), None, TypeError, "labels must be integers"),
+        (y, torch.randn(3, 16), UsageError, "herding needs features of all 80 examples, got 3"),
+    ]:
+        with pytest.raises(error, match=message):
+            wa.end_step(x, labels, features=features)
+    assert wa.history == []
+    assert list(wa.memory.counts) == [0, 1]
+    assert all(torch.equal(wa.model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_new_class_without_examples_gets_a_warning():
+    wa = WeightAligning(network(), "3", memory=ExemplarMemory(12))
+    wa.begin_step(3)
+    with pytest.warns(WeightsmithWarning, match="no example of new class 1"):
+        wa.end_step(*data([0, 2]))
+
+
+def test_a_memory_that_will_be_too_small_is_refused_before_the_step():
+    wa = WeightAligning(network(), "3", memory=ExemplarMemory(3))
+    train_step(wa, [0, 1], epochs=1)
+    with pytest.raises(UsageError, match="at least the 4 classes seen, got 3"):
+        wa.begin_step(2)
+    assert (wa.step, wa.n_classes) == (0, 2)
+
+
+def test_the_authors_settings_resume_in_the_first_step():
+    first, again = (WeightAligning(network(), "3", "official") for _ in range(2))
+    first.begin_step(2)
+    again.load_state_dict(first.state_dict())
+    again.model.load_state_dict(first.model.state_dict())
+
+
+def test_a_head_under_two_names_is_replaced_under_both():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 2)})
+    model["classifier"] = model["fc"]
+    WeightAligning(model, "fc").begin_step(3)
+    assert model["classifier"] is model["fc"]
+    assert model["fc"].out_features == 3
+
+
+def test_without_distillation_no_teacher_is_kept():
+    wa = WeightAligning(network(), "3", AligningOptions(distill=False))
+    wa.begin_step(2)
+    wa.begin_step(2)
+    assert wa.teacher is None
+
+
+def test_a_wrapped_model_is_called_by_the_caller():
+    with pytest.raises(UsageError, match="model must be what is inside of DataParallel"):
+        WeightAligning(nn.DataParallel(network()), "module.3")
+    wa = WeightAligning(network(), "3")
+    wa.begin_step(2)
+    wa.begin_step(1)
+    x, y = data([0, 1])
+    wrapped = nn.DataParallel(wa.model, device_ids=[])
+    assert torch.equal(
+        wa.loss(x, y, logits=2 * wrapped(x)), incremental_loss(2 * wa.model(x), y, wa.teacher_logits(x), 2)
+    )
+
+
+def test_an_adapter_with_one_class_at_first_learns_more():
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    adapter = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(transformers.BertForSequenceClassification(config), adapter).eval()
+    wa = WeightAligning(model, "base_model.model.classifier.modules_to_save.default")
+    wa.begin_step(1)
+    ids, labels = torch.randint(32, (4, 5)), torch.tensor([0, 1, 2, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(input_ids=ids, labels=labels.float())  # with one label transformers takes it for a regression
+    wa.begin_step(2)
+    found = model(input_ids=ids, labels=labels)
+    torch.testing.assert_close(found.loss, F.cross_entropy(found.logits, labels))
+    assert model.base_model.model.num_labels == model.config.num_labels == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_bias": False}, {"apply": "logits"}])
+def test_what_aligning_changed_is_measured_and_drawn(options, tmp_path):
+    wa = WeightAligning(network(), "3", AligningOptions(**options), memory=ExemplarMemory(12))
+    train_step(wa, [0, 1])
+    with pytest.raises(UsageError, match="from the second step on"):
+        wa.measure(torch.zeros(1, 2), torch.tensor([0]))
+    with pytest.raises(UsageError, match="nothing has been aligned"):
+        wa.plot(tmp_path / "a.svg")
+    train_step(wa, [2, 3], end=False)
+    (x, y), (test, labels) = data([2, 3]), data([0, 1, 2, 3], seed=9)
+    unaligned = wa.model.eval()(test).argmax(1)
+    wa.end_step(x, y)
+    logits = wa.model.eval()(test)
+    found = wa.measure(logits, labels)
+    aligned = wa.aligned(logits).argmax(1)
+    expected = {
+        "true_share": 50.0, "accuracy_before": 100 * (unaligned == labels).double().mean().item(),
+        "accuracy": 100 * (aligned == labels).double().mean().item(),
+        "newest_share_before": 100 * (unaligned > 1).double().mean().item(),
+        "newest_share": 100 * (aligned > 1).double().mean().item(),
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
+    assert wa.history[-1].items() >= found.items()
+    with pytest.raises(UsageError, match=r"logits must be \(N, 4\)"):
+        wa.measure(logits[:, :3], labels)
+    wa.plot(tmp_path / "a.svg")
+    for text in ("true share", "gamma", "mean norm of rows"):
+        assert text in (tmp_path / "a.svg").read_text()
+    with pytest.raises(UsageError, match=r"path must end in \.html"):
+        wa.plot(tmp_path / "a.pdf")
+
+
+def test_a_head_may_be_given_by_a_function():
+    wa = WeightAligning(network(), lambda model: model[3])
+    wa.begin_step(2)
+    wa.begin_step(1)
+    assert wa.model[3].out_features == 3
+    assert expand_head_(network(), 5, lambda model: model[3])[3].out_features == 5
+    with pytest.raises(UsageError, match="head must return a module of the model"):
+        WeightAligning(network(), lambda _: nn.Linear(2, 2))
+
+
+def test_the_optimizer_of_accelerate_restricts_the_head():
+    accelerate = pytest.importorskip("accelerate")
+    wa = WeightAligning(network(), "3", "official")
+    wa.begin_step(2)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(torch.optim.SGD(wa.model.parameters(), lr=0.5))
+    wa.attach(wrapped)
+    wa.loss(*data([0, 1])).backward()
+    wrapped.step()
+    assert wa.head.weight.min() >= 0

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -81,3 +83,24 @@ def test_an_incremental_step_under_trainer_is_that_of_ones_own_loop(tmp_path):
 def test_a_trainer_before_any_step_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no step has begun"):
         WeightAligningTrainer(WeightAligning(model(), "classifier"), arguments(tmp_path))
+
+
+def test_an_incremental_step_that_was_killed_goes_on_from_its_checkpoint(tmp_path):
+    def begun():
+        return WeightAligning(model(), "classifier", AligningOptions(restrict=True, bias=False))
+
+    def train(wa, folder, resume=None, **more):
+        args = arguments(folder, max_steps=4, **more)
+        WeightAligningTrainer(wa, args, train_dataset=rows([0, 1, 2], 12)).train(resume_from_checkpoint=resume)
+        return wa.model.state_dict()
+
+    whole = begun()
+    whole.begin_step(2)
+    whole.begin_step(1)
+    state = copy.deepcopy(whole.state_dict())
+    expected = train(whole, tmp_path)
+    again = begun()  # another process
+    again.load_state_dict(state)
+    found = train(again, tmp_path / "more", str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(again.teacher.classifier.weight, whole.teacher.classifier.weight)

@@ -65,7 +65,9 @@ class ClassOrder:
 
         Raises:
             UsageError: A label is not in the order.
+            TypeError: The labels are no integers.
         """
+        check_integers(labels)
         inside = (labels >= 0) & (labels < len(self._row))
         found = self._row.to(labels.device)[labels.long() * inside].where(inside, -1)
         if bool((found < 0).any()):
@@ -80,3 +82,13 @@ class ClassOrder:
         if not 0 <= step < self.steps:
             raise UsageError(f"step must be between 0 and {self.steps - 1}, got {step}")
         return step
+
+
+def check_integers(labels: Tensor) -> None:
+    """Refuse labels that would be rounded.
+
+    Raises:
+        TypeError: They are no integers.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}: call labels.long() if that is what they are")

@@ -86,5 +86,18 @@ class EWC:
         return {"fisher": dict(self._fisher), "anchor": dict(self._anchor)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self._fisher, self._anchor = dict(state["fisher"]), dict(state["anchor"])
+        """Restore what `state_dict` gave.
+
+        Raises:
+            UsageError: It is of other parameters; nothing has been changed.
+        """
+        own = {name: self.model.get_parameter(name) for name in self._names}
+        for held in (state["fisher"], state["anchor"]):
+            if held and {name: p.shape for name, p in own.items()} != {name: t.shape for name, t in held.items()}:
+                raise UsageError(
+                    f"the state is of other parameters: it has {', '.join(held)}, the model {', '.join(own)}"
+                )
+        self._fisher, self._anchor = (
+            {name: tensor.to(own[name].device) for name, tensor in held.items()}
+            for held in (state["fisher"], state["anchor"])
+        )

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightsmith.continual.charts import check_chart_path, save_chart
 from weightsmith.continual.prediction import prediction_accuracy
 from weightsmith.continual.transfer import Better, Transfer, transfer
 from weightsmith.core.display import printable
 from weightsmith.core.errors import UsageError, brief, unknown
-from weightsmith.core.files import file_atomically, write_atomically
+from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_text
 from weightsmith.core.modes import evaluating
 
 _START = "(before)"
-_FORMATS = (".html", ".svg", ".png", ".json")
 Score = Callable[[nn.Module, Any], float]
 
 
@@ -197,16 +197,10 @@ class ForgettingMeter:
         Raises:
             UsageError: The file's ending is another, or there is nothing to draw.
         """
-        target = Path(path)
-        if target.suffix not in _FORMATS:
-            raise UsageError(f"path must end in {', '.join(_FORMATS)}, got {str(path)!r}")
+        target = check_chart_path(path)
         if not self._rows:
             raise UsageError("nothing has been recorded: call record after a task")
-        chart = _chart(self.report())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with file_atomically(target) as fresh:
-            # the temporary name has the ending too; a page has to work without a network
-            chart.save(str(fresh), format=target.suffix[1:], **({"inline": True} if target.suffix == ".html" else {}))
+        save_chart(_chart(self.report()), target)
 
 
 def _chart(report: ForgettingReport) -> Any:

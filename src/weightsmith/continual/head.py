@@ -1,7 +1,7 @@
 """The classifier at the end of a model: which layers can be one, and how it grows with the classes."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -60,6 +60,21 @@ def find_head(model: nn.Module, name: str) -> Head:
     return check_head(modules[name])
 
 
+def head_name(model: nn.Module, head: str | Callable[[nn.Module], nn.Module]) -> str:
+    """The dotted name of a head that is given by it, or by a function that takes it out of the model.
+
+    Raises:
+        UsageError: What the function returns is not part of the model.
+    """
+    if isinstance(head, str):
+        return head
+    found = head(model)
+    names = [name for name, module in model.named_modules() if module is found]
+    if not names:
+        raise UsageError(f"head must return a module of the model, got {type(found).__name__} from elsewhere")
+    return str(names[0])
+
+
 def fresh_head(head: Head, n_classes: int, *, bias: bool | None = None) -> Head:
     """A head like this one with new weights: same class, device, dtype, training mode, and frozen if it is frozen."""
     options: dict[str, Any] = {
@@ -110,7 +125,12 @@ def expand_head(head: nn.Module, n_classes: int, *, init: HeadInit = "reinit", b
 
 
 def expand_head_(
-    model: nn.Module, n_classes: int, head: str, *, init: HeadInit = "reinit", bias: bool | None = None
+    model: nn.Module,
+    n_classes: int,
+    head: str | Callable[[nn.Module], nn.Module],
+    *,
+    init: HeadInit = "reinit",
+    bias: bool | None = None,
 ) -> nn.Module:
     """Replace the head of a model by one for more classes.
 
@@ -120,7 +140,7 @@ def expand_head_(
     Args:
         model: Changed in place.
         n_classes: Classes of the new head.
-        head: Dotted name of the head.
+        head: Dotted name of the head, or a function that takes it out of the model.
         init: See `expand_head`.
         bias: See `expand_head`.
 
@@ -131,23 +151,32 @@ def expand_head_(
         UsageError: See `expand_head`; or the head's weight is tied or parametrized.
         TypeError: The head is no linear classifier.
     """
-    old = find_head(model, head)
+    name = head_name(model, head)
+    old = find_head(model, name)
     check_own_weight(model, old)
-    return replace_head_(model, head, expand_head(old, n_classes, init=init, bias=bias))
+    return replace_head_(model, name, expand_head(old, n_classes, init=init, bias=bias))
 
 
 def replace_head_(model: nn.Module, name: str, head: Head) -> nn.Module:
-    """Put another head into a model; the config of a transformers model learns the number of labels."""
+    """Put another head into a model; transformers models that hold it learn the number of labels."""
     n_classes = head.weight.shape[0]
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, head)
-    labels = getattr(getattr(model, "config", None), "id2label", None)
-    if isinstance(labels, dict):
-        named = {index: labels.get(index, f"LABEL_{index}") for index in range(n_classes)}
-        model.config.id2label = named  # type: ignore[union-attr]
-        model.config.label2id = {label: index for index, label in named.items()}  # type: ignore[union-attr]
-        if hasattr(model, "num_labels"):
-            model.num_labels = n_classes  # type: ignore[assignment]
+    old = model.get_submodule(name)
+    for module in list(model.modules()):
+        for attribute, child in module._modules.items():
+            if child is old:  # under all its names
+                module._modules[attribute] = head
+    parts = name.split(".")
+    for depth in range(len(parts)):  # the transformers model may be inside a PEFT model or a module of the user
+        holder: Any = model.get_submodule(".".join(parts[:depth]))
+        config = holder.__dict__.get("config")
+        if not isinstance(getattr(config, "id2label", None), dict):
+            continue
+        named = {index: config.id2label.get(index, f"LABEL_{index}") for index in range(n_classes)}
+        config.id2label, config.label2id = named, {label: index for index, label in named.items()}
+        if getattr(config, "problem_type", None) == "regression":  # what a model with one label has made of itself
+            config.problem_type = None
+        if "num_labels" in holder.__dict__:
+            holder.num_labels = n_classes
     return model
 
 

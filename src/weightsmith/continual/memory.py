@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from weightsmith.continual.classes import check_integers
 from weightsmith.continual.herding import herding
 from weightsmith.core.errors import UsageError, unknown
 
@@ -81,16 +82,9 @@ class ExemplarMemory:
         Raises:
             UsageError: A class is stored already, the sizes differ, features are missing, or the budget is smaller than
                 the number of classes.
+            TypeError: The labels are no integers, or the inputs no tensor.
         """
-        if len(inputs) != len(labels) or labels.dim() != 1 or not len(labels):
-            raise UsageError(f"inputs and labels must be equally many, got {len(inputs)} and {tuple(labels.shape)}")
-        if self.selection == "herding" and (features is None or len(features) != len(labels)):
-            got = "none" if features is None else str(len(features))
-            raise UsageError(f"herding needs features of all {len(labels)} examples, got {got}")
-        new = sorted({int(label) for label in labels})
-        known = [label for label in new if label in self._held]
-        if known:
-            raise UsageError(f"class {known[0]} is stored already")
+        new = self.check(inputs, labels, features)
         m = self.room(len(self._held) + len(new))
         chosen = {}
         for label in new:
@@ -102,6 +96,31 @@ class ExemplarMemory:
                 order = torch.randperm(len(members), generator=self._generator)[:m].to(members.device)
             chosen[label] = inputs[members[order].to(inputs.device)].detach().to("cpu", copy=True)
         self._held = {label: examples[:m].clone() for label, examples in self._held.items()} | chosen
+
+    def check(self, inputs: Tensor, labels: Tensor, features: Tensor | None = None) -> list[int]:
+        """Refuse what `add` would refuse, and change nothing.
+
+        Returns:
+            The new classes.
+
+        Raises:
+            UsageError: See `add`.
+            TypeError: See `add`.
+        """
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}: store indices, torch.arange(N)")
+        if len(inputs) != len(labels) or labels.dim() != 1 or not len(labels):
+            raise UsageError(f"inputs and labels must be equally many, got {len(inputs)} and {tuple(labels.shape)}")
+        if self.selection == "herding" and (features is None or len(features) != len(labels)):
+            got = "none" if features is None else str(len(features))
+            raise UsageError(f"herding needs features of all {len(labels)} examples, got {got}")
+        check_integers(labels)
+        new = sorted({int(label) for label in labels})
+        known = [label for label in new if label in self._held]
+        if known:
+            raise UsageError(f"class {known[0]} is stored already")
+        self.room(len(self._held) + len(new))
+        return new
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All stored examples ``(N, ...)`` and their labels ``(N,)``, by class, best first.

@@ -30,6 +30,7 @@ def prediction_accuracy(model: nn.Module, batches: Iterable[Any], *, shift: bool
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     shifted = _is_causal(model) if shift is None else shift
     decoder = {"decoder_input_ids", "decoder_inputs_embeds"}
+    virtual = _virtual_tokens(model)
     right = count = 0
     with evaluating(model):
         for batch in batches:
@@ -37,6 +38,8 @@ def prediction_accuracy(model: nn.Module, batches: Iterable[Any], *, shift: bool
             if _decodes(model) and isinstance(inputs, dict) and labels.dim() == 2 and not decoder & inputs.keys():
                 inputs["labels"] = labels  # from which an encoder-decoder makes what its decoder reads
             found = logits_of(call(model, inputs)).argmax(-1)
+            if virtual and found.dim() == labels.dim() == 2 and found.shape[1] == labels.shape[1] + virtual:
+                found = found[:, virtual:]  # prompt tuning puts vectors before the tokens, and they have no labels
             if shifted:
                 found, labels = found[..., :-1], labels[..., 1:]
             if found.shape != labels.shape:
@@ -83,6 +86,16 @@ def _is_causal(model: nn.Module) -> bool:
 
 def _decodes(model: nn.Module) -> bool:
     return bool(getattr(getattr(_inner(model), "config", None), "is_encoder_decoder", False))
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many vectors the active prompt of a PEFT model puts before its inputs."""
+    base: Any = model
+    while inner := next((key for key in ("_orig_mod", "module") if hasattr(base, key)), None):
+        base = getattr(base, inner)
+    configs, active = getattr(base, "peft_config", None), getattr(base, "active_adapter", None)
+    config = configs.get(active) if isinstance(configs, dict) and isinstance(active, str) else None
+    return int(getattr(config, "num_virtual_tokens", None) or 0)
 
 
 def _inner(model: nn.Module) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from weightsmith.continual.encoder import SentenceEncoder
 from weightsmith.continual.similarity import EncodedSimilarity, Encoder, tfidf_similarity
-from weightsmith.core.errors import UsageError, unknown
+from weightsmith.core.errors import UsageError, brief, unknown
 from weightsmith.core.files import write_atomically
 from weightsmith.core.json_files import read_json
 
@@ -191,7 +191,7 @@ def distinct(instructions: Sequence[str]) -> list[str]:
     """The instructions without repetition, in order.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or one holds half of a character (a lone surrogate).
         TypeError: It is one text, or not of texts.
     """
     if isinstance(instructions, str):
@@ -201,6 +201,8 @@ def distinct(instructions: Sequence[str]) -> list[str]:
         raise UsageError("instructions must hold at least one text, got none")
     if wrong := [text for text in found if not isinstance(text, str)]:
         raise TypeError(f"instructions must hold texts, got {type(wrong[0]).__name__}")
+    if broken := [text for text in found if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)]:
+        raise UsageError(f"instructions must be whole characters, which files can hold, got {brief(broken[0])}")
     return found
 
 

@@ -11,8 +11,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from weightsmith.continual.router import Assignment, InstructionRouter, distinct
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.files import check_plain_name, write_atomically
 from weightsmith.core.json_files import read_json
+from weightsmith.core.ranks import from_first_rank_, on_first_rank
 
 _FILE = "continual.json"
 _SHAPE = {"tasks": int, "groups": [{"folder": str, "instructions": [str]}]}
@@ -35,7 +37,8 @@ class ContinualTuner:
 
     The model holds one group at a time: its trainable parameters. The other groups are in main memory and, with
     ``folder``, on disk: PEFT models as PEFT adapters. Every finished task is written there before the next begins, and
-    a new tuner on the same folder goes on after it.
+    a new tuner on the same folder goes on after it. With several processes every one makes its own tuner and calls the
+    same methods with the same instructions; the first one writes.
 
     Args:
         model: Any model; with PEFT, one active adapter. What is trainable now belongs to every group.
@@ -83,6 +86,8 @@ class ContinualTuner:
             raise unknown("new_group_init", str(new_group_init), ("previous", "base", "random"))
         DynamicEMA(model, **ema)  # so that a wrong argument shows now and not after the first task
         adapter_name(model)
+        if new_group_init == "random":
+            list(_resets(model))  # refused now, and not after the first task
         self.model, self.router = model, router if router is not None else InstructionRouter()
         self.folder = None if folder is None else Path(folder)
         self.new_group_init, self._options = new_group_init, ema
@@ -156,7 +161,9 @@ class ContinualTuner:
         elif self.new_group_init == "base":
             self._put(self._base)
         elif self.new_group_init == "random" and self._groups:
-            _reset(self.model)
+            for reset in list(_resets(self.model)):
+                reset()
+            from_first_rank_(self.model.get_parameter(name) for name in self._names)
         self.ema = None if found.is_new else DynamicEMA(self.model, **self._options)
         self.assignment, self._instructions = found, distinct(instructions)
         return found
@@ -180,7 +187,9 @@ class ContinualTuner:
             self.ema.copy_to_model()
         trained = self._copy()
         if self.folder is not None:
-            self._save(self.folder, found, trained, instructions)
+            folders = self._folders_after(found)
+            on_first_rank(partial(self._save, self.folder, folders, found, trained, instructions))
+            self._folders = folders
         if found.is_new:
             self._groups.append(trained)
         else:
@@ -250,22 +259,30 @@ class ContinualTuner:
         for name, tensor in group.items():
             self.model.get_parameter(name).copy_(tensor)
 
-    def _save(self, folder: Path, found: Assignment, trained: dict[str, Tensor], instructions: Sequence[str]) -> None:
-        """The new group first and then the list that names it, so that a kill in between loses this task alone."""
-        name = f"group_{found.group}-task_{self.tasks + 1}"
-        save_group(self.model, trained, folder / name)
-        folders = [*self._folders, name]
-        texts = [*map(list, self.router.groups), []]
+    def _folders_after(self, found: Assignment) -> list[str]:
+        """Where the groups are when the task has been written."""
+        folders = [*self._folders, f"group_{found.group}-task_{self.tasks + 1}"]
         if not found.is_new:
             folders[found.group - 1] = folders.pop()
-            texts.pop()
+        return folders
+
+    def _save(
+        self,
+        folder: Path,
+        folders: list[str],
+        found: Assignment,
+        trained: dict[str, Tensor],
+        instructions: Sequence[str],
+    ) -> None:
+        """The new group first and then the list that names it, so that a kill in between loses this task alone."""
+        save_group(self.model, trained, folder / folders[found.group - 1])
+        texts = [*map(list, self.router.groups), *([[]] if found.is_new else [])]
         texts[found.group - 1] += [text for text in instructions if text not in texts[found.group - 1]]
         listed = [{"folder": f, "instructions": t} for f, t in zip(folders, texts, strict=True)]
         content = json.dumps({"tasks": self.tasks + 1, "groups": listed}, indent=2, ensure_ascii=False)
         write_atomically(folder / _FILE, content + "\n")
         if not found.is_new:
             shutil.rmtree(folder / self._folders[found.group - 1], ignore_errors=True)
-        self._folders = folders
 
     def _load(self, folder: Path) -> None:
         state = read_json(folder / _FILE, _SHAPE)
@@ -285,17 +302,21 @@ def _task_of(folder: str) -> int:
     return int(number) if number.isdecimal() and len(number) < 10 else 0
 
 
-def _reset(model: nn.Module) -> None:
-    """Random trainable parameters, as their modules make them."""
+def _resets(model: nn.Module) -> Iterator[Callable[[], object]]:
+    """What makes trainable parameters random again, as their modules make them.
+
+    Raises:
+        UsageError: A module cannot; nothing has been changed.
+    """
     for name, module in model.named_modules():
         own = [key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
         if hasattr(module, "reset_lora_parameters") and hasattr(module, "active_adapters"):
             for adapter in module.active_adapters:
-                module.reset_lora_parameters(adapter, True)
+                yield partial(module.reset_lora_parameters, adapter, True)
         elif own and hasattr(module, "reset_parameters"):
             if any(not parameter.requires_grad for parameter in module.parameters(recurse=False)):
                 raise UsageError(f"{name} is frozen in part, so it cannot be reset: take another new_group_init")
             if not any("lora_" in part for part in name.split(".")):  # which its layer has reset
-                module.reset_parameters()
+                yield cast(Any, module).reset_parameters
         elif own:
             raise UsageError(f"{name or type(module).__name__}.{own[0]} cannot be reset: take another new_group_init")

@@ -52,6 +52,8 @@ class WeightAligningTrainer(Trainer):
         )
         if num_items_in_batch is not None:  # Trainer then expects the share of an accumulated batch
             loss = loss * len(labels) / num_items_in_batch
+            if self.args.average_tokens_across_devices:  # the number is of all processes, and DDP averages gradients
+                loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
 
