@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from weightsmith.lab.data.text_sets import load_sentences
+from weightsmith.lab.data.text_sets import load_questions, load_sentences
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.py")])
@@ -38,3 +38,24 @@ def test_the_first_operation_of_a_solution_is_the_class_of_its_question(tmp_path
     loaded = load_sentences(str(tmp_path / "out"))
     assert [loaded.classes[i] for i in loaded.train_labels] == ["divide", "multiply", "subtract"]
     assert loaded.train[0] == "q0, with a comma"
+
+
+def test_word_problems_become_four_tasks_without_a_common_problem(tmp_path):
+    spec = importlib.util.spec_from_file_location("word_problems", ROOT / "examples" / "word_problems.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [
+        {"question": f"A sack of {at} kg costs $1,{at}00.", "answer": "<<4/2=2>>2, <<2*3=6>>6"} for at in range(1, 9)
+    ]
+    rows += [{"question": "No number here", "answer": "<<1+1=2>>2"}, {"question": "7 sacks", "answer": "none"}]
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert example.main([str(tmp_path / "out"), "--data", str(data)]) == 0
+    made = {name: load_questions(str(tmp_path / "out" / name), "test") for name in example.TASKS}
+    assert {name: rows[0][1] for name, rows in made.items()} == {
+        "operation": "divide", "largest": "1200", "operation-reworded": "divide", "calculations": "2"
+    }  # fmt: skip
+    texts = [question.partition(": ")[2] for rows in made.values() for question, _ in rows]
+    assert len(texts) == len(set(texts)) == 8
