@@ -210,17 +210,22 @@ def test_folders_that_hold_no_adapter_or_one_for_another_model_are_refused(net, 
     assert all(type(module) is not nn.Module and not hasattr(module, "bone") for module in net.modules())
 
 
-@pytest.mark.parametrize("damage", ["a saved tensor is missing", "a block holds integers"])
+@pytest.mark.parametrize("damage", ["a saved tensor is missing", "a block is missing", "a block holds integers"])
 def test_a_damaged_folder_leaves_the_model_as_it_was(damage, net, tmp_path):
     config = BoneConfig(r=4, where="0", modules_to_save=("2",))
     save_bone(apply_bone_(copy.deepcopy(net), config), tmp_path)
     tensors = load_file(tmp_path / "bone.safetensors")
     if damage == "a saved tensor is missing":
+        message = "lacks '2.bias'"
         del tensors["saved.2.bias"]
+    elif damage == "a block is missing":
+        message = "lacks the tensor of '0'"
+        del tensors["bone.0"]
     else:
+        message = "torch.int64"
         tensors["bone.0"] = tensors["bone.0"].long()
     save_file(tensors, tmp_path / "bone.safetensors")
-    with pytest.raises(UsageError, match="lacks '2.bias'" if "missing" in damage else "torch.int64"):
+    with pytest.raises(UsageError, match=message):
         load_bone(net, tmp_path)
     assert not hasattr(net, "_bone")
     assert all(parameter.requires_grad for parameter in net.parameters())

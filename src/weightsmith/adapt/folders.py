@@ -48,9 +48,10 @@ _NATIVE = {
     "tile": ([int], None),
     "modules_to_save": [str],
     "fused?": bool,
+    "where?": [str],
 }
 _PEFT = {"peft_type": str, "bias?": str, "r": int, "miss_dropout?": float, "mini_r?": (int, None)}
-_FIELDS = {item.name for item in fields(BoneConfig)} - {"where"}
+_FIELDS = {item.name for item in fields(BoneConfig)}
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -97,7 +98,7 @@ def _save(model: nn.Module, folder: Path, format: Format, config: BoneConfig, st
     state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     blocks = {name: state.pop(f"{name}.bone".lstrip(".")) for name in cast(list[str], config.where)}
     if format == "native":
-        settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "where"}
+        settings = {item.name: getattr(config, item.name) for item in fields(config)}
         tensors = {f"bone.{name}": block for name, block in blocks.items()}
         tensors |= {f"saved.{name}": tensor for name, tensor in state.items()}
         return _write(folder, BONE_CONFIG, settings, BONE_TENSORS, tensors)
@@ -190,12 +191,15 @@ def _read_native(folder: Path) -> _Stored:
     settings["tile"] = tuple(settings["tile"]) if settings["tile"] else None
     settings["modules_to_save"] = tuple(settings["modules_to_save"])
     del settings["rank_pattern"]  # the tensors tell
+    adapted = settings.pop("where", None)  # older folders do not say
     parts: dict[str, dict[str, Tensor]] = {"bone": {}, "saved": {}}
     for key, tensor in Checkpoint(folder / BONE_TENSORS).items():
         part, _, name = key.partition(".")
         if part not in parts:
             raise UsageError(f"{folder}/{BONE_TENSORS} holds {brief(key)}, which is no part of an adapter")
         parts[part][name] = tensor
+    if lacking := sorted(set(adapted or ()) - parts["bone"].keys()):
+        raise UsageError(f"{folder}/{BONE_TENSORS} lacks the tensor of {brief(lacking[0])}: write the folder again")
     return _Stored(cast(Variant, settings.pop("variant")), settings, parts["bone"], parts["saved"])
 
 
