@@ -134,6 +134,22 @@ def test_layerwise_and_groups_have_thresholds_of_their_own():
     assert collapsed.empty == ("3.weight",)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_score_multiplies_trained_and_first_values(dtype):
+    model = nn.Sequential(nn.Linear(40, 30)).to(dtype)
+    pruner = MagnitudePruner(model, score="magnitude_times_init")
+    with pytest.raises(UsageError, match="snapshot 'init' is missing"):
+        pruner.prune_(0.3)
+    pruner.snapshot()
+    first = model[0].weight.detach().double()
+    model[0].weight.data.mul_(torch.rand(30, 40) + 0.1)
+    product = (model[0].weight.detach().double() * first).abs()
+    pruner.prune_(0.3, exact=True)
+    kept = pruner.masks["0.weight"]
+    assert kept.sum() == 840
+    assert product[kept].min() >= product[~kept].max()
+
+
 def test_no_layer_dies_by_default():
     model = network()
     model[3].weight.data.mul_(1e-6)

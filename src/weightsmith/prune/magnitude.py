@@ -43,7 +43,8 @@ class MagnitudePruner:
             group each.
         where: Which modules; ``None``: all linear layers, convolutions, packed projections and expert stacks.
             Normalization gains, biases, embeddings and free parameters are exempt.
-        score: ``"magnitude"`` (the paper), ``"magnitude_normalized"``, which survives short training, or ``"random"``.
+        score: ``"magnitude"`` (the paper), ``"magnitude_normalized"``, which survives short training,
+            ``"magnitude_times_init"``, ``|w * w_init|`` with the values of ``snapshot()``, or ``"random"``.
         min_density: Every tensor keeps at least this share, so that no layer dies.
         frozen: Also prune weights that do not train.
         faithful: The rules of the authors' code instead: prune every parameter with "weight" in its name, normalization
@@ -145,9 +146,12 @@ class MagnitudePruner:
             Densities; ``.model`` is the model.
 
         Raises:
-            UsageError: The amount is out of range, a weight is not finite, or a pattern does not fit.
+            UsageError: The amount is out of range, a weight is not finite, a pattern does not fit, or the score needs
+                a snapshot that is missing.
         """
         amount = check_amount(amount)
+        if self.score == "magnitude_times_init":
+            self.digest()  # refuses where there is no snapshot
         for name, weight in self._weights():
             # a sum is several times faster, and finite only if all its terms are
             if not (weight.sum().isfinite() or weight.isfinite().all()):
@@ -312,10 +316,15 @@ class MagnitudePruner:
         return mask
 
     def _prune_group(self, members: list[str], amount: float, exact: bool) -> None:
-        weights = dict(self._weights())
+        weights = {name: weight.detach() for name, weight in self._weights()}
+        if self.score == "magnitude_times_init":
+            first = self._snapshots["init"]
+            # half precision would make small products zero
+            wide = {name: weights[name].to(torch.promote_types(weights[name].dtype, torch.float32)) for name in members}
+            weights = {name: weight * first[name].to(weight.device) for name, weight in wide.items()}
         ranked = [
             Ranked(
-                weights[name].detach(),
+                weights[name],
                 self.masks[name],
                 scorer(self.score, self._start.get(name, 1.0), self._seed(name)),
             )

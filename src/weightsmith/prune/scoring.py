@@ -8,8 +8,8 @@ from torch import Tensor
 
 from weightsmith.core.errors import UsageError, unknown
 
-Score = Literal["magnitude", "magnitude_normalized", "random"]
-SCORES: tuple[Score, ...] = ("magnitude", "magnitude_normalized", "random")
+Score = Literal["magnitude", "magnitude_normalized", "magnitude_times_init", "random"]
+SCORES: tuple[Score, ...] = ("magnitude", "magnitude_normalized", "magnitude_times_init", "random")
 
 
 def check_score(score: str) -> None:
@@ -27,7 +27,7 @@ def scorer(score: Score, start: float, seed: int) -> Callable[[Tensor, int], Ten
 
     ``magnitude``: ``|w|``. ``magnitude_normalized``: ``|w|`` over the root mean square of the tensor's first values, so
     that layers of different width compare; a global threshold on bare magnitudes empties wide layers whose training is
-    short. ``random``: a fixed random order.
+    short. ``magnitude_times_init``: ``|w|`` of pieces that hold ``w * w_init``. ``random``: a fixed random order.
 
     Args:
         score: Which one.
