@@ -5,7 +5,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,8 +25,12 @@ def double(*values):
 
 
 @given(means, spreads, means, spreads)
+@example(0.0, 1.0000000000000002e-4, 1e-4, 1e-4)
 def test_overlap_equals_the_standard_librarys(m, s, center, spread):
-    wanted = NormalDist(m, s).overlap(NormalDist(center, spread))
+    if abs(s - spread) < 1e-6 * s:  # there the standard library subtracts nearly equal numbers
+        wanted = math.erfc(abs(m - center) / (2 * s * math.sqrt(2)))
+    else:
+        wanted = NormalDist(m, s).overlap(NormalDist(center, spread))
     assert overlap_normal(*double(m, s, center, spread)).item() == pytest.approx(wanted, abs=2e-6)
 
 
