@@ -79,7 +79,7 @@ def exact_pairs():
             yield pytest.param(name, mode, marks=[pytest.mark.slow] if (i + j) % 3 else [])
 
 
-@pytest.mark.parametrize(("name", "mode"), exact_pairs())
+@pytest.mark.parametrize(("name", "mode"), list(exact_pairs()))
 def test_the_exact_modes_give_the_average_of_the_merged_models(base, tmp_path, name, mode):
     checkpoints, expected = adapters(base, tmp_path / "run", EXACT[name])
     rank = 9 if mode == "svd" else None  # all that three adapters can have

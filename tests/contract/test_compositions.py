@@ -23,7 +23,7 @@ def _pairs():
             yield pytest.param(first, then, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("first", "then"), _pairs())
+@pytest.mark.parametrize(("first", "then"), list(_pairs()))
 def test_a_pair_does_what_the_page_says(first, then):
     assert outcome(first, then) == PAGE[first, then]
 

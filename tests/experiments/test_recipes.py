@@ -104,7 +104,7 @@ def pairs():
         yield pytest.param(pair, id="+".join(pair), marks=[pytest.mark.slow] if index % 2 else [])
 
 
-@pytest.mark.parametrize("pair", pairs())
+@pytest.mark.parametrize("pair", list(pairs()))
 def test_pairs_that_are_said_to_combine_do(pair):
     trial = Trial(0, recipes=recipes("+".join(pair)))
     both = train(trial, optimizer_for(pair))
