@@ -199,6 +199,32 @@ def test_per_micro_batch_accumulation_does_change_the_result(tmp_path):
     assert (ends[0] - ends[1]).abs().max() > 1e-4
 
 
+def test_a_rule_never_sees_tokens_of_the_next_optimizer_step(tmp_path):
+    rows, extras = [], []
+
+    class Watching(EntropyBonus):
+        def __call__(self, tokens):
+            rows.append(len(tokens.mask))
+            return super().__call__(tokens)
+
+    made = trainer(
+        tmp_path, token_weighting=Watching(0.5), per_device_train_batch_size=2, num_generations=2, max_steps=3,
+        gradient_accumulation_steps=2, steps_per_generation=3,
+    )  # fmt: skip
+    plan, extra_loss = made._plan, made._plan.extra_loss
+
+    def extra(inputs):
+        found, mask = extra_loss(inputs), inputs["completion_mask"]
+        extras.append((found.detach(), (plan.entropy * mask).sum().detach() / mask.sum()))
+        return found
+
+    plan.extra_loss = extra
+    made.train()
+    assert rows == [4, 2, 2, 4]  # the second step's two micro-batches are of two generations
+    for found, mean in extras[2:4]:
+        torch.testing.assert_close(found, -0.5 * mean / 2)
+
+
 def test_a_rule_that_changes_nothing_leaves_the_run_as_it_is(tmp_path):
     ends = []
     for options in ({}, {"token_weighting": Steer(lambda_min=1.0)}, {"token_weighting": ClipHigher(0.2, 0.2)}):
@@ -250,6 +276,17 @@ def test_gradient_weights_move_and_leave_no_gradient_behind(tmp_path):
     torch.testing.assert_close(found.sum(0), torch.ones(3), rtol=0, atol=1e-6)
     assert not torch.allclose(found[:, 0], found[:, 2])
     torch.testing.assert_close(made.reward_weights.double(), made.reward_weighting.weights, rtol=0, atol=1e-6)
+
+
+def test_a_warm_up_does_not_enlarge_the_steps_of_gradient_weights(tmp_path):
+    made = trainer(
+        tmp_path, (even, short), reward_weighting=GradientWeights(2, step_size=5.0), max_steps=2,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=10,
+    )  # fmt: skip
+    made.train()
+    influence = torch.tensor([logged(made, f"reward_influence/{name}")[1] for name in ("even", "short")])
+    moved = torch.tensor([logged(made, f"reward_weights/{name}")[1] for name in ("even", "short")]).log().diff()
+    torch.testing.assert_close(moved, 5 * 0.1 * influence.diff(), rtol=1e-3, atol=1e-5)  # a tenth of the rate so far
 
 
 def test_fixed_gradient_weights_are_trls_own_weights(tmp_path):

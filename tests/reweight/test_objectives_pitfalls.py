@@ -382,3 +382,29 @@ def test_weights_stay_on_the_simplex(values, lr):
 )  # fmt: skip
 def test_answers_are_compared_up_to_notation(solution, answer, expected):
     assert boxed_accuracy(solution, answer) == expected
+
+
+def test_a_warm_up_does_not_enlarge_the_steps_of_gradient_weights():
+    warm, plain = GradientWeights(2), GradientWeights(2)
+    for lr in (1e-8, 1e-6):
+        before = warm.weights
+        warm.update([1.0, 0.0], lr, base_lr=1e-6)
+    moved = (warm.weights / before).log().diff()
+    torch.testing.assert_close(moved, plain.update([1.0, 0.0], 1e-6).log().diff())
+    with pytest.raises(UsageError, match="base_lr must be a number above 0, got 0"):
+        warm.update([1.0, 0.0], 1e-6, base_lr=0)
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer", "expected"),
+    [
+        ("\\boxed{5%}", "5", 0), ("\\boxed{5\\%}", "5", 1), ("\\boxed{xy = 5}", "5", 0), ("\\boxed{x = 5}", "5", 1),
+        ("\\boxed{\\sqrt 3}", "\\sqrt{3}", 0), ("\\boxed{\\sqrt3}", "\\sqrt{3}", 1),
+        ("\\boxed{01/2}", "\\frac{01}{2}", 0),
+        ("\\boxed{1\\text{ m}\\text{ s}%}", "1", 0), ("\\boxed{\\frac1\\frac23}", "\\frac1\\frac{2}{3}", 0),
+        ("\\boxed 5$ or \\boxed{7}", "7", 1), ("\\boxed{7} or \\boxed 5$.", "5", 1), ("\\fbox{7}", "7", 1),
+        ("\\boxed7 and {8}", "8", 0), ("\\boxed{\\sqrt}", "\\sqrt", 1), ("\\boxed{\\frac3{4}}", "3/4", 1),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_by_the_rules_of_the_math_data_set(solution, answer, expected):
+    assert boxed_accuracy(solution, answer) == expected

@@ -172,8 +172,8 @@ def test_binary_weights_round_and_keep_the_gradient():
     w, b = soft(features, labels), hard(features, labels)
     assert set(b.tolist()) <= {0.0, 1.0}
     assert torch.equal(b, (w >= 0.5).float())
-    (w * torch.arange(8)).sum().backward()
-    (b * torch.arange(8)).sum().backward()
+    (w * torch.arange(8) / 8).sum().backward()
+    (b * torch.arange(8) / 8).sum().backward()
     torch.testing.assert_close(hard.first.grad, soft.first.grad)
 
 
@@ -277,3 +277,29 @@ def test_an_unknown_mode_is_refused():
     model = network(0)
     with pytest.raises(UsageError, match="mode must be finite_difference, jvp or double_backward, got 'exact'"):
         directional_derivatives(lambda: torch.zeros(1), model, [], "exact")
+
+
+def test_the_first_weights_of_a_rescaler_are_small_and_normal():
+    rescaler = LossRescaler(100)
+    assert float(rescaler.first.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(rescaler.second.detach().abs().max()) > 0.05  # beyond a uniform distribution of that deviation
+    linear = LossRescaler(100, init="linear")
+    assert float(linear.first.detach().abs().max()) == pytest.approx(19**-0.5, rel=0.01)
+    generator = torch.Generator().manual_seed(0)  # as recorded experiments were run
+    assert torch.equal(linear.first, (2 * torch.rand(100, 19, 19, generator=generator) - 1) * 19**-0.5)
+    with pytest.raises(UsageError, match="init"):
+        LossRescaler(2, init="zeros")
+
+
+def test_gradients_of_rounded_weights_are_clamped():
+    features, labels, pull = torch.randn(8, 19), torch.arange(8) % 2, torch.linspace(-9, 9, 8)
+    soft, hard = LossRescaler(2), LossRescaler(2, binary=0.5)
+    (soft(features, labels) * pull.clamp(-1, 1)).sum().backward()
+    (hard(features, labels) * pull).sum().backward()
+    torch.testing.assert_close(hard.first.grad, soft.first.grad)
+
+
+@pytest.mark.parametrize("normalize", ["mean", "loss"])
+def test_weights_that_are_all_zero_are_not_multiplied_by_a_huge_factor(normalize):
+    assert normalizer(torch.zeros(4), torch.ones(4), normalize) == 1
+    assert normalizer(torch.full((4,), 0.25), torch.ones(4), normalize) == 4

@@ -105,7 +105,8 @@ class NoisyTraining:
         model = self._model().to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=self.lr)
         classes = int(labels_of(self.task).max()) + 1
-        rescaler = LossRescaler(classes, settings.n_features, class_separation, seed=self.job.seed)
+        # the recorded results are of these first weights
+        rescaler = LossRescaler(classes, settings.n_features, class_separation, init="linear", seed=self.job.seed)
         source = self.task.train if trusted is None else self.task.held_out["validation"]
         draw = Draw(source, self.config.batch_size, self.job.seed, trusted, device)
         meta = MetaRescaler(model, optimizer, rescaler, _forward, val_sampler=draw, settings=settings)

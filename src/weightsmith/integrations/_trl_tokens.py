@@ -71,11 +71,12 @@ class TokenPlan:
         self.effect: Effect | None = None
         self.count: Tensor | None = None
         self._ready: list[tuple[Effect, Tensor]] = []
+        self._update, self._done = -1, 0
         self._hidden: Tensor | None = None
         self._head_checked = False
 
     def prepare(self, model: Any, inputs: Batch, score: Any) -> None:
-        """Before the first of several micro-batches: score all of them without gradient, and ask the rule.
+        """Before each micro-batch; at the first of several, score all of them without gradient and ask the rule.
 
         Args:
             model: As the trainer computes the loss with.
@@ -83,9 +84,12 @@ class TokenPlan:
             score: TRL's own ``_get_per_token_logps_and_entropies``.
         """
         steps = self.trainer.current_gradient_accumulation_steps
+        if self._update != self.trainer.state.global_step:  # an optimizer step begins
+            self._update, self._done, self._ready = self.trainer.state.global_step, 0, []
+        self._done += 1
         if not self.whole_batch or steps == 1 or self._ready:
             return
-        window = self._window(inputs, steps)
+        window = self._window(inputs, steps - self._done + 1)
         seen = []
         with torch.no_grad(), evaluating(model):
             for batch in window:
@@ -125,8 +129,7 @@ class TokenPlan:
             assert self.entropy is not None
             assert self.count is not None
             processes = self.trainer.accelerator.num_processes if self.whole_batch else 1
-            share = 1 if self.whole_batch else self.trainer.current_gradient_accumulation_steps
-            bonus = torch.where(mask > 0, self.entropy, 0.0).sum() * processes / (self.count.clamp(min=1) * share)
+            bonus = torch.where(mask > 0, self.entropy, 0.0).sum() * processes / self.count
             extra = -effect.entropy_coef * bonus + (0.0 if extra is None else extra)
         return extra
 
@@ -162,7 +165,7 @@ class TokenPlan:
             handle.remove()
 
     def _window(self, inputs: Batch, steps: int) -> list[Batch]:
-        """The micro-batches of the optimizer step that begins with ``inputs``, as far as they have been generated."""
+        """``inputs`` and the micro-batches after it: ``steps`` at most, as far as they have been generated."""
         trainer = self.trainer
         held, step = trainer._buffered_inputs, trainer._step
         every = trainer.args.steps_per_generation * trainer.num_iterations
@@ -179,7 +182,8 @@ class TokenPlan:
         effect = self.rule(together)
         for name, value in effect.metrics.items():
             self.trainer._metrics["train"][name].append(float(value))
-        count = together.mask.sum()
+        # what was not seen together is a part of the step: the bonus is a mean over all of it
+        count = together.mask.sum().clamp(min=1) * (self.trainer.current_gradient_accumulation_steps / len(seen))
         parts, start = [], rank * rows
         for batch in seen:
             part = slice(start, start + len(batch.mask))

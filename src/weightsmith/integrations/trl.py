@@ -210,8 +210,11 @@ class Reweighting:
                 self, score, output, self._raw_scores, self._influence_where, self._influence_norm
             )
             scheduler = getattr(self, "lr_scheduler", None)
-            lr = scheduler.get_last_lr()[0] if scheduler is not None else self.args.learning_rate  # type: ignore[attr-defined]
-            self.reward_weights = weighting.update(found, lr).float()
+            asked = self.args.learning_rate  # type: ignore[attr-defined]
+            lr = scheduler.get_last_lr()[0] if scheduler is not None else asked
+            group = self.optimizer.param_groups[0] if self.optimizer is not None else {}  # type: ignore[attr-defined]
+            base_lr = float(group.get("initial_lr", asked)) or None  # an optimizer of the user's own has its own rate
+            self.reward_weights = weighting.update(found, lr, base_lr=base_lr).float()
             advantages = rewards.trl_advantages(self, self._raw_scores, weighting.reward_weights)
             output["advantages"] = self._local(advantages, output).to(output["advantages"].dtype)
             for name, value in zip(self.reward_func_names, found.tolist(), strict=True):  # type: ignore[attr-defined]

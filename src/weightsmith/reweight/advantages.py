@@ -97,7 +97,8 @@ def objective_advantages(
         raise unknown("aggregation", str(aggregation), ("sum_then_normalize", "normalize_then_sum"))
     if scores.dim() != 2 or weights.shape != scores.shape[1:]:
         raise UsageError(f"scores must be (B, K) and weights (K,), got {tuple(scores.shape)}, {tuple(weights.shape)}")
-    weights = weights.to(scores.device, scores.dtype if scores.is_floating_point() else torch.float32)
+    scores = scores if scores.dtype == torch.float64 else scores.float()  # a sum in half precision would round it
+    weights = weights.to(scores)
     if aggregation == "sum_then_normalize":
         missing = scores.isnan().all(1)
         total = torch.where(missing, torch.nan, (scores * weights).nansum(1))
@@ -122,6 +123,7 @@ def informative_groups(scores: Tensor, group: Tensor) -> Tensor:
     if group.shape != scores.shape[:1]:
         raise UsageError(f"group must be ({len(scores)},), got {tuple(group.shape)}")
     scores = scores.detach().reshape(len(scores), -1)
+    scores = scores if scores.is_floating_point() else scores.double()  # whole numbers have no infinity
     number, count = _numbered(group)
     index = number[:, None].expand(scores.shape)
     shape = (count, scores.shape[1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError, unknown
-from weightsmith.reweight.tokens import Clip
+from weightsmith.reweight.tokens import Clip, per_token
 
 Estimator = Literal["released", "theorem", "exact"]
 ESTIMATORS = ("released", "theorem", "exact")
@@ -42,7 +42,7 @@ def entropy_change(
     Args:
         logp: ``(...)``, log-probability of the sampled token.
         entropy: ``(...)``, in nats, at the same temperature.
-        advantages: ``(...)``, or what broadcasts to it.
+        advantages: ``(...)``, or what broadcasts to it; ``(B,)`` beside ``logp`` of ``(B, T)`` is one per sequence.
         old_logp: ``(...)``, under the policy that sampled; ``None``: the same policy.
         second_moment: ``(...)``, ``S = sum_k p_k^2 (log p_k + H)``, for ``"exact"``; see `fused_linear_logprob`.
         estimator: Which of the above.
@@ -52,7 +52,8 @@ def entropy_change(
         ``(...)``, signed; positive: the entropy is predicted to rise.
 
     Raises:
-        UsageError: The estimator is unknown, or ``"exact"`` comes without ``second_moment``.
+        UsageError: The estimator is unknown, ``"exact"`` comes without ``second_moment``, or ``advantages`` of one
+            dimension are not one per sequence.
 
     Source:
         arXiv 2510.10150, Theorem 1, and its published code; ``"exact"`` follows from the softmax's Jacobian.
@@ -61,6 +62,8 @@ def entropy_change(
         raise unknown("estimator", str(estimator), ESTIMATORS)
     if estimator == "exact" and second_moment is None:
         raise UsageError('estimator "exact" needs second_moment: take it from fused_linear_logprob')
+    if logp.dim() == 2 and advantages.dim() == 1:
+        advantages = per_token(advantages, logp)
     precise = torch.float64 if logp.dtype == torch.float64 else torch.float32
     logp, entropy, advantages = logp.to(precise), entropy.to(precise), advantages.to(precise)
     old_logp = logp if old_logp is None else old_logp.to(precise)

@@ -146,7 +146,7 @@ class _LinearLogprob(torch.autograd.Function):
                     g = grad_logp[rows, None].to(precise) / temperature
                     if entropy_grad:
                         p = log_p.exp()
-                        log_p.clamp_(min=torch.finfo(precise).min / 4)
+                        log_p.clamp_(min=-1e4)  # p is 0 there; a larger number could overflow in products
                         pull = grad_entropy[rows, None].to(precise) / temperature
                         log_p.add_(entropy[rows, None]).mul_(pull).add_(g).mul_(p).neg_()
                     else:

@@ -10,46 +10,58 @@ from typing import Any
 from weightsmith.core.errors import UsageError
 
 _ENUMERATOR = re.compile(
-    r"(?:^|[\s(])(?:step\s*)?(?:\d+|[ivxlcdm]+|[a-z])[).:\-]|(?:^|\s)[-*\u2022](?=\s)", re.IGNORECASE | re.MULTILINE
+    r"(?:^|[\s(])(?:step\s*)?(?:\d+|[ivxlcdm]+|[a-z])[).:\-]|(?:^|\s)[-*\u2022]\s+", re.IGNORECASE | re.MULTILINE
 )
 _ORDINAL = re.compile(
     r"\b(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|next|then)\b", re.IGNORECASE
 )
-_FILLED_BOX = re.compile(r"\\boxed\{[^\s}]")
-_BARE_FRACTION = re.compile(r"\\frac(?!\{)\s*([^\s{}\\])\s*(\{[^{}]*\}|[^\s{}\\])?")
-_BARE_ROOT = re.compile(r"\\sqrt(?![{\[])\s*(\w)")
-_SLASH = re.compile(r"^(-?\d+)/(-?\d+)$")
+_FILLED_BOX = re.compile(r"\\boxed\{\s*[^}\s][^}]*\}")
+_BARE_ROOT = re.compile(r"\\sqrt([^{])")
+_EMPTY_ROOT = re.compile(r"\\sqrt(?:$|\\sqrt)")
+_SLASH = re.compile(r"^(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)$")
 
 
 def boxed_answer(solution: str) -> str | None:
-    r"""Find the content of the last ``\boxed{}`` (or ``\fbox{}``); ``None`` without one, or when it is not closed."""
-    start = max(solution.rfind("\\boxed"), -1)
-    start = start if start >= 0 else solution.rfind("\\fbox")
-    if start < 0:
+    r"""Find the content of the last ``\boxed{}``, or of the last ``\fbox{}`` where there is no ``\boxed``.
+
+    A last box without braces, ``\boxed 5``, holds what follows up to a dollar sign. A box that is not closed, or whose
+    brace does not follow at once, gives ``None``.
+    """
+    command = next((name for name in ("\\boxed", "\\fbox") if name in solution), None)
+    if command is None:
         return None
-    spaced = re.match(r"\\boxed ([^$]*)", solution[start:])
-    if spaced is not None:
-        return spaced[1]
-    opened = solution.find("{", start)
-    if opened < 0:
+    rest = solution[solution.rindex(command) + len(command) :]
+    if command == "\\boxed" and rest.startswith(" "):
+        return rest[1:].partition("$")[0]
+    if not rest.startswith("{"):
         return None
     depth = 0
-    for position in range(opened, len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[position], 0)
+    for position, letter in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
         if depth == 0:
-            return solution[opened + 1 : position]
+            return rest[1:position]
     return None
 
 
 def boxed_accuracy(solution: str, answer: str) -> float:
     r"""Give 1 when the last ``\boxed{}`` of the solution equals the answer up to LaTeX notation, else 0.
 
+    Notation is that of the MATH data set's own comparison of strings, limits included. It removes ``\%`` but not ``%``.
+    It removes what stands before ``=`` when that is at most two characters long, blanks counted. It reads
+    ``\sqrt3`` as ``\sqrt{3}`` but not ``\sqrt 3``. What it cannot parse must be equal character by character.
+
+    Which box counts is said at ``boxed_answer`` and differs from the published code in two cases: there a
+    ``\boxed 5`` goes before every ``\boxed{}``, and ``\fbox{}`` never scores.
+
     Args:
         solution: What the policy wrote.
         answer: The right answer, in LaTeX.
     """
     found = boxed_answer(solution)
-    return float(found is not None and _plain_latex(found) == _plain_latex(answer))
+    if found is None:
+        return 0.0
+    plain = _plain_latex(found), _plain_latex(answer)
+    return float(found == answer if None in plain else plain[0] == plain[1])
 
 
 def clarity(solution: str) -> float:
@@ -104,28 +116,37 @@ class Conciseness:
         self._total, self._count = float(state["total"]), int(state["count"])
 
 
-def _plain_latex(text: str) -> str:
-    """One spelling for the usual ways to write an answer, after the rules of the MATH data set."""
+def _plain_latex(text: str) -> str | None:
+    """One spelling for the usual ways to write an answer, after the rules of the MATH data set; ``None``: no rule."""
     text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac").replace("\\left", "").replace("\\right", "")
     text = text.replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "")
-    if text.count("\\text{ ") == 1:  # units on the right
-        text = text.split("\\text{ ")[0]
-    text = text.replace("\\%", "").replace("%", "")
-    text = text.replace(" .", " 0.").replace("{.", "{0.")
+    text, *units = text.split("\\text{ ")  # units on the right
+    if len(units) > 1:
+        return None
+    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
     text = "0" + text if text.startswith(".") else text
     left, equals, right = text.partition("=")
-    if equals and len(left.strip()) <= 2 and "=" not in right:
+    if equals and len(left) <= 2 and "=" not in right:
         text = right
-    text = _BARE_ROOT.sub(r"\\sqrt{\1}", text).replace(" ", "")
-    text = _BARE_FRACTION.sub(_braced, text)
-    if text == "0.5":
-        text = "\\frac{1}{2}"
-    return _SLASH.sub(lambda found: f"\\frac{{{found[1]}}}{{{found[2]}}}", text)
+    if _EMPTY_ROOT.search(text) is not None:
+        return None
+    fractions = _braced(_BARE_ROOT.sub(r"\\sqrt{\1}", text).replace(" ", ""))
+    if fractions == "0.5":
+        return "\\frac{1}{2}"
+    return None if fractions is None else _SLASH.sub(r"\\frac{\1}{\2}", fractions)
 
 
-def _braced(found: re.Match[str]) -> str:
-    above, below = found[1], found[2]
-    if below is None:
-        return found[0]
-    return f"\\frac{{{above}}}{below if below.startswith('{') else f'{{{below}}}'}"
+def _braced(text: str) -> str | None:
+    r"""Put braces around two characters after ``\frac``; where there is one only, leave the whole text as it is."""
+    found, *parts = text.split("\\frac")
+    for part in parts:
+        if not part:
+            return None
+        if part[0] == "{":
+            found += f"\\frac{part}"
+        elif len(part) == 1:
+            return text
+        else:
+            found += f"\\frac{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
+    return found

@@ -176,7 +176,8 @@ class GradientWeights(FixedWeights):
     Args:
         n_objectives: ``K``.
         weights: First weights, above 0, with sum 1; ``None``: all equal.
-        step_size: The exponent is ``step_size * lr_t / lr_0 * I``, where ``lr_0`` is the first learning rate seen.
+        step_size: The exponent is ``step_size * lr_t / lr_0 * I``, where ``lr_0`` is the learning rate before any
+            schedule, see `update`.
         mu: The exponent is ``lr_t I / mu`` instead; the paper uses 1e-5 and 1e-4 with a learning rate of 1e-6.
         accumulation_steps: Update once in this many calls.
         allow_zero: Accept first weights of 0, which stay 0.
@@ -221,24 +222,28 @@ class GradientWeights(FixedWeights):
         self._sum, self._seen = torch.zeros_like(self.weights), 0
         self._first_lr: float | None = None
 
-    def update(self, influence: Tensor | Sequence[float], lr: float = 1.0) -> Tensor:
+    def update(self, influence: Tensor | Sequence[float], lr: float = 1.0, *, base_lr: float | None = None) -> Tensor:
         """Take the influence of each objective, before the policy step that uses the new weights.
 
         Args:
             influence: ``(K,)``, from `objective_influence`.
             lr: Current learning rate of the policy.
+            base_lr: ``lr_0``, the learning rate before any schedule; ``None``: the first ``lr`` above 0. Give it with a
+                warm-up, whose first rate is much smaller. Unused with ``mu``.
 
         Returns:
             The weights, ``(K,)``, float64. One that is not finite is left out: it warns and is counted.
 
         Raises:
-            UsageError: The influence has another length, or the learning rate is negative.
+            UsageError: The influence has another length, or a learning rate is out of range.
         """
         found = torch.as_tensor(influence, dtype=torch.float64).detach().cpu()
         if found.shape != self.weights.shape:
             raise UsageError(f"influence must be ({len(self.weights)},), got {tuple(found.shape)}")
         if not lr >= 0 or lr == math.inf:
             raise UsageError(f"lr must be a number of at least 0, got {lr}")
+        if base_lr is not None and not 0 < base_lr < math.inf:
+            raise UsageError(f"base_lr must be a number above 0, got {base_lr}")
         if not bool(found.isfinite().all()):
             self.skipped += 1
             warnings.warn(
@@ -251,7 +256,8 @@ class GradientWeights(FixedWeights):
         self._sum, self._seen = self._sum + found, self._seen + 1
         if self._seen < self.accumulation_steps:
             return self.weights
-        per_unit = self.step_size * lr / (self._first_lr or 1.0) if self.mu is None else lr / self.mu
+        base_lr = base_lr or self._first_lr or 1.0
+        per_unit = self.step_size * lr / base_lr if self.mu is None else lr / self.mu
         exponent = per_unit * self._sum / self._seen
         self._sum, self._seen = torch.zeros_like(self._sum), 0
         self.weights = (self.weights.log() + exponent).softmax(0)  # shifted by its maximum: cannot overflow

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import UsageError, unknown
+from weightsmith.reweight.covariance import UNCLIPPED
 from weightsmith.reweight.tokens import Clip, TokenRule, Tokens, check_clip, masked_mean
 
 Aggregate = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -81,6 +82,7 @@ def policy_loss(
     """
     if rule is not None and rule.clip is not None:
         clip = rule.clip
+        dual_clip = None if clip == UNCLIPPED else dual_clip  # a rule that clips nothing, such as KLCov
     check_clip(clip)
     if dual_clip is not None and not dual_clip > 1:
         raise UsageError(f"dual_clip must be above 1, got {dual_clip}")
@@ -148,6 +150,8 @@ def aggregate_tokens(
     if how == "token-mean":
         return kept.sum() / (chosen.sum().clamp(min=1) if normalizer is None else normalizer)
     sums = kept.sum(1)
+    if not losses.numel():
+        return sums.sum()
     if how == "seq-mean-token-sum":
         return sums.mean()
     if how == "seq-mean-token-sum-norm":

@@ -43,6 +43,8 @@ def token_weights(
     ``mode="asymmetric"`` reads the sign: it damps only falling entropy. Then ``"exp"`` is ``exp(k omega)`` clamped to
     ``[lambda_min, lambda_max]``, and ``"linear"`` rises from ``lambda_min`` at the smallest ``omega``.
 
+    Half precision is computed in float32.
+
     Args:
         omega: ``(B, T)``, from `entropy_change`; what is not finite counts as 0.
         mask: ``(B, T)``, nonzero where a token counts.
@@ -59,12 +61,15 @@ def token_weights(
         ``(B, T)``, 0 outside the mask.
 
     Raises:
-        UsageError: An argument is out of range.
+        UsageError: An argument is out of range, or the mask has another shape.
 
     Source:
         arXiv 2510.10150 and its published code (``compute_token_weights``).
     """
     _check(mapping, mode, lambda_min, lambda_max, floor, scale_quantile)
+    if mask.shape != omega.shape:
+        raise UsageError(f"mask must have the shape of omega, {tuple(omega.shape)}, got {tuple(mask.shape)}")
+    omega = omega.to(torch.float64 if omega.dtype == torch.float64 else torch.float32)
     valid = mask > 0
     omega = torch.where(valid & omega.isfinite(), omega, 0.0)
     u = omega.abs()
@@ -81,7 +86,9 @@ def token_weights(
         signed = -u if mode == "symmetric" else omega
         low, high = _ends(signed, valid, largest if mode == "symmetric" and scale_quantile is not None else None)
         share = (signed - low) / (high - low)
-        share = torch.where(high > low, share, 0.5)
+        # all equal: the midpoint; only the quantile equal to the smallest: what is above it gets the smallest weight
+        equal = torch.where(valid, signed, high).amin() >= high if signed.numel() else high >= low
+        share = torch.where(high > low, share, torch.where(equal, 0.5, (signed >= high).to(share)))
         weights = (lambda_min + share * (lambda_max - lambda_min)).clamp(lambda_min, lambda_max)
     if renormalize:
         mean = masked_mean(weights, valid)
@@ -145,9 +152,8 @@ class Steer(TokenRule):
     @torch.no_grad()
     def __call__(self, tokens: Tokens) -> Effect:
         """Weigh the tokens of a batch."""
-        entropy = tokens.need("entropy", "Steer")
-        if self.entropy_source == "old" and tokens.old_entropy is not None:
-            entropy = tokens.old_entropy
+        old = tokens.old_entropy if self.entropy_source == "old" else None
+        entropy = tokens.need("entropy", "Steer") if old is None else old
         omega = entropy_change(
             tokens.logp, entropy, tokens.advantages, old_logp=tokens.old_logp,
             second_moment=tokens.need("second_moment", 'Steer("exact")') if self.estimator == "exact" else None,
