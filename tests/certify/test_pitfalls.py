@@ -79,6 +79,46 @@ def test_labels_out_of_range_or_shape_are_refused(labels):
         margins(net(), X, labels, 0.1)
 
 
+def test_an_input_on_a_limit_that_was_rounded_in_float64_is_within_it():
+    mean, std = 0.4914, 0.247
+    limits = torch.tensor([0.0, 1.0], dtype=torch.float64).sub(mean).div(std).float()
+    assert limits.nextafter(torch.tensor(torch.inf))[1] > limits[1]
+    x = torch.stack([limits.nextafter(torch.tensor(-torch.inf))[0], limits.nextafter(torch.tensor(torch.inf))[1]])
+    box = input_box(x[None], 0.0, limits[0].item(), limits[1].item())
+    assert (box.lower <= x).all()
+    assert (box.upper >= x).all()
+    assert (box.lower <= box.upper).all()
+    assert torch.equal(torch.cat([box.upper[0, :1], box.lower[0, 1:]]), limits)
+    with pytest.raises(UsageError, match="is x itself between"):
+        input_box(x[None] * 1.00001, 0.0, limits[0].item(), limits[1].item())
+
+
+@pytest.mark.parametrize("method", ["crown", "crown-ibp"])
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_a_clamp_at_an_activation_without_linear_bounds_is_named(end, method):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)[:, :3]
+
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return torch.clamp(self.first(x), **{end: self.second(x)})
+
+    model = Clamped()
+    with pytest.raises(NotImplementedError, match=r"'clamp': clamp with tensors has no linear bounds"):
+        bounds(model, X, 0.1, method=method)
+    found = bounds(model, X, 0.1)
+    assert (found.lower <= model(X)).all()
+    assert (found.upper >= model(X)).all()
+    model.first = Constant()
+    with pytest.raises(NotImplementedError, match=r"'clamp'.* has no linear bounds"):
+        bounds(model, X, 0.1, method=method)
+
+
 def test_options_and_registrations_are_checked():
     for bad in ({"relu": "two"}, {"rounding": "up"}, {"statistics": "none"}):
         with pytest.raises(UsageError, match="is not known"):

@@ -405,6 +405,20 @@ def test_the_autocast_that_accelerate_puts_into_a_model_is_off_for_finite_differ
     assert seen[:3] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_a_repeatable_pass_normalizes_as_the_trained_one_does(norm):
+    from weightsmith.reweight.passes import repeatable
+
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(2, track_running_stats=True), nn.Dropout(0.0)).train()
+    x = torch.randn(3, 2, 5) * 3 + 1
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with repeatable(model):
+        repeated = model(x)
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    torch.testing.assert_close(repeated, model(x))
+
+
 @pytest.mark.parametrize("mode", ["finite_difference", "double_backward", "none"])
 def test_a_compiled_model_gives_the_step_of_the_plain_one(net, data, mode):
     batch, val, found = data(), data(), []

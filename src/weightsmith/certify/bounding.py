@@ -212,9 +212,9 @@ def run_box(
     dtype = box.sample.dtype
     how = Options(options.statistics, options.detach_statistics, dtype, outward, options.update_statistics)
     with full_precision(box.sample.device.type):
-        graph, refine = traced.graph(len(box.sample)), None
+        graph, refine = traced.graph(clean), None
         if method == "crown":
-            refine = refiner(graph, traced.axes(graph), len(box.sample), options.relu, options.intersect)
+            refine = refiner(graph, traced.axes(graph, clean), len(box.sample), options.relu, options.intersect)
         clean = [item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item for item in clean]
         given = [box, *clean[1:]]
         return propagate(graph, given, clean, options=how, want_clean=want_clean, refine=refine)
@@ -246,7 +246,7 @@ def ends_of(
         if method == "ibp":
             return elided(done, spec)
         output = done.output
-        backward = Backward(done, traced.axes(done.graph), output.shape[0], options.relu)
+        backward = Backward(done, traced.axes(done.graph, done.inputs), output.shape[0], options.relu)
         if spec is None:
             width = output.shape[1:].numel()
             rows = torch.eye(width, dtype=output.sample.dtype, device=output.sample.device)

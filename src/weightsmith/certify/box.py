@@ -48,6 +48,10 @@ def input_box(x: Tensor, eps: Eps, lower: Any = None, upper: Any = None, *, outw
         high = end.expand_as(x) if high is None else torch.minimum(high, end)
     assert low is not None
     assert high is not None
+    if bool((crossed := low > high).any()):  # x on a limit that was rounded in another type: the box holds both
+        rounding = 4 * torch.finfo(x.dtype).eps * torch.maximum(low.abs(), high.abs())
+        crossed = crossed & (low - high <= rounding)
+        low, high = torch.where(crossed, high, low), torch.where(crossed, low, high)
     if bool((low > high).any()):
         raise UsageError(
             "lower must be at most upper everywhere: with these eps, lower and upper nothing is left of the box "

@@ -19,6 +19,7 @@ from weightsmith.certify.passes import Pass
 from weightsmith.certify.propagate import unsupported
 from weightsmith.certify.relu import relu_lines
 from weightsmith.certify.rules import RULES, Lines
+from weightsmith.core.errors import UsageError, reason
 from weightsmith.core.graph import Graph, Node, UnsupportedOperation, leaves, replaced
 
 ReluMode = Literal["adaptive", "zero-lb", "one-lb", "same-slope"]
@@ -124,6 +125,12 @@ class Backward:
             found = relu_lines(args[0], mode=self.relu) if call.op == "relu" else rule.crown(call.call, args, kwargs)
         except UnsupportedOperation as error:
             raise UnsupportedOperation(f"node {node.name!r}: {error}") from error
+        except UsageError:
+            raise
+        except (TypeError, ValueError, IndexError, AttributeError) as error:  # arguments that the rule does not know
+            raise _without_lines(node, call.op, f"these arguments: {reason(error)}") from error
+        if isinstance(found, Lines) and len(unknown) != 1:
+            raise _without_lines(node, call.op, "more than one argument that depends on the input")
         if isinstance(found, Lines):
             return self._lines(node, unknown[0], found, a)
         if found.below is found.above:
@@ -155,6 +162,11 @@ class Backward:
         offset, pull = found
         shares = torch.func.vmap(pull)(a.expand(len(a), *offset.shape))
         return list(zip(unknown, shares, strict=True)), self._per_example(a * offset, node)
+
+
+def _without_lines(node: Node, op: Any, what: str) -> UnsupportedOperation:
+    kind = op if isinstance(op, str) else op.__name__
+    return UnsupportedOperation(f"node {node.name!r} ({kind}) has no linear bounds for {what}; use method='ibp'")
 
 
 def _function(call: Any, args: Any, kwargs: Any) -> Callable[..., Tensor]:
@@ -245,6 +257,8 @@ def example_axes(graph: Graph, run: Callable[..., Sequence[Any]], batch: int) ->
     for node, one, other in zip(graph.nodes, plain, run(batch + 1), strict=True):
         if not node.varies or not isinstance(one, Tensor) or not isinstance(other, Tensor):
             continue
+        if one.dim() != other.dim():  # a model that does something else for another batch size
+            raise mixed(node)
         different = [axis for axis, (n, m) in enumerate(zip(one.shape, other.shape, strict=True)) if n != m]
         if len(different) != 1 or one.shape[different[0]] % batch:
             raise mixed(node)

@@ -78,7 +78,7 @@ def _reciprocal_lines(call: Any, args: Any, kwargs: Any) -> Lines:
 
 def _clamp_corners(*args: Any, **kwargs: Any) -> list[float]:
     given = [*args, *kwargs.values()]
-    if any(isinstance(end, Tensor) for end in given):
+    if any(isinstance(end, Tensor | Interval) for end in given):
         raise UnsupportedOperation("clamp with tensors has no linear bounds: use method='ibp'")
     return [float(end) for end in given if end is not None]
 

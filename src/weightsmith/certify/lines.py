@@ -108,9 +108,10 @@ def piecewise(corners: Callable[..., Sequence[float]]) -> Callable[..., Lines]:
         def f(t: Tensor) -> Tensor:
             return _of_one(t, call, args, kwargs)
 
+        places = corners(*args[1:], **kwargs)
         slope, low, high = _chord(f, x)
         distances = [low - slope * x.lower, high - slope * x.upper]
-        for corner in corners(*args[1:], **kwargs):
+        for corner in places:
             at = torch.minimum(torch.maximum(torch.full_like(slope, corner), x.lower), x.upper)
             distances.append(f(at) - slope * at)
         stacked = torch.stack(distances)

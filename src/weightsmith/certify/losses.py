@@ -62,6 +62,6 @@ def fused_log_bound(
     slope = ((end.exp() - start.exp()) / (end - start).clamp_min(1e-8)).clamp_min(1e-8)
     constant = start.exp() - start * slope - slope * fixed
     row = (slope[:, 1:].unsqueeze(1) @ -spec).squeeze(1)  # sum of slope_j (e_j - e_y)
-    backward = Backward(done, traced.axes(done.graph), len(labels), options.relu)
+    backward = Backward(done, traced.axes(done.graph, done.inputs), len(labels), options.relu)
     crown = -backward.lower(done.graph.output, -row[None])[:, 0] + constant.sum(1)
     return (weight * crown + (1 - weight) * interval).log() + fixed[:, 0]

@@ -76,6 +76,11 @@ class Pass:
     calls: dict[Node, Call] = field(default_factory=dict)
 
     @property
+    def inputs(self) -> list[Any]:
+        """The unperturbed inputs."""
+        return [self.clean[node] for node in self.graph.inputs]
+
+    @property
     def output(self) -> Interval:
         """Interval of what the model returns."""
         return as_interval(self.values[self.graph.output])

@@ -1,5 +1,6 @@
 """A model that has been traced once for many calls, with rules for all that it does."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from weightsmith.certify.passes import Options, working_dtype
 from weightsmith.certify.propagate import propagate, unsupported
 from weightsmith.certify.rules import RULES, own_operations
 from weightsmith.core.errors import UsageError
-from weightsmith.core.graph import Graph, Node, UnsupportedOperation, leaves
+from weightsmith.core.graph import Graph, Node, UnsupportedOperation, leaves, replaced
 from weightsmith.core.tracing import trace as trace_graph
 
 
 class Traced:
     """A model that has been traced, for many calls; parameters, buffers and modes stay the model's own.
 
-    It is traced anew when a module changes between training and evaluation mode. After a module was replaced, trace it
-    again.
+    It is traced anew when a module changes between training and evaluation mode and, where its code reads sizes of the
+    inputs, for inputs of another shape. After a module was replaced, trace it again.
 
     Args:
         model: The model.
@@ -37,29 +38,52 @@ class Traced:
         if not size:
             raise UsageError(f"x must hold at least one example, got shape {tuple(given[0].shape)}")
         self._counted = tuple(isinstance(item, Tensor) and item.dim() > 0 and len(item) == size for item in given)
-        self._inputs = tuple(
-            item[:1].detach() if counted else item for item, counted in zip(given, self._counted, strict=True)
-        )
-        self._graphs: dict[tuple[bool, ...], dict[int | None, Graph]] = {}
-        self._axes: dict[Graph, Axes] = {}
-        self.graph(size)
+        self._dtypes = tuple(item.dtype if isinstance(item, Tensor) else None for item in given)
+        self._graphs: dict[tuple[bool, ...], dict[str | None, Graph]] = {}
+        self._axes: dict[tuple[Graph, str], Axes] = {}
+        self.graph(given)
 
-    def graph(self, batch: int) -> Graph:
-        """The operations of the model in its present modes, for a batch size."""
+    def graph(self, inputs: Sequence[Any]) -> Graph:
+        """The operations of the model in its present modes, for inputs of these shapes.
+
+        Raises:
+            UsageError: There are more or fewer inputs than the model was traced with.
+            UnsupportedOperation: See `Traced`.
+        """
         graphs = self._graphs.setdefault(tuple(module.training for module in self.model.modules()), {})
-        if None not in graphs and batch not in graphs:
-            graph = trace_graph(self.model, self._example(batch, None), own=own_operations(), expansions=EXPANSIONS)
+        if len(inputs) != len(self._dtypes):
+            raise UsageError(f"x must hold {len(self._dtypes)} inputs, as the model was traced with, got {len(inputs)}")
+        if None in graphs:
+            return graphs[None]
+        shapes: str | None = _shapes(inputs)
+        if shapes not in graphs:
+            pairs = zip(inputs, self._dtypes, strict=True)
+            example = [
+                item.detach().to(kind or item.dtype) if isinstance(item, Tensor) else item for item, kind in pairs
+            ]
+            graph = trace_graph(self.model, example, own=own_operations(), expansions=EXPANSIONS)
             _check(graph)
-            graphs[graph.batch] = graph
-        return graphs.get(None) or graphs[batch]
+            if graph.batch is None:
+                shapes = None
+            graphs[shapes] = graph
+        return graphs[shapes]
 
-    def axes(self, graph: Graph) -> Axes:
-        """Which axis of every operation's output counts the examples."""
-        if graph not in self._axes:
-            options = Options(dtype=working_dtype(self.model, self._inputs, None), update=False)
+    def axes(self, graph: Graph, inputs: Sequence[Any]) -> Axes:
+        """Which axis of every operation's output counts the examples, for inputs of these shapes."""
+        counts = self._counts(inputs)
+        one = [item[:1].detach() if counted else item for item, counted in zip(inputs, counts, strict=True)]
+        key = graph, _shapes(one)
+        if key not in self._axes:
+            options = Options(dtype=working_dtype(self.model, inputs, None), update=False)
 
             def run(batch: int, spoilt: Tensor | None = None) -> list[Any]:
-                of_size, clean = self.graph(batch), self._example(batch, options.dtype)
+                pairs = zip(one, counts, strict=True)
+                clean = tuple(_repeated(item, batch, options.dtype) if counted else item for item, counted in pairs)
+                of_size = self.graph(clean)
+                if len(of_size.nodes) != len(graph.nodes):
+                    raise UnsupportedOperation(
+                        f"{type(self.model).__name__} does something else in a batch of another size: use method='ibp'"
+                    )
                 given = clean
                 if spoilt is not None:
                     mask = spoilt.view(-1, *[1] * (clean[0].dim() - 1)).to(clean[0].device)
@@ -68,14 +92,18 @@ class Traced:
                 return [done.values.get(node) for node in of_size.nodes]
 
             with torch.no_grad():
-                self._axes[graph] = example_axes(graph, run, graph.batch or 2)
-        return self._axes[graph]
+                self._axes[key] = example_axes(graph, run, graph.batch or 2)
+        return self._axes[key]
 
-    def _example(self, batch: int, dtype: torch.dtype | None) -> tuple[Any, ...]:
-        return tuple(
-            _repeated(item, batch, dtype) if counted else item
-            for item, counted in zip(self._inputs, self._counted, strict=True)
-        )
+    def _counts(self, inputs: Sequence[Any]) -> tuple[bool, ...]:
+        """Which inputs hold one entry per example."""
+        size = len(inputs[0])
+        return tuple(c and len(item) == size for item, c in zip(inputs, self._counted, strict=True))
+
+
+def _shapes(inputs: Sequence[Any]) -> str:
+    """What the code of a model can ask of its inputs: the shapes of tensors, and other values."""
+    return repr(replaced(list(inputs), lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf))
 
 
 def _check(graph: Graph) -> None:
@@ -128,7 +156,7 @@ _RANDOM = frozenset([
 _ALWAYS = ("input", "batch_norm", "dropout", "channel_dropout")
 
 
-def _repeated(item: Any, batch: int, dtype: torch.dtype | None) -> Any:
+def _repeated(item: Tensor, batch: int, dtype: torch.dtype | None) -> Tensor:
     item = item.expand(batch, *item.shape[1:]).contiguous()
     if dtype is not None and item.is_floating_point():  # equal examples would leave batch norm nothing to divide by
         item = (

@@ -145,7 +145,7 @@ def _certify(
     traced: Traced, inputs: list[Any], labels: Tensor, box: Any, method: Method, options: BoundOptions, steps: int,
     restarts: int, generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if (norm := next(filter(in_training, traced.graph(len(inputs[0])).nodes), None)) is not None:
+    if (norm := next(filter(in_training, traced.graph(inputs).nodes), None)) is not None:
         raise UnsupportedOperation(
             f"node {norm.name!r} normalizes by the batch in evaluation mode too, so that nothing holds for one "
             "example: give it running statistics"
@@ -174,7 +174,7 @@ def _certify(
 
 def _logits(traced: Traced, inputs: list[Any]) -> Tensor:
     """Outputs by the traced operations, in the type that bounds are computed in."""
-    graph = traced.graph(len(inputs[0]))
+    graph = traced.graph(inputs)
     done = propagate(graph, inputs, options=Options(dtype=inputs[0].dtype, update=False))
     found: Tensor = done.values[graph.output]
     return found

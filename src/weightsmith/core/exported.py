@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim, export
+from torch import nn
+from torch.export import export
 from torch.export.graph_signature import InputKind
 
 from weightsmith.core.graph import Builder, Expansion, Graph, Live, UnsupportedOperation, replaced
@@ -14,14 +14,17 @@ from weightsmith.core.tracing import add_call, finished
 
 
 def with_export(model: nn.Module, inputs: tuple[Any, ...], expansions: Mapping[Any, Expansion]) -> Graph:
-    """Trace a model by running it on example inputs; the batch size stays free where the model allows it.
+    """Trace a model by running it on example inputs.
+
+    Code that reads a size runs with the sizes of these inputs: the graph is good for inputs of their shapes alone, and
+    for their values where they are no tensors.
 
     Raises:
         UnsupportedOperation: It holds something that cannot be followed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = _exported(model, inputs)
+        program = export(model, inputs, strict=False)
     builder = Builder(model, expansions)
     made: dict[Any, Any] = {}
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
@@ -48,23 +51,11 @@ def with_export(model: nn.Module, inputs: tuple[Any, ...], expansions: Mapping[A
             signature = program.graph_signature.user_outputs
             found = [made[item] for item in node.args[0] if isinstance(item, torch.fx.Node) and item.name in signature]
             graph = finished(builder, found)
-            graph.batch = _only_batch(program, inputs)
+            graph.batch = len(inputs[0])
             return graph
         else:
             raise UnsupportedOperation(f"node {node.name!r} ({node.op} {node.target}) cannot be followed")
     raise UnsupportedOperation(f"{type(model).__name__} returns nothing")
-
-
-@torch.no_grad()
-def _only_batch(program: Any, inputs: tuple[Any, ...]) -> int | None:
-    """The batch size that an exported program is bound to, if it is: found by a run with one example more."""
-    size = len(inputs[0])
-    more = [torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in inputs]
-    try:
-        program.module()(*more)
-    except Exception:  # the guards of torch.export, or a shape that does not fit
-        return size
-    return None
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -73,13 +64,3 @@ def _has(model: nn.Module, path: str) -> bool:
         return hasattr(model.get_submodule(owner), name)
     except AttributeError:
         return False
-
-
-def _exported(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    if all(isinstance(x, Tensor) and x.dim() and x.shape[0] > 1 for x in inputs):
-        free = tuple({0: Dim.AUTO} for _ in inputs)
-        try:
-            return export(model, inputs, dynamic_shapes=free, strict=False)
-        except Exception:  # a model that computes with its batch size in Python
-            return export(model, inputs, strict=False)
-    return export(model, inputs, strict=False)

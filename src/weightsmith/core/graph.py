@@ -6,10 +6,11 @@ or a method for it. Parameters and buffers are no part of a node: a `Live` looks
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class UnsupportedOperation(NotImplementedError):
@@ -74,7 +75,8 @@ class Graph:
         inputs: One node per input of the model.
         outputs: The nodes that the model returns.
         before: Called before every use: hooks that compute a weight.
-        batch: The only batch size that it works for; ``None``: any.
+        batch: The only batch size that it works for, and then only inputs of the shapes that it was traced with count;
+            ``None``: any.
     """
 
     model: nn.Module
@@ -156,7 +158,8 @@ class Builder:
         self.graph = Graph(model)
         self._expansions = expansions
         self._current: dict[Node, Node] = {}  # a node that was changed in place -> what its memory holds now
-        self._spoiled: dict[Node | Live, str] = {}
+        self._spoiled: dict[Node, str] = {}
+        self._held: dict[object, str] = {}  # memory of the model's own tensors that was overwritten -> by which node
 
     def input(self, name: str) -> Node:
         """Add an input; only the first one varies."""
@@ -192,15 +195,16 @@ class Builder:
             last = self._expansions[op](simpler, *args, **named)
         else:
             last = self._append(name, op, call, args, named)
-        if in_place and isinstance(args[0], Node | Live):
+        if in_place and args and isinstance(args[0], Node | Live | Tensor):
             self._overwritten(args[0], last)
         return last
 
     def _append(self, name: str, op: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Node:
         node = Node(name, op, call, tuple(args), kwargs)
         node.varies = op not in SHAPE_ONLY and any(parent.varies for parent in node.parents)
-        shared = next((leaf for leaf in leaves(args) if isinstance(leaf, Node | Live)), None) if op in VIEWS else None
-        node.memory = shared.memory if isinstance(shared, Node) else shared or object()
+        kinds = Node | Live | Tensor
+        shared = next((leaf for leaf in leaves(args) if isinstance(leaf, kinds)), None) if _may_share(op) else None
+        node.memory = object() if shared is None else _memory(shared)
         self.graph.nodes.append(node)
         return node
 
@@ -210,10 +214,10 @@ class Builder:
         return found
 
     def _now(self, leaf: Any) -> Any:
-        if isinstance(leaf, Live) and leaf in self._spoiled:
+        if isinstance(leaf, Live | Tensor) and self._held and (by := self._held.get(_memory(leaf))) is not None:
+            what = f"{leaf.name!r} of a {type(leaf.owner).__name__}" if isinstance(leaf, Live) else "a constant"
             raise UnsupportedOperation(
-                f"node {self._spoiled[leaf]!r} changes {leaf.name!r} of a {type(leaf.owner).__name__}, which the model "
-                "reads afterwards: do that outside of forward"
+                f"node {by!r} changes {what}, which the model reads afterwards: do that outside of forward"
             )
         if not isinstance(leaf, Node):
             return leaf
@@ -226,16 +230,54 @@ class Builder:
             )
         return leaf
 
-    def _overwritten(self, old: Node | Live, new: Node) -> None:
-        memory = old.memory if isinstance(old, Node) else old
+    def _overwritten(self, old: Node | Live | Tensor, new: Node) -> None:
+        memory = _memory(old)
         for node in self.graph.nodes:
             if node is not old and node is not new and node.memory == memory:
                 self._spoiled[node] = new.name
-        if isinstance(memory, Live):
-            self._spoiled[memory] = new.name
+        if isinstance(memory, Live | _Storage):
+            self._held[memory] = new.name
         if isinstance(old, Node):
             self._current[old] = new
         new.memory = memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """Memory of a tensor that the model holds; tensors that share it are changed together."""
+
+    place: int
+
+
+def _memory(leaf: Node | Live | Tensor) -> object:
+    if isinstance(leaf, Node):
+        return leaf.memory
+    tensor: Any = leaf
+    if isinstance(leaf, Live):
+        owner = leaf.owner
+        tensor = owner._parameters.get(leaf.name)
+        tensor = owner._buffers.get(leaf.name) if tensor is None else tensor
+        tensor = vars(owner).get(leaf.name) if tensor is None else tensor
+    try:
+        return _Storage(tensor.untyped_storage()._cdata)
+    except (AttributeError, NotImplementedError, RuntimeError):  # computed at every use, or sparse
+        return leaf if isinstance(leaf, Live) else object()
+
+
+@cache
+def _may_share(op: Any) -> bool:
+    """Whether the output of an operation may live in the memory of its first argument."""
+    if op in VIEWS:
+        return True
+    if not isinstance(op, str):
+        return False
+    if op.startswith("attribute "):
+        return True
+    packet = getattr(torch.ops.aten, op, None)
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()] if packet is not None else []
+    return any(
+        found.alias_info is not None and not found.alias_info.is_write for schema in schemas for found in schema.returns
+    )
 
 
 VIEWS = frozenset(
@@ -259,9 +301,11 @@ VIEWS = frozenset(
             "pick",
         ),
         *("identity", "to", "type_as", "float", "double", "detach", "dropout", "channel_dropout"),
+        *("type", "half", "bfloat16", "cpu", "cuda", "numpy", "broadcast_tensors", "meshgrid"),
+        *("atleast_1d", "atleast_2d", "atleast_3d"),
     }
 )
-"""Operations whose output may share the memory of their first argument."""
+"""Operations whose output may share the memory of their first argument, beside those whose schema says so."""
 
 SHAPE_ONLY = frozenset(
     {
@@ -287,8 +331,18 @@ ALIASES: Mapping[str, str] = {
 """Names of one operation, by the name that is used here."""
 
 
+AUGMENTED = frozenset([
+    "iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "ilshift", "irshift",
+])  # fmt: skip
+"""Python's names of ``x += y`` and its like, without underscores."""
+
+_KEYWORDS = frozenset(["and_", "or_", "not_", "is_"])  # the underscore only keeps them apart from Python's keywords
+
+
 def canonical(name: str) -> tuple[str, bool]:
     """The name of an operation here, and whether its own name says that it works in place."""
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv")
+    in_place = (name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS) or (
+        name.strip("_") in AUGMENTED
+    )
     plain = name.strip("_") if name.startswith("__") else name.rstrip("_") if in_place else name
     return ALIASES.get(name, ALIASES.get(plain, plain)), in_place

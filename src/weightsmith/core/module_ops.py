@@ -139,7 +139,10 @@ def add_module(builder: Builder, name: str, module: nn.Module, args: tuple[Any, 
     if kind in own:
         return builder.add(name, kind, lambda own, *args, **kwargs: own(*args, **kwargs), (module, *args), kwargs)
     if kind not in MODULES or len(args) + len(kwargs) != 1 or getattr(module, "return_indices", False):
-        return builder.add(name, kind, module, args, kwargs)
+        in_place = bool(getattr(module, "inplace", False))
+        if in_place and not args:
+            raise UnsupportedOperation(f"module {name!r} ({kind.__name__}): leave out inplace=True")
+        return builder.add(name, kind, module, args, kwargs, in_place=in_place)
     x = args[0] if args else next(iter(kwargs.values()))
     mode = getattr(module, "padding_mode", "zeros")
     op, call, more, named = MODULES[kind](module)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from weightsmith.core.errors import reason
 from weightsmith.core.graph import (
+    AUGMENTED,
     Builder,
     Expansion,
     Graph,
@@ -86,15 +87,36 @@ def _check_effects(graph: Graph, changed: Sequence[Live | None]) -> None:
 
 
 class _Proxy(fx.Proxy):
-    """Notes ``x += y``, which torch.fx takes for ``x = x + y`` although other names of ``x`` see the change."""
+    """Notes what torch.fx misses: ``x += y``, of which other names of ``x`` see the change, and ``x.data = y``."""
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _Attribute(self, k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "real", "imag"):
+            raise _unfollowed(str(self.node.name), f"a tensor's .{name} = ...")
+        object.__setattr__(self, name, value)
+
+
+class _Attribute(fx.proxy.Attribute):
+    __getattr__ = _Proxy.__getattr__
+    __setattr__ = _Proxy.__setattr__
+
+
+def _unfollowed(node: str, what: str) -> UnsupportedOperation:
+    return UnsupportedOperation(
+        f"node {node!r}: {what} writes into memory in a way that cannot be followed: use the operation that returns "
+        "its result as a new tensor"
+    )
 
 
 def _augmented(function: Any) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod"):
-    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+for _name in AUGMENTED:
+    for _kind in (_Proxy, _Attribute):
+        setattr(_kind, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -148,7 +170,7 @@ def _with_fx(model: nn.Module, count: int, own: Collection[Any], expansions: Map
             made[node] = add_call(builder, node.name, str(node.target), _method(str(node.target)), args, kwargs)
         elif node.op == "call_function":
             function: Any = node.target
-            key = function if function in own or _is_foreign(function) else getattr(function, "__name__", str(function))
+            key = function if function in own or _is_foreign(function) else _name_of(function)
             made[node] = add_call(builder, node.name, key, function, args, kwargs)
         else:
             output = args[0]
@@ -165,7 +187,15 @@ def finished(builder: Builder, output: Any) -> Graph:
     if not found:
         raise UnsupportedOperation(f"{type(builder.graph.model).__name__} returns nothing that depends on its input")
     builder.graph.outputs = found
+    every = list(builder.graph.nodes)
     builder.graph.prune()
+    kept = set(builder.graph.nodes)
+    for node in every:
+        if node not in kept and inspect.isfunction(node.op) and node.varies:
+            raise UnsupportedOperation(
+                f"node {node.name!r} calls {node.op.__name__} and does not use what it returns: if it changes its "
+                "argument, return the changed tensor and use it; else leave the call out"
+            )
     return builder.graph
 
 
@@ -175,6 +205,12 @@ def _attribute(model: nn.Module, path: str, constants: nn.Module) -> Live:
         setattr(constants, name, getattr(model, path))
         return Live(constants, name)
     return Live(model.get_submodule(owner), name)
+
+
+def _name_of(function: Any) -> str:
+    if isinstance(function, OpOverload):
+        function = function._overloadpacket
+    return str(getattr(function, "__name__", function))
 
 
 def _is_foreign(function: Any) -> bool:
@@ -197,6 +233,11 @@ _OUT_OF_PLACE: Mapping[Any, Callable[..., Any]] = {
     operator.ipow: operator.pow,
     operator.ifloordiv: operator.floordiv,
     operator.imod: operator.mod,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
 }
 
 
@@ -212,6 +253,10 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
         kwargs: Its keyword arguments.
     """
     op, in_place = canonical(key) if isinstance(key, str) else (key, False)
+    if isinstance(key, str):
+        _refuse_writes(name, key, call, args, kwargs)
+        if key.startswith("__") and key.strip("_") in AUGMENTED:
+            call = getattr(operator, key.strip("_"))
     if op == "getattr":
         if isinstance(args[0], Live) and args[1] == "data":
             return args[0]
@@ -225,8 +270,9 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
         if second in kwargs and len(args) == 1:
             args = (args[0], kwargs.pop(second))
     if in_place or call in _OUT_OF_PLACE:
-        number = call in _OUT_OF_PLACE and isinstance(args[0], Node) and not args[0].varies  # a size: no memory
-        in_place = isinstance(args[0], Node | Live) and not number
+        in_place = not (call in _OUT_OF_PLACE and _is_number(args[0]))
+        if in_place and not (args and isinstance(args[0], Node | Live | Tensor)):
+            raise _unfollowed(name, str(key))
         call = _OUT_OF_PLACE.get(call) or _plain_function(op, call)
     args, kwargs, asked = _without_inplace(call, args, kwargs)
     in_place = in_place or asked
@@ -271,6 +317,47 @@ def add_call(builder: Builder, name: str, key: Any, call: Any, args: tuple[Any, 
     return builder.add(name, op, call, args, kwargs, in_place=in_place)
 
 
+_WRITERS = frozenset([
+    "set_", "resize_", "resize_as_", "apply_", "map_", "map2_", "set_data", "__delitem__",
+    "_has_compatible_shallow_copy_type",  # what torch.export leaves of ``x.data = y``
+])  # fmt: skip
+
+
+def _refuse_writes(name: str, key: str, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse calls that write elsewhere than into their first argument, or have no form that returns a new tensor.
+
+    Raises:
+        UnsupportedOperation: The call is one of them.
+    """
+    given = dict(kwargs)
+    if inspect.isfunction(call):
+        given = dict(zip(inspect.signature(call).parameters, args, strict=False)) | given
+    if given.get("out") is not None:
+        raise _unfollowed(name, f"{key}(out=...)")
+    if key in _WRITERS or (key.startswith("_foreach") and key.endswith("_")) or key.startswith("__set"):
+        raise _unfollowed(name, key)
+    if canonical(key)[1]:
+        return
+    overloads: list[Any] = []
+    if isinstance(call, OpOverload):
+        overloads = [call]
+    elif isinstance(call, OpOverloadPacket):
+        overloads = [getattr(call, overload) for overload in call.overloads()]
+    if overloads and all(overload._schema.is_mutable for overload in overloads):
+        raise _unfollowed(name, key)
+
+
+def _is_number(x: Any) -> bool:
+    """Whether a value is a size or computed from sizes in Python, which has no memory that could be overwritten."""
+    if not isinstance(x, Node):
+        return isinstance(x, int | float)
+    if x.op == "getattr" or x.op in ("size", "dim", "numel", "ndimension", "len"):
+        return True
+    return getattr(x.call, "__module__", None) == "_operator" and all(
+        _is_number(arg) for arg in leaves(x.args) if isinstance(arg, Node | Live | Tensor)
+    )
+
+
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _LAYERS = {
@@ -301,6 +388,8 @@ def _extreme(builder: Builder, name: str, parent: Node) -> Node:
 
 
 def _plain_function(op: str, call: Any) -> Any:
+    if op == "copy":
+        return lambda x, source, *_, **__: source.to(x.dtype).expand_as(x)
     for home in (torch.nn.functional, torch, torch.Tensor):
         if hasattr(home, op):
             return getattr(home, op)

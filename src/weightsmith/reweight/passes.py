@@ -78,7 +78,7 @@ def without_traces(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def repeatable(module: nn.Module) -> Iterator[None]:
-    """No dropout, full precision, no traces; batch normalization goes on with the statistics of the batch.
+    """No dropout, full precision, no traces; batch and instance normalization go on with the statistics of their input.
 
     The derivative of the losses that were trained on is wanted, and running statistics would give other losses.
     """
@@ -86,7 +86,7 @@ def repeatable(module: nn.Module) -> Iterator[None]:
     with without_traces(module), _full_precision(module):
         try:
             for part, _ in modes:
-                part.training = part.training and isinstance(part, nn.modules.batchnorm._BatchNorm)
+                part.training = part.training and isinstance(part, nn.modules.batchnorm._NormBase)
             yield
         finally:
             for part, training in modes:
