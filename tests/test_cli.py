@@ -144,6 +144,45 @@ def test_measuring_noise_takes_the_options_of_a_run(call, tmp_path):
     assert call(*words, "--arms", "other")[0] == 2
 
 
+def test_a_mistyped_metric_is_one_message_and_exits_with_2(call, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    code, text = call("compare", "train.py:train", "--metric", "val_los:lower", "--with", "sgdp", "--workers", "1")
+    assert (code, text.count("error:")) == (2, 1)
+    assert "'val_los' is not among the results: val_loss" in text
+
+
+def test_equal_failures_are_printed_once(call, tmp_path):
+    (tmp_path / "train.py").write_text("def train(trial):\n    raise RuntimeError('no luck')\n")
+    code, text = call("compare", "train.py:train", "--metric", "loss", "--with", "sgdp", "--workers", "1")
+    assert (code, text.count("error:")) == (1, 1)
+    assert "baseline, seed 0 and 5 other jobs failed: RuntimeError: no luck" in text
+
+
+def test_a_job_that_fails_while_noise_is_measured_exits_with_1(call, tmp_path):
+    (tmp_path / "train.py").write_text("def train(trial):\n    raise RuntimeError('no luck')\n")
+    code, text = call("compare", "train.py:train", "--metric", "loss", "--noise", "--workers", "1")
+    assert code == 1
+    assert "baseline, seed 0 and 4 other jobs failed" in text
+
+
+def test_noise_is_measured_over_the_seeds_that_were_asked_for(call, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    words = ["compare", "train.py:train", "--metric", "val_loss", "--noise", "--workers", "1"]
+    assert "5 seeds of the baseline" in call(*words)[1]
+    assert "3 seeds of the baseline" in call(*words, "--seeds", "3")[1]
+    code, text = call(*words, "--seeds", "1")
+    assert (code, "--noise needs at least 3 seeds, got --seeds 1" in text) == (2, True)
+
+
+def test_a_dry_run_of_a_comparison_says_what_is_not_known(call, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    words = ["compare", "train.py:train", "--metric", "val_loss", "--noise", "--workers", "1"]
+    assert "time unknown before a job has finished; memory unknown" in call(*words, "--dry-run")[1]
+    call(*words, "--seeds", "3")
+    text = call(*words, "--dry-run")[1]
+    assert re.search(r"about [\d.]+ s for those not done yet, by 3 finished jobs; memory unknown", text)
+
+
 def test_compare_takes_commands(call, tmp_path):
     arms = [f"--arm={name}: echo '{{\"loss\": {value}{{seed}}}}'" for name, value in (("base", "2."), ("new", "1."))]
     code, text = call("compare", "--metric", "loss", "--workers", "1", "--seeds", "5", *arms)

@@ -143,5 +143,5 @@ def test_jobs_on_ray_evaluate_where_they_are_and_ray_workers_within_them_are_ref
     options = {"seeds": 1, "arms": ["evolved"], "engine": "ray", "workers": 1}
     assert not run(eagan.EXPERIMENT, SMOKE, out=tmp_path / "auto", **options).failures
     nested = dataclasses.replace(SMOKE, search_engine="ray")
-    (failure,) = run(eagan.EXPERIMENT, nested, out=tmp_path / "nested", **options).failures
-    assert "cannot be used within a task of a Ray cluster" in failure.error
+    with pytest.raises(UsageError, match="cannot be used within a task of a Ray cluster"):
+        run(eagan.EXPERIMENT, nested, out=tmp_path / "nested", **options)

@@ -11,7 +11,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.experiments.recipes import recipes
 from weightsmith.lab.compare import Comparison, compare_commands, compare_function, direction
 from weightsmith.lab.record import JobResult, read_jobs
-from weightsmith.lab.run import run
+from weightsmith.lab.run import estimate, run
 
 TRAIN = """
 import torch
@@ -82,11 +82,38 @@ def test_every_arm_is_swept_over_the_same_values(tmp_path, script):
         assert job.metrics["loss"] == min(row["score"] for row in trials)
 
 
-def test_a_function_that_returns_something_else_fails_with_a_hint(tmp_path, script):
-    (tmp_path / "other_train.py").write_text("def train(trial):\n    return {'acc': 1.0}\n")
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [("{'acc': 1.0}", "'loss' is not among the results: acc"), ("1.0", "must return a dictionary of numbers")],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_function_that_returns_something_else_is_refused_by_the_first_job(
+    tmp_path, script, returned, message, workers
+):
+    (tmp_path / "other_train.py").write_text(
+        f"from pathlib import Path\n"
+        f"def train(trial):\n    Path(f'called-{{trial.seed}}').touch()\n    return {returned}\n"
+    )
     config = comparison("other_train.py:train")
-    done = run(compare_function("other_train.py:train", config, recipes), config, seeds=1, out=tmp_path / "runs")
-    assert "'loss' is not among the results: acc" in done.failures[0].error
+    experiment = compare_function("other_train.py:train", config, recipes)
+    with pytest.raises(UsageError, match=message):
+        run(experiment, config, seeds=9, out=tmp_path / "runs", workers=workers)
+    assert len(list(tmp_path.glob("called-*"))) < 9
+
+
+def test_a_refusal_after_a_finished_job_is_a_failure_of_its_own(tmp_path, script):
+    (tmp_path / "half.py").write_text("def train(trial):\n    return {'loss': 1.0} if trial.seed == 0 else 1.0\n")
+    config = comparison("half.py:train")
+    done = run(compare_function("half.py:train", config, recipes), config, seeds=3, out=tmp_path / "runs", workers=1)
+    assert (len(done.finished), len(done.failures)) == (1, 2)
+
+
+@pytest.mark.parametrize("parameters", ["", "trial, epochs", "*, trial"])
+def test_a_function_that_takes_no_trial_is_refused_before_anything_runs(tmp_path, script, parameters):
+    name = f"takes_{len(parameters)}"
+    (tmp_path / f"{name}.py").write_text(f"def train({parameters}):\n    return {{'loss': 1.0}}\n")
+    with pytest.raises(UsageError, match="is called with a trial only"):
+        compare_function(f"{name}.py:train", comparison(f"{name}.py:train"), recipes)
 
 
 WRITER = """
@@ -168,11 +195,90 @@ run(compare_commands(config), config, seeds=1, out=Path({str(tmp_path)!r}), work
 
 @pytest.mark.parametrize(
     ("arm", "message"),
-    [("python train.py", r"must use \{seed\}"), ("python train.py {seed} {width}", r"unknown placeholder \{width\}")],
+    [
+        ("python train.py", r"must use \{seed\}"),
+        ("python train.py {seed} {width}", r"unknown placeholder \{width\}"),
+        ("python train.py --seed {sede}", r"unknown placeholder \{sede\}; known: \['folder', 'seed'\]"),
+        ("no-such-program {seed}", "arm 'base': there is no program 'no-such-program'"),
+        ("OMP_NUM_THREADS=1 ./no-such-script {seed}", "there is no program './no-such-script'"),
+    ],
 )
 def test_commands_that_cannot_be_repeated_are_refused(arm, message):
     with pytest.raises(UsageError, match=message):
         compare_commands(Comparison("", (("base", arm),), "loss", "lower"))
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "exec echo {seed}",
+        "cd . && echo {seed}",
+        "for i in 1 2; do echo {seed}; done",
+        "A=1 echo {seed}",
+        "PATH=/elsewhere:$PATH own-program {seed}",
+        "(no-such-program {seed})",
+        "$HOME/bin/program {seed}",
+    ],
+)
+def test_what_the_shell_knows_or_alone_could_tell_is_not_refused(arm):
+    compare_commands(Comparison("", (("base", arm),), "loss", "lower"))
+
+
+def test_programs_of_other_machines_are_not_looked_up():
+    compare_commands(Comparison("", (("base", "no-such-program {seed}"),), "loss", "lower"), here=False)
+
+
+def test_a_program_that_the_shell_does_not_find_is_refused_by_the_first_job(tmp_path):
+    arms = (("base", "cd . && no-such-program {seed}"), ("new", "echo {seed}"))
+    config = Comparison("", arms, "loss", "lower", choose_by="loss", choose_better="lower")
+    with pytest.raises(UsageError, match="ended with code 127"):
+        run(compare_commands(config), config, seeds=3, out=tmp_path, workers=1)
+
+
+def test_a_command_must_use_every_swept_value():
+    arms = (("base", "echo {seed} {lr}"), ("new", "echo {seed}"))
+    with pytest.raises(UsageError, match=r"--sweep lr: the command of arm 'new' must use \{lr\}"):
+        compare_commands(Comparison("", arms, "loss", "lower", sweep=(("lr", ("1", "2")),)))
+    with pytest.raises(UsageError, match="--sweep seed"):
+        compare_commands(Comparison("", arms[1:], "loss", "lower", sweep=(("seed", ("1", "2")),)))
+
+
+def test_commands_are_titled_by_what_is_compared():
+    arms = (("base", "echo {seed}"), ("new", "echo {seed}"))
+    assert compare_commands(Comparison("", arms, "loss", "lower")).title == "new against base"
+    assert compare_commands(Comparison("", arms[:1], "loss", "lower")).title == "base"
+
+
+def test_an_integer_beyond_the_floats_is_infinite(tmp_path):
+    arm = f"""echo '{{"loss": {{seed}}, "steps": 1{"0" * 400}}}'"""
+    config = Comparison("", (("base", arm),), "loss", "lower", choose_by="loss", choose_better="lower")
+    done = run(compare_commands(config), config, seeds=[2], out=tmp_path, workers=1)
+    assert jobs(done.folder)["base", 2].metrics == {"loss": 2.0}
+
+
+def test_results_of_an_attempt_that_was_killed_do_not_count(tmp_path):
+    fail = f"test -e {tmp_path}/go || exit 1"
+    arm = (
+        f"""echo '{{"loss": 7, "old": 1}}' >> $WEIGHTSMITH_RESULT; {fail}; cp $WEIGHTSMITH_RESULT {tmp_path}/{{seed}}"""
+    )
+    config = Comparison("", (("base", arm),), "loss", "lower", choose_by="loss", choose_better="lower")
+    assert run(compare_commands(config), config, seeds=1, out=tmp_path / "runs", workers=1).failures
+    (tmp_path / "go").touch()
+    assert run(compare_commands(config), config, seeds=1, out=tmp_path / "runs", workers=1).finished
+    assert len((tmp_path / "0").read_text().splitlines()) == 1
+
+
+def test_finished_jobs_tell_the_time_of_those_that_are_left(tmp_path):
+    config = commands(tmp_path)
+    experiment = compare_commands(config)
+    assert estimate(experiment, config, seeds=3, workers=1, out=tmp_path / "runs").seconds is None
+    done = run(experiment, config, seeds=1, out=tmp_path / "runs", workers=1)
+    total = sum(job.wall_seconds for job in jobs(done.folder).values())
+    found = estimate(experiment, config, seeds=3, workers=2, out=tmp_path / "runs")
+    assert (found.finished, found.whole) == (2, True)
+    assert found.seconds == {3: pytest.approx(2 * total / 2)}
+    again = estimate(experiment, config, seeds=3, workers=2, out=tmp_path / "runs", fresh=True)
+    assert again.seconds == {3: pytest.approx(3 * total / 2)}
 
 
 def test_braces_of_other_languages_are_left_alone(tmp_path):

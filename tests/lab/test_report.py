@@ -379,6 +379,21 @@ def test_advice_follows_from_the_primary_claims(tmp_path, scores, claim, advice)
     assert words.answer(report)[-1].startswith(advice)
 
 
+@pytest.mark.parametrize(
+    ("claim", "tested"),
+    [
+        ({}, 'against "there is no difference", corrected'),
+        ({"margin": 0.1}, 'against "the difference is just what is needed", corrected'),
+        ({"worth": 0.5}, 'against "there is no difference" or "there is a relevant effect", whichever is smaller'),
+    ],
+)
+def test_a_p_value_says_what_it_speaks_against(tmp_path, claim, tested):
+    runs = {"new": [(0.9, 1.0), (0.901, 1.0), (0.899, 1.0)], "old": [(0.9, 1.0), (0.902, 1.0), (0.9, 1.0)]}
+    primary = Claim(text="New beats old", metric="acc", winner="new", loser="old", primary=True, **claim)
+    report = load(make_run(tmp_path, runs, claims=(primary,)))
+    assert tested in words.evidence(report, report.judgements[0])["p-value"]
+
+
 ADVICE = {
     ("supported", "no relevant effect"): "Use new here: it is better than",
     ("supported", "refuted"): "Whether to use new here depends on what counts: it is better than",

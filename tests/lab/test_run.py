@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -287,6 +288,19 @@ def test_a_run_announces_the_cost_that_an_estimate_tells(tmp_path):
     told = []
     run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1, announce=told.append)
     assert told == [estimate(toy.EXPERIMENT, toy.Config(), seeds=1, workers=1)]
+
+
+def test_who_watches_is_told_of_jobs_that_were_done_before(tmp_path):
+    seen = []
+
+    @contextlib.contextmanager
+    def watch(result, total):
+        yield lambda: seen.append(len(result.skipped) + len(result.finished))
+
+    for _ in range(2):
+        seen.clear()
+        run(toy.EXPERIMENT, toy.Config(), seeds=1, out=tmp_path, workers=1, watch=watch)
+    assert seen == [2]
 
 
 def test_an_experiment_times_its_own_step():

@@ -1,5 +1,6 @@
 """``weightsmith compare``: the user's own training, with techniques or against other commands."""
 
+import math
 import re
 from dataclasses import replace
 from typing import Annotated, Any
@@ -8,13 +9,15 @@ import tyro
 from rich.table import Table
 
 from weightsmith.cli.console import console, print_line
-from weightsmith.cli.run import RunOptions, do_jobs, execute
+from weightsmith.cli.run import RunOptions, complain_of, do_jobs, execute
 from weightsmith.core.errors import UsageError
 from weightsmith.experiments.recipes import recipes
 from weightsmith.lab.compare import BASELINE, Comparison, compare_commands, compare_function, direction
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.record import JobResult, read_jobs
+from weightsmith.lab.run import seeds_of
 from weightsmith.lab.stats import noise as noise_of
+from weightsmith.lab.stats.looks import FEWEST
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 _NOISE_SEEDS = "5"
@@ -71,21 +74,28 @@ def compare(
         choose_better=choose_better,
         time_limit=options.time_limit,
     )
-    experiment = compare_function(function, comparison, recipes) if function else compare_commands(comparison)
+    if function:
+        experiment = compare_function(function, comparison, recipes)
+    else:  # machines of a cluster may have other programs than this one
+        experiment = compare_commands(comparison, here=options.address is None)
     if noise:
         return _noise(experiment, comparison, options)
     return execute(experiment, comparison, options)
 
 
 def _noise(experiment: Experiment[Any], comparison: Comparison, options: RunOptions) -> int:
-    result = do_jobs(
-        experiment, comparison, replace(options, seeds=_NOISE_SEEDS) if options.seeds == "auto" else options
-    )
+    options = replace(options, seeds=_NOISE_SEEDS) if options.seeds == "auto" else options
+    seeds = seeds_of(options.seeds)
+    if (seeds if isinstance(seeds, int) else len(seeds)) < FEWEST:
+        raise UsageError(f"--noise needs at least {FEWEST} seeds, got --seeds {options.seeds}")
+    result = do_jobs(experiment, comparison, options)
     if result is None:
         return 0
-    for failure in result.failures:
-        raise UsageError(f"{failure.arm}, seed {failure.seed} failed: {failure.error}")
-    jobs = [job for job in read_jobs(result.folder) if isinstance(job, JobResult)]
+    if result.failures:
+        complain_of(result)
+        return 1
+    asked = {*result.finished, *result.skipped}  # the folder may hold more seeds, of earlier runs
+    jobs = [job for job in read_jobs(result.folder) if isinstance(job, JobResult) and (job.arm, job.seed) in asked]
     values = [job.metrics[comparison.metric] for job in jobs]
     table = Table(box=None, pad_edge=False)
     table.add_column("seeds", justify="right")
@@ -116,9 +126,11 @@ def _values(text: str) -> tuple[str, tuple[str, ...]]:
     found = tuple(value.strip() for value in values.split(",") if value.strip())
     for value in found:
         try:
-            float(value.removesuffix("x"))
-        except ValueError as error:
-            raise UsageError(f"--sweep takes name=number,number, got {text!r}") from error
+            finite = math.isfinite(float(value.removesuffix("x")))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise UsageError(f"--sweep takes name=number,number, got {text!r}")
     if not equals or not name or len(set(found)) < max(2, len(found)):
         raise UsageError(f"--sweep takes name=value,value with at least two different values, got {text!r}")
     return name.strip(), found

@@ -15,6 +15,7 @@ import tyro
 from weightsmith.cli.console import complain, console, print_line
 from weightsmith.core.errors import UsageError, unknown
 from weightsmith.core.load import load_object
+from weightsmith.lab.engines import Failure
 from weightsmith.lab.engines.distributed import is_leader
 from weightsmith.lab.experiment import Experiment
 from weightsmith.lab.report.words import duration
@@ -141,10 +142,19 @@ def execute(experiment: Experiment[Any], config: Any, options: RunOptions, prese
         console.print(reports.to_terminal(report))
         done = f"{len(result.finished)} jobs run, {len(result.skipped)} reused, {time.perf_counter() - started:.0f} s"
         print_line(f"\n{done}\nReport: {page.resolve()}")
-    for failure in result.failures:
-        trace = result.folder / failure.arm / f"seed-{failure.seed}.error.txt"
-        complain(f"{failure.arm}, seed {failure.seed} failed: {failure.error}\n  details: {trace}")
+    complain_of(result)
     return 1 if result.failures else 0
+
+
+def complain_of(result: Run) -> None:
+    """Print what failed, equal errors once."""
+    by_error: dict[str, list[Failure]] = {}
+    for failure in result.failures:
+        by_error.setdefault(failure.error, []).append(failure)
+    for error, (first, *others) in by_error.items():
+        trace = result.folder / first.arm / f"seed-{first.seed}.error.txt"
+        more = f" and {_count(len(others), 'other job')}" if others else ""
+        complain(f"{first.arm}, seed {first.seed}{more} failed: {error}\n  details: {trace}")
 
 
 def do_jobs(experiment: Experiment[Any], config: Any, options: RunOptions, preset: str = "laptop") -> Run | None:
@@ -154,7 +164,17 @@ def do_jobs(experiment: Experiment[Any], config: Any, options: RunOptions, prese
     use_data_dir(options.data_dir)
     seeds = seeds_of(options.seeds)
     if options.dry_run:
-        _announce(estimate(experiment, config, seeds=seeds, arms=options.arms, workers=options.workers))
+        _announce(
+            estimate(
+                experiment,
+                config,
+                seeds=seeds,
+                arms=options.arms,
+                workers=options.workers,
+                out=options.out,
+                fresh=options.fresh,
+            )
+        )
         return None
     return run_experiment(
         experiment,
@@ -181,17 +201,25 @@ def use_data_dir(folder: Path | None) -> None:
 
 def _announce(found: Estimate) -> None:
     least, most = min(found.jobs), max(found.jobs)
-    span = f"{found.jobs[least]} jobs ({least} seeds)"
+    span = f"{_count(found.jobs[least], 'job')} ({_count(least, 'seed')})"
     if most != least:
         span += f" to {found.jobs[most]} jobs ({most} seeds), as many as it takes to decide"
     line = f"{span}, {found.workers} at a time"
-    if found.seconds is not None:
-        times = [duration(found.seconds[count]) for count in dict.fromkeys((least, most))]
-        line += f"; about {' to '.join(times)} {'in all' if found.whole else 'of training'} by one timed step"
-        line += "" if found.whole else ", evaluations not counted"
-    if found.memory is not None:
-        line += f"; {found.memory / 2**20:,.0f} MiB each"
+    if found.seconds is None:
+        line += "; time unknown before a job has finished"
+    else:
+        times = " to ".join(duration(found.seconds[count]) for count in dict.fromkeys((least, most)))
+        if found.finished:
+            line += f"; about {times} for those not done yet, by {_count(found.finished, 'finished job')}"
+        else:
+            line += f"; about {times} {'in all' if found.whole else 'of training'} by one timed step"
+            line += "" if found.whole else ", evaluations not counted"
+    line += "; memory unknown" if found.memory is None else f"; {found.memory / 2**20:,.0f} MiB each"
     print_line(line, "dim")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _preset(arguments: Sequence[str]) -> str:

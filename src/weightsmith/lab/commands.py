@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_atomically
 from weightsmith.lab.job import Job
 
 _KEPT_LINES = 20  # of a failed command's output, in the error
+_CANNOT_START = (126, 127)  # exit codes of a shell: not executable, not found
 
 
 def run_command(
@@ -32,6 +35,7 @@ def run_command(
         The last value under each name.
 
     Raises:
+        UsageError: The shell found no such program, or may not execute it.
         RuntimeError: The command failed; the end of its output is in the message.
         TimeoutError: It took too long.
     """
@@ -40,6 +44,7 @@ def run_command(
     if done.is_file():  # finished before the job was killed
         measured: Mapping[str, Any] = json.loads(done.read_text())
         return measured
+    result.unlink(missing_ok=True)  # of an attempt that was killed: a command may append to it
     environment = os.environ | {
         "WEIGHTSMITH_RESULT": str(result.resolve()),
         "WEIGHTSMITH_SEED": str(job.seed),
@@ -54,7 +59,8 @@ def run_command(
             found |= _row(line, job, values)
     if process.returncode:
         tail = "".join(output.read_text().splitlines(keepends=True)[-_KEPT_LINES:])
-        raise RuntimeError(f"the command ended with code {process.returncode}: {command}\n{tail}")
+        kind = UsageError if process.returncode in _CANNOT_START else RuntimeError
+        raise kind(f"the command ended with code {process.returncode}: {command}\n{tail}")
     if result.is_file():
         for line in result.read_text().split("\n"):
             found |= _row(line, job, values)
@@ -70,10 +76,17 @@ def _row(line: str, job: Job, values: Mapping[str, str]) -> dict[str, float]:
         content = None
     if not isinstance(content, dict):
         return {}
-    numbers = {str(key): float(value) for key, value in content.items() if isinstance(value, int | float)}
+    numbers = {str(key): _float(value) for key, value in content.items() if isinstance(value, int | float)}
     if numbers:
         job.record(numbers, phase="training", **values)
     return numbers
+
+
+def _float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the floats is infinite, as 1e400 is
+        return math.inf if value > 0 else -math.inf
 
 
 @contextlib.contextmanager

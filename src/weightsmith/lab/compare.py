@@ -5,10 +5,13 @@ writes them to the file that ``$WEIGHTSMITH_RESULT`` names; the last value of th
 """
 
 import contextlib
+import inspect
 import itertools
 import math
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ BASELINE = "baseline"
 _LOWER = ("loss", "error", "perplexity", "ppl", "nll", "mse", "rmse", "mae", "wer", "cer", "fid", "time", "seconds")
 _HIGHER = ("acc", "f1", "score", "auc", "bleu", "rouge", "precision", "recall", "reward", "iou", "map", "r2", "psnr")
 _CODE = {".py", ".sh", ".bash", ".r", ".R", ".jl", ".js", ".ts", ".lua", ".m", ".pl", ".rb", ".yaml", ".yml", ".toml"}
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
+_PLAIN_WORD = re.compile(r"[\w./+-]+")
 _PLACE = re.compile(r"\{(seed|folder|[A-Za-z_]\w*)\}")
 
 
@@ -90,42 +95,86 @@ def compare_function(
         recipe: ``name -> recipes``, fresh ones at every call; importable.
 
     Raises:
-        UsageError: The function is not there, a technique is not known or does not combine.
+        UsageError: The function is not there or takes no trial, a technique is not known or does not combine.
     """
-    if not callable(load_object(what, "compare")):
+    function = load_object(what, "compare")
+    if not callable(function):
         raise UsageError(f"compare {what!r} must name a function that takes a trial")
     for _, techniques in comparison.arms:
         recipe(techniques)
+    _check_takes_a_trial(what, function)
     where = what.rpartition(":")[0]
     code = code_digest(load_module(where, "compare"))
     texts = {name: _texts(recipe(techniques)) for name, techniques in comparison.arms}
     return _experiment(what.rpartition(":")[2], comparison, texts, _FunctionJob(recipe), code)
 
 
-def compare_commands(comparison: Comparison) -> Experiment[Comparison]:
+def _check_takes_a_trial(what: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # functions of C need not have one
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise UsageError(f"compare {what!r} is called with a trial only, and takes {signature}: {error}") from error
+
+
+def compare_commands(comparison: Comparison, *, here: bool = True) -> Experiment[Comparison]:
     """Compare commands; ``{seed}`` and ``{folder}``, and swept values by name, are put in.
 
+    Args:
+        comparison: With ``arms`` as commands.
+        here: The commands run on this machine, so their programs must be there.
+
     Raises:
-        UsageError: A command does not use the seed, or uses an unknown placeholder.
+        UsageError: A command does not use the seed or a swept value, uses an unknown placeholder, or its program is
+            not there.
     """
-    known = {"seed", "folder", *(name for name, _ in comparison.sweep)}
+    swept = [name for name, _ in comparison.sweep]
+    for name in {"seed", "folder"}.intersection(swept):
+        raise UsageError(f"--sweep {name}: {{{name}}} is set for each job; give the swept value another name")
+    known = {"seed", "folder", *swept}
     files = set()
     for name, command in comparison.arms:
         found = set(_PLACE.findall(command))
-        if "seed" not in found and "WEIGHTSMITH_SEED" not in command:
-            raise UsageError(
-                f"arm {name!r}: the command must use {{seed}} (or $WEIGHTSMITH_SEED), else all seeds are the same run"
-            )
         if found - known:
             raise UsageError(
                 f"arm {name!r}: unknown placeholder {{{sorted(found - known)[0]}}}; known: {sorted(known)}"
             )
+        if "seed" not in found and "WEIGHTSMITH_SEED" not in command:
+            raise UsageError(
+                f"arm {name!r}: the command must use {{seed}} (or $WEIGHTSMITH_SEED), else all seeds are the same run"
+            )
+        for unused in (value for value in swept if value not in found):
+            raise UsageError(
+                f"--sweep {unused}: the command of arm {name!r} must use {{{unused}}}, else all values are the same run"
+            )
+        if here and (program := _program(command)) and not _exists(program):
+            raise UsageError(f"arm {name!r}: there is no program {program!r} that can be run from here: {command}")
         with contextlib.suppress(ValueError):
             files |= {
                 Path(word) for word in shlex.split(command) if Path(word).suffix in _CODE and Path(word).is_file()
             }
     texts = {name: ("", command) for name, command in comparison.arms}
     return _experiment("commands", comparison, texts, _command_job, files_digest(files))
+
+
+def _program(command: str) -> str:
+    """The program that a command line starts; ``""`` where only the shell could tell."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return ""
+    word = next((word for word in words if word.startswith("PATH=") or not _ASSIGNMENT.match(word)), "")
+    return word if _PLAIN_WORD.fullmatch(word) else ""
+
+
+def _exists(program: str) -> bool:
+    if shutil.which(program):
+        return True
+    # what the shell itself knows: built-in commands and words such as "if"
+    return subprocess.run(["sh", "-c", 'command -v -- "$1"', "sh", program], capture_output=True).returncode == 0
 
 
 def _texts(recipes: Sequence[Recipe]) -> tuple[str, str]:
@@ -142,7 +191,6 @@ def _experiment(
     code: str,
 ) -> Experiment[Comparison]:
     metric, (baseline, *others) = comparison.metric, comparison.arms
-    what = comparison.what or "each command"
     arms = [Arm(arm, texts[arm][1], texts[arm][0]) for arm, _ in comparison.arms]
     labels = {arm.name: arm.label for arm in arms}
     claims = [
@@ -159,6 +207,11 @@ def _experiment(
     charts = [
         Chart(title=metric.replace("_", " "), x=x, y=metric, phase="training", x_label=x) for x in ("epoch", "step")
     ]
+    title = " · ".join(labels[arm] for arm, _ in others) or labels[baseline[0]]
+    if comparison.what:
+        title += f" on {comparison.what}"
+    elif others:
+        title += f" against {labels[baseline[0]]}"
     chosen = ""
     if comparison.sweep:
         trials = math.prod(len(values) for _, values in comparison.sweep)
@@ -167,7 +220,7 @@ def _experiment(
             chosen += " It is chosen by the same number that is compared, so all arms look better than they are."
     return Experiment(
         slug=f"compare-{name}",
-        title=f"{' · '.join(labels[arm] for arm, _ in others) or labels[baseline[0]]} on {what}",
+        title=title,
         question=f"Does it help this training, judged by {metric}?",
         presets={"laptop": comparison},
         arms=lambda _: arms,

@@ -1,5 +1,6 @@
 """What an experiment compares, and what would support or refute it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,8 +221,8 @@ class Experiment(Generic[Config]):
                 raise UsageError(f"claim {claim.text!r} names an arm or a metric that this experiment does not have")
             if metrics[claim.metric].better is None:
                 raise UsageError(f"claim {claim.text!r} needs a metric with a direction; {claim.metric} has none")
-            if claim.worth is not None and claim.worth <= 0:
-                raise UsageError(f"worth must be above 0, got {claim.worth} in claim {claim.text!r}")
+            if claim.worth is not None and not 0 < claim.worth < math.inf:
+                raise UsageError(f"worth must be a number above 0, got {claim.worth} in claim {claim.text!r}")
             if claim.gate and claim.primary:
                 raise UsageError(f"claim {claim.text!r} must be a gate or primary, not both")
         return {

@@ -8,8 +8,9 @@ come in looks: after each the claims are judged, and the run stops when the prim
 import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from weightsmith.core.errors import UsageError, unknown
@@ -89,7 +90,8 @@ def run(
         What was done and where. Jobs that failed are listed, not raised.
 
     Raises:
-        UsageError: The configuration cannot run; nothing has been written.
+        UsageError: The configuration cannot run, and nothing has been written; or the first job to end found so, and
+            the other jobs are not run.
         OSError: ``out`` cannot be written.
     """
     plan, batches = _plan(seeds)
@@ -103,10 +105,11 @@ def run(
     description = experiment.describe(config)
     wanted, left_out = _wanted(experiment, config, arms)
     task, cost = check(experiment, config)
-    if announce is not None and is_leader():
-        announce(_estimate(experiment, config, wanted, batches, workers, cost))
     identity = fingerprint.identity(experiment, config, task.fingerprint if task is not None else "")
     result = Run(out / experiment.slug / digest(*identity.values()))
+    if announce is not None and is_leader():
+        found = _estimate(experiment, config, wanted, batches, workers, cost)
+        announce(found if found.seconds is not None else _by_finished(found, result.folder, wanted, batches, fresh))
     if fresh and is_leader() and result.folder.exists():
         shutil.rmtree(result.folder)
     if is_leader() and result.folder.is_dir():
@@ -133,8 +136,11 @@ def run(
             if is_leader():
                 record.write_run(result.folder, {**description, "seeds": sorted({*batch, *_seeds(result.folder)})})
             done = _finished(works, result)
+            step()
             for outcome in do_all([work for work in works if (work.arm, work.seed) not in done]):
                 if isinstance(outcome, Failure):
+                    if outcome.usage and not (result.failures or result.finished or result.skipped):
+                        raise _refused(outcome, result.folder)
                     result.failures.append(outcome)
                 else:
                     result.finished.append((outcome.arm, outcome.seed))
@@ -142,6 +148,12 @@ def run(
             if result.failures or (len(batches) > 1 and _decided(experiment, config, result.folder, plan, batch)):
                 break
     return result
+
+
+def _refused(failure: Failure, folder: Path) -> UsageError:
+    details = folder / failure.arm / f"seed-{failure.seed}.error.txt"
+    error = failure.error.removeprefix(f"{UsageError.__name__}: ").rstrip()
+    return UsageError(f"{failure.arm}, seed {failure.seed}: {error}\n  the other jobs are not run; details: {details}")
 
 
 def check(experiment: Experiment[Any], config: Any) -> tuple[Task | None, Probe | None]:
@@ -168,11 +180,12 @@ class Estimate:
 
     Attributes:
         jobs: Number of jobs by number of seeds, one entry per look.
-        seconds: Time by number of seeds; ``None`` where the experiment cannot tell. One timed step of the model is
-            multiplied by the number of steps.
+        seconds: Time by number of seeds; ``None`` where nothing tells it. One timed step of the model is multiplied by
+            the number of steps; without one, the jobs that are not done yet take as long as finished ones of their arm.
         memory: Peak memory of a job, bytes; ``None`` where it cannot be told.
         workers: Jobs at a time.
         whole: Whether the time holds evaluations too.
+        finished: Number of finished jobs that the time is taken from; 0: it is not taken from jobs.
     """
 
     jobs: dict[int, int]
@@ -180,6 +193,7 @@ class Estimate:
     memory: int | None
     workers: int
     whole: bool = False
+    finished: int = 0
 
 
 def estimate(
@@ -189,6 +203,8 @@ def estimate(
     seeds: Literal["auto"] | int | Sequence[int] = "auto",
     arms: Sequence[str] = (),
     workers: int | None = None,
+    out: Path = Path("runs"),
+    fresh: bool = False,
 ) -> Estimate:
     """Tell what `run` with these arguments would cost; checks the configuration as it does.
 
@@ -197,7 +213,12 @@ def estimate(
     """
     _, batches = _plan(seeds)
     wanted, _ = _wanted(experiment, config, arms)
-    return _estimate(experiment, config, wanted, batches, workers, check(experiment, config)[1])
+    task, cost = check(experiment, config)
+    found = _estimate(experiment, config, wanted, batches, workers, cost)
+    if found.seconds is not None:
+        return found
+    identity = fingerprint.identity(experiment, config, task.fingerprint if task is not None else "")
+    return _by_finished(found, out / experiment.slug / digest(*identity.values()), wanted, batches, fresh)
 
 
 def _estimate(
@@ -221,6 +242,26 @@ def _estimate(
     memory = None if cost is None else cost.memory
     jobs = {count: count * len(arms) for count in counts}
     return Estimate(jobs, seconds, memory, at_a_time, experiment.step_seconds is not None)
+
+
+def _by_finished(
+    found: Estimate, folder: Path, arms: Sequence[str], batches: Sequence[Sequence[int]], fresh: bool
+) -> Estimate:
+    """The same with the time that finished jobs in the run folder tell, if there are any."""
+    jobs = [job for job in record.read_jobs(folder) if isinstance(job, JobResult) and job.arm in arms]
+    if not jobs:
+        return found
+    reused = set() if fresh else {(job.arm, job.seed) for job in jobs}
+    each = {arm: fmean(job.wall_seconds for job in _of(arm, jobs) or jobs) for arm in arms}
+    seconds = {
+        len(batch): sum(each[arm] for seed in batch for arm in arms if (arm, seed) not in reused) / found.workers
+        for batch in batches
+    }
+    return replace(found, seconds=seconds, whole=True, finished=len(jobs))
+
+
+def _of(arm: str, jobs: Sequence[JobResult]) -> list[JobResult]:
+    return [job for job in jobs if job.arm == arm]
 
 
 def _wanted(experiment: Experiment[Any], config: Any, arms: Sequence[str]) -> tuple[list[str], list[str]]:

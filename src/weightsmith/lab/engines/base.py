@@ -53,12 +53,21 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A job that raised, was killed or took too long: the others go on."""
+    """A job that raised, was killed or took too long: the others go on.
+
+    Attributes:
+        arm: The arm's name.
+        seed: The seed.
+        error: What it raised, or what became of it.
+        trace: The traceback.
+        usage: The job refused what it was asked for (a `UsageError`); the other jobs would most likely do so too.
+    """
 
     arm: str
     seed: int
     error: str
     trace: str = ""
+    usage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +209,8 @@ def compute(
         try:
             return _compute(work, start or shared_start, live)
         except (Exception, SystemExit) as error:
-            return Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc())
+            usage = isinstance(error, UsageError)
+            return Failure(work.arm, work.seed, f"{type(error).__name__}: {error}", traceback.format_exc(), usage)
 
 
 def _compute(work: Work, start: Callable[[Work], Any], live: bool) -> JobResult:

@@ -220,7 +220,7 @@ def evidence(report: Report, judgement: Judgement) -> dict[str, str]:
     if failures := _left_out(report, (claim.winner, claim.loser)):
         found["Rests on means without failed networks of"] = failures
     if math.isfinite(judgement.p):
-        found["p-value"] = f"{p_value(judgement.p)}, corrected for looks and claims"
+        found["p-value"] = f"{p_value(judgement.p)} {_tested(judgement)}, corrected for looks and claims"
     if math.isfinite(judgement.low):
         found["Interval covers"] = f"other {judgement.over}"
     if judgement.verdict == "undecided" and math.isfinite(judgement.smallest):
@@ -236,6 +236,14 @@ def evidence(report: Report, judgement: Judgement) -> dict[str, str]:
     if judgement.excludes_paper is not None:
         found["The paper's gain"] = "outside the interval" if judgement.excludes_paper else "within the interval"
     return found
+
+
+def _tested(judgement: Judgement) -> str:
+    """What a verdict's p-value speaks against."""
+    nothing = '"the difference is just what is needed"' if judgement.claim.margin else '"there is no difference"'
+    if judgement.worth is None:
+        return f"against {nothing}"
+    return f'against {nothing} or "there is a relevant effect", whichever is smaller'
 
 
 def p_value(p: float) -> str:
