@@ -24,10 +24,15 @@ def test_a_script_imports_what_there_is(script):
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
-def test_the_first_operation_of_a_solution_is_the_class_of_its_question(tmp_path):
-    spec = importlib.util.spec_from_file_location("first_operations", ROOT / "examples" / "first_operations.py")
+def example_of(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def test_the_first_operation_of_a_solution_is_the_class_of_its_question(tmp_path):
+    example = example_of("first_operations")
     data = tmp_path / "data"
     data.mkdir()
     answers = ["so <<48/2=24>>24, <<48+24=72>>72", "half of 7.5 is <<7.5*.5=3.75>>", "5", "<<(20-5)*2=30>>"]
@@ -41,9 +46,7 @@ def test_the_first_operation_of_a_solution_is_the_class_of_its_question(tmp_path
 
 
 def test_word_problems_become_four_tasks_without_a_common_problem(tmp_path):
-    spec = importlib.util.spec_from_file_location("word_problems", ROOT / "examples" / "word_problems.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = example_of("word_problems")
     data = tmp_path / "data"
     data.mkdir()
     rows = [

@@ -19,7 +19,7 @@ from weightsmith.core.json_files import read_json
 from weightsmith.core.pretrained import model_class
 from weightsmith.core.weights import Layout, layouts, output_layers
 from weightsmith.prune.report import PruneReport, TensorDensity
-from weightsmith.prune.scoring import check_amount, pattern_sizes, scorer, semi_structured
+from weightsmith.prune.scoring import check_amount, check_min_density, pattern_sizes, scorer, semi_structured
 from weightsmith.prune.sparse import save_sparse
 from weightsmith.prune.targets import groups_of
 from weightsmith.prune.thresholds import Ranked, prune_ranked
@@ -67,8 +67,7 @@ def prune_folder(
     """
     source, target = Path(folder), Path(out)
     amount = check_amount(amount)
-    if not 0 <= min_density < 1:
-        raise UsageError(f"min_density must be a fraction from 0 up to but not including 1, got {min_density}")
+    check_min_density(min_density)
     check_target(target, [source])
     if target.exists() and not overwrite:
         raise UsageError(f"out {str(target)!r} exists: give overwrite=True, or --overwrite, to replace it")

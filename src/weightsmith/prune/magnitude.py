@@ -24,7 +24,15 @@ from weightsmith.core.select import Where
 from weightsmith.core.weights import Layout, Slot, layouts, owners
 from weightsmith.prune.bits import pack_bits, unpack_bits
 from weightsmith.prune.report import PruneReport, TensorDensity
-from weightsmith.prune.scoring import Score, check_amount, check_score, pattern_sizes, scorer, semi_structured
+from weightsmith.prune.scoring import (
+    Score,
+    check_amount,
+    check_min_density,
+    check_score,
+    pattern_sizes,
+    scorer,
+    semi_structured,
+)
 from weightsmith.prune.targets import find_named, find_weights, groups_of
 from weightsmith.prune.thresholds import Ranked, prune_ranked
 
@@ -75,8 +83,7 @@ class MagnitudePruner:
         seed: int = 0,
     ) -> None:
         check_score(score)
-        if not 0 <= min_density < 1:
-            raise UsageError(f"min_density must be a fraction from 0 up to but not including 1, got {min_density}")
+        check_min_density(min_density)
         if faithful and where is not None:
             raise UsageError("where must be None with faithful=True, which chooses parameters by their names")
         self.model, self.scope, self.score, self.seed, self.faithful = model, scope, score, seed, faithful

@@ -52,6 +52,16 @@ def scorer(score: Score, start: float, seed: int) -> Callable[[Tensor, int], Ten
     return random if score == "random" else magnitude
 
 
+def check_min_density(min_density: float) -> None:
+    """Refuse a least density outside ``[0, 1)``.
+
+    Raises:
+        UsageError: Names it.
+    """
+    if not 0 <= min_density < 1:
+        raise UsageError(f"min_density must be a fraction from 0 up to but not including 1, got {min_density}")
+
+
 def check_amount(amount: float) -> float:
     """Refuse a share outside ``[0, 1)``.
 

@@ -86,8 +86,14 @@ def norms_of(*models: nn.Module) -> list[nn.Module]:
 
 
 def statistics_of(norms: Sequence[nn.Module]) -> list[Tensor]:
-    """Running statistics; a step whose loss is not finite may have spoiled them, although it was not taken."""
-    return [buffer for module in norms for buffer in module.buffers()]
+    """Copies of running statistics: a step whose loss is not finite may spoil them, although it is not taken."""
+    return [buffer.clone() for module in norms for buffer in module.buffers()]
+
+
+def restore_statistics_(norms: Sequence[nn.Module], before: Sequence[Tensor]) -> None:
+    """Put back what `statistics_of` kept."""
+    for value, kept in zip((buffer for module in norms for buffer in module.buffers()), before, strict=True):
+        value.copy_(kept)
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float | None, zero_unsampled: bool) -> float:

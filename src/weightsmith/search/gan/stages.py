@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from weightsmith.core.errors import UsageError
 from weightsmith.search.gan.fitness import Partners
-from weightsmith.search.gan.losses import discriminator_step, generator_step, norms_of, statistics_of
+from weightsmith.search.gan.losses import (
+    discriminator_step,
+    generator_step,
+    norms_of,
+    restore_statistics_,
+    statistics_of,
+)
 from weightsmith.search.options import Trainer
 from weightsmith.search.space import Genotype, SearchSpace
 from weightsmith.search.supernet import SuperNet
@@ -101,8 +107,7 @@ class _Stage(Trainer):
     def _count(self, slots: Sequence[int], loss: float, norms: Sequence[nn.Module], before: Sequence[Tensor]) -> None:
         if np.isfinite(loss):
             return
-        for value, kept in zip(statistics_of(norms), before, strict=True):
-            value.copy_(kept)
+        restore_statistics_(norms, before)
         for slot in slots:
             self.skipped[slot] = self.skipped.get(slot, 0) + 1
 
@@ -170,7 +175,7 @@ class StageOne(_Stage):
                 parts = zip(z.chunk(len(genotypes)), genotypes, strict=True)
                 return torch.cat([model(part, genotype) for part, genotype in parts])
 
-            before = [value.clone() for value in statistics_of(norms)]
+            before = statistics_of(norms)
             z = self._latents(options.dis_batch, latent, like)
             loss = discriminator_step(self.discriminator, generator, self._d_optimizer, self._real(like), z)
             if step % options.n_critic == 0 and np.isfinite(loss):
@@ -252,7 +257,7 @@ class StageTwo(_Stage):
         generator.train()
         self.discriminator.train()
         norms = norms_of(generator)
-        before = [value.clone() for value in statistics_of(norms)]
+        before = statistics_of(norms)
 
         def scored(x: Tensor) -> Tensor:
             scores: Tensor = self.discriminator(x, genotype)

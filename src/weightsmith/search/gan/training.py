@@ -19,7 +19,13 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.files import file_atomically
 from weightsmith.search.code import code_of
 from weightsmith.search.evaluation import drawing_from
-from weightsmith.search.gan.losses import discriminator_step, generator_step, norms_of, statistics_of
+from weightsmith.search.gan.losses import (
+    discriminator_step,
+    generator_step,
+    norms_of,
+    restore_statistics_,
+    statistics_of,
+)
 from weightsmith.search.stored import reading
 
 Row = dict[str, float]
@@ -137,15 +143,14 @@ def train_gan(
             z = torch.randn(options.dis_batch, latent).to(like)
             z_g = torch.randn(options.gen_batch, latent).to(like)
             clip = options.clip_norm
-            before = [value.clone() for value in statistics_of(norms)]
+            before = statistics_of(norms)
             loss = discriminator_step(discriminator, generator, run.d_optimizer, real, z, clip_norm=clip)
             if step % options.n_critic == 0 and math.isfinite(loss):
                 loss = generator_step(discriminator, generator, run.g_optimizer, z_g, clip_norm=clip)
                 run.average()
         if not math.isfinite(loss):
             run.skipped += 1
-            for value, kept in zip(statistics_of(norms), before, strict=True):
-                value.copy_(kept)
+            restore_statistics_(norms, before)
         run.step += 1
         last = run.step == options.steps
         due = options.judge_every and run.step >= options.judge_after and run.step % options.judge_every == 0
