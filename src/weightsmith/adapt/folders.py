@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from weightsmith.core.errors import UsageError, brief, near, unknown
 from weightsmith.core.files import say_where_link_leads, write_atomically
 from weightsmith.core.json_files import read_json
 from weightsmith.core.pickles import read_pickle
+from weightsmith.core.ranks import on_first_rank
 
 Format = Literal["native", "peft", "lora"]
 
@@ -88,10 +88,8 @@ def save_bone(
     if not is_sharded(model):
         return _save(model, Path(folder), format, config, state)
     whole = {name: cast(Any, t).full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
-    try:
-        return _save(model, Path(folder), format, config, whole) if dist.get_rank() == 0 else Path(folder)
-    finally:
-        dist.barrier()  # when this returns, every process may read the folder
+    on_first_rank(lambda: _save(model, Path(folder), format, config, whole))
+    return Path(folder)
 
 
 def _save(model: nn.Module, folder: Path, format: Format, config: BoneConfig, state: Mapping[str, Tensor]) -> Path:
